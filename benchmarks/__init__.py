@@ -1,0 +1,1 @@
+"""Comparisons and measurements, runnable by anyone; see benchmarks/README.md."""

@@ -1,0 +1,93 @@
+"""The registry's state as the log has it: one state after another, each announced once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from mora_serve.adapters.changelog import ChangeLog, unreadable
+from mora_serve.adapters.record import Change, State
+
+Subscriber = Callable[[Change], None]
+
+
+class History:
+    """Follows a log and appends to it.
+
+    ``state`` is immutable and may be read without the lock. The lock is held while a state is
+    succeeded by another, its change being written and announced.
+    """
+
+    def __init__(self, log: ChangeLog, snapshot_every: int) -> None:
+        self.state = State()
+        self.lock = threading.RLock()
+        self._log = log
+        self._snapshot_every = snapshot_every
+        self._subscribers: list[Subscriber] = []
+
+    def subscribe(self, callback: Subscriber) -> State:
+        """Announce every change from now on; returns the state that the first one follows."""
+        with self.lock:
+            self._subscribers.append(callback)
+            return self.state
+
+    def refresh(self) -> None:
+        """Take in what other processes have appended. Raises ConfigError for a damaged log."""
+        with self.lock:
+            for state, changes in self._news():
+                self._succeed(state, changes)
+
+    def newest(self) -> State:
+        """The state of the log as it is now, without taking it in."""
+        with self.lock:
+            steps = self._news()
+            return steps[-1][0] if steps else self.state
+
+    def commit(self, change: Callable[[State], Change | None]) -> tuple[State, Change | None]:
+        """Append what ``change`` derives from the state; again if another process came first.
+
+        Returns the state after it, and the change, None where ``change`` found none needed.
+        """
+        with self.lock:
+            while True:
+                made = change(self.state)
+                if made is None:
+                    return self.state, None
+                if self._log.append(made.revision, made.to_json()):
+                    break
+                self.refresh()
+            state = self.state.after(made)
+            self._succeed(state, [made])
+            self._compact(state)
+            return state, made
+
+    def _compact(self, state: State) -> None:
+        if self._log.since_snapshot(state.revision) < self._snapshot_every:
+            return
+        try:
+            self._log.snapshot(state.revision, state.to_json())
+        except OSError as e:  # the change itself is durable; the next one tries again
+            logging.getLogger(__name__).warning("registry: no snapshot: %s", e.strerror)
+
+    def _news(self) -> list[tuple[State, list[Change]]]:
+        news = self._log.read(self.state.revision)
+        state, steps = self.state, []
+        try:
+            if news.snapshot is not None:
+                later = State.from_json(news.number - len(news.changes), news.snapshot)
+                steps.append((later, state.changes_to(later)))
+                state = later
+            for values in news.changes:
+                change = state.change_from_json(values)
+                state = state.after(change)
+                steps.append((state, [change]))
+        except (KeyError, TypeError, ValueError):
+            raise unreadable(state.revision + 1) from None
+        return steps
+
+    def _succeed(self, state: State, changes: Iterable[Change]) -> None:
+        self.state = state
+        for change in changes:
+            for callback in self._subscribers:
+                callback(change)

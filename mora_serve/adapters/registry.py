@@ -1,0 +1,447 @@
+"""The durable, versioned registry of adapters, keyed by (tenant, name).
+
+A directory of content blobs, a log of changes and snapshots, so that a process may be killed at
+any moment and several may share it: first the blob, then the change that refers to it, and a
+blob without a change is removed. Reads see an immutable state and never wait for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace as replaced
+from pathlib import Path
+from typing import Self
+
+from mora_serve.adapters.blobs import BlobStore, Buffer, sync_directory
+from mora_serve.adapters.card import RoutingCard, check_card
+from mora_serve.adapters.changelog import ChangeLog
+from mora_serve.adapters.files import CONFIG, WEIGHTS
+from mora_serve.adapters.history import History
+from mora_serve.adapters.record import AdapterRecord, Change, RouterRecord, State
+from mora_serve.adapters.untrusted import check_name, quoted
+from mora_serve.adapters.validate import ValidatedAdapter, read_stored
+from mora_serve.config import AdaptersConfig
+from mora_serve.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from mora_serve.model.shape import ModelShape
+
+__all__ = ["AdapterRecord", "Change", "Registry", "RouterRecord"]
+
+SNAPSHOT_EVERY = 256  # changes
+_COMPARED = 1000  # names among which the nearest are sought
+
+
+class Registry:
+    """Adapters and the router that survive a restart.
+
+    ``directory`` None keeps them for this object's life. ``shape`` and ``fingerprint`` are the
+    base's. Any thread may call any method.
+
+    Raises ConfigError where the directory holds what this version cannot read.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        limits: AdaptersConfig,
+        shape: ModelShape,
+        fingerprint: str = "",
+        *,
+        snapshot_every: int = SNAPSHOT_EVERY,
+    ) -> None:
+        self._limits = limits
+        self._shape = shape
+        self._fingerprint = fingerprint
+        self._own = tempfile.TemporaryDirectory(prefix="mora-") if directory is None else None
+        root = Path(self._own.name) if self._own else Path(directory or "")
+        for part in (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp"))):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(root)
+        self._blobs = BlobStore(root / "blobs", root / "tmp")
+        self._history = History(ChangeLog(root, root / "tmp"), snapshot_every)
+        self._unremoved: set[str] = set()  # blobs that somebody held when they were to go
+        self.refresh()
+        self._blobs.clean()
+        self._remove_unreferenced(self._blobs.digests())
+
+    def close(self) -> None:
+        """Let go of everything; a registry without a directory is gone."""
+        self._blobs.close()
+        if self._own is not None:
+            self._own.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Reading
+
+    @property
+    def _state(self) -> State:
+        return self._history.state
+
+    @property
+    def revision(self) -> int:
+        """Grows with each change."""
+        return self._state.revision
+
+    def get(self, tenant: str, name: str, digest: str = "") -> AdapterRecord:
+        """The adapter of this name, and of this content where a digest is given.
+
+        Raises NotFound, with the nearest names of the tenant, and FailedPrecondition for one that
+        was made for another base.
+        """
+        records = self._state.by_tenant.get(tenant, {})
+        record = records.get(name)
+        if record is None:
+            raise _unknown("adapter", name, records)
+        if digest and digest != record.digest:
+            raise NotFound(
+                f"digest: adapter {quoted(name)} has no version {quoted(digest)}; its version is "
+                f"now {record.version} with digest {record.digest}; use that, or give no digest",
+                field="digest",
+                reason="VERSION_NOT_FOUND",
+            )
+        if not self._fits(record):
+            raise FailedPrecondition(
+                f"adapter: {quoted(name)} was trained on base {record.card.base_fingerprint}, this "
+                f"server runs {self._fingerprint}; unregister it or start the server with its base",
+                field="adapter",
+                reason="WRONG_BASE",
+            )
+        return record
+
+    def list(self, tenant: str) -> tuple[AdapterRecord, ...]:
+        """The tenant's adapters by name, those for another base included."""
+        return tuple(self._state.by_tenant.get(tenant, {}).values())
+
+    def all(self) -> tuple[AdapterRecord, ...]:
+        """All tenants' adapters that this base can serve, by tenant and name."""
+        return tuple(r for _, r in sorted(self._state.adapters.items()) if self._fits(r))
+
+    def tasks(self, tenant: str) -> tuple[str, ...]:
+        """The tasks that ``by_task`` knows for the tenant, in order."""
+        records = self._state.by_tenant.get(tenant, {}).values()
+        return tuple(sorted({t for r in records if self._fits(r) for t in r.tasks}))
+
+    def by_task(self, tenant: str, task: str) -> tuple[AdapterRecord, ...]:
+        """The tenant's adapters for a task, by name: at least one.
+
+        Raises NotFound with the nearest tasks of the tenant.
+        """
+        records = self._state.by_task.get((tenant, task), ())
+        found = tuple(r for r in records if self._fits(r))
+        if not found:
+            raise _unknown("task", task, self.tasks(tenant))
+        return found
+
+    # Content
+
+    def open(self, digest: str) -> ValidatedAdapter:
+        """A content, its weights mapped. It has no card; they belong to records.
+
+        Raises NotFound for a digest that is neither registered nor retained, and
+        FailedPrecondition for one that this base or these limits cannot serve.
+        """
+        hold = self._blobs.hold(digest)
+        if hold is None:
+            raise _gone(digest)
+        with hold:
+            try:
+                config = self._blobs.read(digest, CONFIG)
+                weights = self._blobs.map(digest, WEIGHTS)
+            except FileNotFoundError:
+                raise _gone(digest) from None
+        try:
+            return read_stored(digest, config, weights, self._shape, self._limits)
+        except InvalidArgument as e:
+            raise FailedPrecondition(
+                "adapter: it was registered for another base or under other limits: " + e.message,
+                field="adapter",
+                reason=e.reason,
+            ) from None
+
+    def retain(self, digest: str) -> None:
+        """Keep a content readable until it is released as often as it was retained.
+
+        A request does so, that its version stays after a replacement. Raises NotFound.
+        """
+        if not self._blobs.retain(digest):
+            raise _gone(digest)
+
+    def release(self, digest: str) -> None:
+        """Undo one ``retain``; a content that nothing refers to any more is removed."""
+        if self._blobs.release(digest) and digest not in self._state.digests:
+            self._remove_unreferenced([digest])
+
+    # Changing
+
+    def check_card(self, card: RoutingCard) -> None:
+        """Raise InvalidArgument for a card beyond the limits, or one of another base."""
+        check_card(card, self._limits)
+        self._check_base(card)
+
+    def register(
+        self,
+        tenant: str,
+        name: str,
+        adapter: ValidatedAdapter,
+        *,
+        card: RoutingCard | None = None,
+        tasks: Iterable[str] | None = None,
+        replace: bool = False,
+    ) -> tuple[AdapterRecord, bool]:
+        """Register an adapter; returns its record and whether that is new.
+
+        ``card`` takes the place of the adapter's own, ``tasks`` that of the card's. The content
+        that the name has already changes nothing, the card included. Durable when it returns.
+
+        Raises InvalidArgument for a bad name or card, AlreadyExists where the name has other
+        content and ``replace`` is false, ResourceExhausted beyond max_adapters or disk space.
+        """
+        check_name(tenant, "tenant")
+        check_name(name, "name")
+        card = _with_tasks(card or adapter.card or RoutingCard(), tasks)
+        if adapter.card is not None and not card.base_fingerprint:
+            card = replaced(card, base_fingerprint=adapter.card.base_fingerprint)
+        self.check_card(card)
+        record = AdapterRecord(
+            tenant=tenant,
+            name=name,
+            version=1,
+            digest=adapter.digest,
+            rank=adapter.rank,
+            dora=adapter.dora,
+            rslora=adapter.rslora,
+            targets=adapter.targets,
+            modules=len(adapter.modules),
+            nbytes=adapter.nbytes,
+            verified=bool(self._fingerprint) and card.base_fingerprint == self._fingerprint,
+            created=time.time(),
+            card=card,
+        )
+
+        def change(state: State) -> Change | None:
+            before = state.adapters.get(record.key)
+            if before is None:
+                self._check_count(state)
+                return Change(state.revision + 1, None, record)
+            if before.digest == record.digest:
+                return None
+            if not replace:
+                raise AlreadyExists(
+                    f"name: {quoted(name)} is in use by version {before.version} with digest "
+                    f"{before.digest}; set replace to make version {before.version + 1}, or "
+                    "choose another name",
+                    field="name",
+                )
+            after = replaced(record, version=before.version + 1, pinned=before.pinned)
+            return Change(state.revision + 1, before, after)
+
+        change(self._state)  # refuse before gigabytes are written
+        content: dict[str, Buffer] = {CONFIG: adapter.config, WEIGHTS: adapter.weights}
+        try:
+            with _disk_space(), self._blobs.put(adapter.digest, content):
+                state, made = self._history.commit(change)
+        finally:
+            self._remove_unreferenced([adapter.digest])
+        if made is not None and made.before is not None:
+            self._remove_unreferenced([made.before.digest])
+        return state.adapters[record.key], made is not None
+
+    def update(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        card: RoutingCard | None = None,
+        tasks: Iterable[str] | None = None,
+    ) -> AdapterRecord:
+        """Replace the card, or its tasks alone; the content and the version stay.
+
+        A card that names no base keeps the base named before. Raises NotFound, and
+        InvalidArgument for a bad card.
+        """
+
+        def change(record: AdapterRecord) -> AdapterRecord:
+            new = _with_tasks(card or record.card, tasks)
+            if not new.base_fingerprint:
+                new = replaced(new, base_fingerprint=record.card.base_fingerprint)
+            self.check_card(new)
+            verified = bool(self._fingerprint) and new.base_fingerprint == self._fingerprint
+            return replaced(record, card=new, verified=verified)
+
+        return self._change_record(tenant, name, change)
+
+    def pin(self, tenant: str, name: str, pinned: bool) -> AdapterRecord:
+        """Keep an adapter on the device, or no longer. Raises NotFound."""
+        return self._change_record(tenant, name, lambda record: replaced(record, pinned=pinned))
+
+    def unregister(self, tenant: str, name: str) -> AdapterRecord:
+        """Remove an adapter; what is retained stays readable. Raises NotFound."""
+        removed = _known(self._state, tenant, name)
+
+        def change(state: State) -> Change:
+            nonlocal removed
+            removed = _known(state, tenant, name)
+            return Change(state.revision + 1, removed)
+
+        with _disk_space():
+            self._history.commit(change)
+        self._remove_unreferenced([removed.digest])
+        return removed
+
+    def set_router(self, files: Mapping[str, bytes]) -> str:
+        """Store the router's files, by name, in place of the one before; returns their digest.
+
+        Raises InvalidArgument for a bad name.
+        """
+        digest = hashlib.sha256(b"mora-serve router 1\n")
+        for name, data in sorted(files.items()):
+            digest.update(f"{check_name(name, 'router')} {len(data)}\n".encode())
+            digest.update(data)
+        router = RouterRecord(digest.hexdigest(), tuple(sorted(files)))
+        before = self._state.router
+
+        def change(state: State) -> Change | None:
+            return None if state.router == router else Change(state.revision + 1, router=router)
+
+        try:
+            with _disk_space(), self._blobs.put(router.digest, files):
+                self._history.commit(change)
+        finally:
+            self._remove_unreferenced([router.digest, *([before.digest] if before else [])])
+        return router.digest
+
+    def router(self) -> dict[str, bytes] | None:
+        """The files of the stored router, or None where there is none."""
+        while (router := self._state.router) is not None:
+            hold = self._blobs.hold(router.digest)
+            if hold is not None:
+                with hold:
+                    return {name: self._blobs.read(router.digest, name) for name in router.files}
+            if self._state.router == router:
+                raise _gone(router.digest)
+        return None
+
+    def subscribe(self, callback: Callable[[Change], None]) -> tuple[AdapterRecord, ...]:
+        """Call ``callback`` with every change from now on, in order; returns ``all`` as it is now.
+
+        It is called by the thread that makes a change, while no other change can be made: it has
+        to be quick, must not raise, and may only read the registry.
+        """
+        with self._history.lock:
+            self._history.subscribe(callback)
+            return self.all()
+
+    def refresh(self) -> None:
+        """Take in what other processes have changed."""
+        self._history.refresh()
+
+    # Inside
+
+    def _change_record(
+        self, tenant: str, name: str, edit: Callable[[AdapterRecord], AdapterRecord]
+    ) -> AdapterRecord:
+        def change(state: State) -> Change | None:
+            before = _known(state, tenant, name)
+            after = edit(before)
+            return None if after == before else Change(state.revision + 1, before, after)
+
+        with _disk_space():
+            state, _ = self._history.commit(change)
+        return state.adapters[tenant, name]
+
+    def _remove_unreferenced(self, digests: Iterable[str]) -> None:
+        with self._history.lock:
+            self._unremoved |= set(digests)
+            self._unremoved -= self._state.digests
+            for digest in sorted(self._unremoved):
+                if self._blobs.remove(digest, functools.partial(self._is_unreferenced, digest)):
+                    self._unremoved.discard(digest)
+
+    def _is_unreferenced(self, digest: str) -> bool:
+        """Also by what another process has done by now."""
+        return digest not in self._history.newest().digests
+
+    def _fits(self, record: AdapterRecord) -> bool:
+        base = record.card.base_fingerprint
+        return not base or not self._fingerprint or base == self._fingerprint
+
+    def _check_base(self, card: RoutingCard) -> None:
+        if card.base_fingerprint and self._fingerprint not in ("", card.base_fingerprint):
+            raise InvalidArgument(
+                f"base_fingerprint: the card names base {card.base_fingerprint}, this server runs "
+                f"{self._fingerprint}; register the adapter where its base runs",
+                field="base_fingerprint",
+                reason="WRONG_BASE",
+            )
+
+    def _check_count(self, state: State) -> None:
+        if len(state.adapters) >= self._limits.max_adapters:
+            raise ResourceExhausted(
+                "name: as many adapters are registered as adapters.max_adapters allows; "
+                "unregister one or raise the limit",
+                field="name",
+                reason="TOO_MANY_ADAPTERS",
+            )
+
+
+def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:
+    return card if tasks is None else replaced(card, tasks=tuple(tasks))
+
+
+def _known(state: State, tenant: str, name: str) -> AdapterRecord:
+    record = state.adapters.get((tenant, name))
+    if record is None:
+        raise _unknown("adapter", name, state.by_tenant.get(tenant, {}))
+    return record
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> NotFound:
+    # The likeliest first: comparing takes time, so not all of very many are compared.
+    likely = sorted(known, key=lambda other: (other[:1] != name[:1], other))[:_COMPARED]
+    near = difflib.get_close_matches(name[:64], likely, 3)
+    remedy = f"did you mean {', '.join(near)}?" if near else f"list the known {kind}s"
+    return NotFound(
+        f"{kind}: {quoted(name)} is not registered; {remedy}",
+        field=kind,
+        reason=f"{kind.upper()}_NOT_FOUND",
+    )
+
+
+def _gone(digest: str) -> NotFound:
+    return NotFound(
+        f"digest: the content {quoted(digest)} is not stored (any more); register the adapter "
+        "again, or use its present version",
+        field="digest",
+        reason="VERSION_NOT_FOUND",
+    )
+
+
+@contextlib.contextmanager
+def _disk_space() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceExhausted(
+            "server.state: the disk is full; make room or unregister adapters",
+            field="server.state",
+            reason="DISK_FULL",
+        ) from None

@@ -1,0 +1,200 @@
+"""``mora-serve adapters``: list, show, register, upload, unregister, pin."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mora_serve.cli import prompt as shared
+from mora_serve.cli.output import megabytes, print_json, table
+from mora_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mora_serve.client.requests import CardOptions
+    from mora_serve.v1.adapters_pb2 import Adapter
+
+EPILOG = """\
+examples:
+  mora-serve adapters list
+  mora-serve adapters register summarise summarise-v1 --task summarise --prompts examples.txt
+  mora-serve adapters upload summarise ./out/summarise-v1 --replace
+  mora-serve adapters pin summarise
+  mora-serve adapters unregister summarise
+
+An adapter is a PEFT directory: adapter_config.json and safetensors. With example prompts (16 are
+plenty) the router can pick it; without, it is reached by its name or its tasks.
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its own subcommands to the command line."""
+    parser = commands.add_parser(
+        "adapters",
+        help="list, register, pin and remove adapters",
+        description="List, register, pin and remove the adapters of a running server.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=lambda args: _help(parser), parser=parser)
+    actions = parser.add_subparsers(metavar="ACTION", title="actions")
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = actions.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+        )
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    shared.add_connection(action("list", run_list, "list the adapters"))
+    named = {
+        "show": action("show", run_show, "show one adapter"),
+        "register": action("register", run_register, "register a directory of the server"),
+        "upload": action("upload", run_upload, "register a directory of this machine"),
+        "unregister": action("unregister", run_unregister, "remove an adapter"),
+        "pin": action("pin", run_pin, "keep an adapter on the device"),
+        "unpin": action("unpin", run_unpin, "let an adapter leave the device"),
+    }
+    for name, sub in named.items():
+        sub.add_argument("name", metavar="NAME", help="the adapter's name")
+        if name in ("register", "upload"):
+            under = "under the server's adapters.root" if name == "register" else "on this machine"
+            sub.add_argument("directory", metavar="DIR", help=f"the PEFT directory, {under}")
+            _add_card(sub)
+            sub.add_argument(
+                "--replace", action="store_true", help="make a new version if the name is in use"
+            )
+        shared.add_connection(sub)
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    card = parser.add_argument_group(
+        "routing card", "when given, it takes the place of the card in the directory"
+    )
+    card.add_argument(
+        "--task", action="append", default=[], help="a task that it does, for hints (repeat)"
+    )
+    card.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="an example prompt (repeat)"
+    )
+    card.add_argument("--prompts", metavar="FILE", help="a file of example prompts, one a line")
+    card.add_argument("--description", default="", metavar="TEXT", help="what it does")
+    card.add_argument(
+        "--group", default="", help="the router runs at most one adapter of a group at a time"
+    )
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print all adapters of the tenant."""
+    with shared.connect(args) as client:
+        adapters = client.list_adapters()
+    if args.json:
+        print_json([shared.plain(a) for a in adapters])
+    elif not adapters:
+        shared.note("no adapters; 'mora-serve adapters register --help' says how to add one")
+    else:
+        print(_table(adapters))
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Print one adapter."""
+    with shared.connect(args) as client:
+        return _show(client.get_adapter(args.name), args)
+
+
+def run_register(args: argparse.Namespace) -> int:
+    """Register a directory that the server can read."""
+    card = _card(args)
+    with shared.connect(args) as client:
+        adapter = client.register_adapter(args.name, args.directory, replace=args.replace, **card)
+    return _show(adapter, args)
+
+
+def run_upload(args: argparse.Namespace) -> int:
+    """Register a directory of this machine."""
+    directory = Path(args.directory)
+    if not (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"DIR: {args.directory} holds no adapter_config.json; give a PEFT adapter's directory"
+        )
+    card = _card(args)
+    with shared.connect(args) as client:
+        adapter = client.upload_adapter(args.name, directory, replace=args.replace, **card)
+    return _show(adapter, args)
+
+
+def run_unregister(args: argparse.Namespace) -> int:
+    """Remove an adapter."""
+    with shared.connect(args) as client:
+        client.unregister_adapter(args.name)
+    if args.json:
+        print_json({"unregistered": args.name})
+    else:
+        print(f"{args.name} is unregistered; requests in flight finish with it")
+    return 0
+
+
+def run_pin(args: argparse.Namespace) -> int:
+    """Keep an adapter on the device."""
+    with shared.connect(args) as client:
+        return _show(client.pin_adapter(args.name, True), args)
+
+
+def run_unpin(args: argparse.Namespace) -> int:
+    """Let an adapter leave the device."""
+    with shared.connect(args) as client:
+        return _show(client.pin_adapter(args.name, False), args)
+
+
+def _card(args: argparse.Namespace) -> CardOptions:
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            lines = Path(args.prompts).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"--prompts: {args.prompts} cannot be read as text: {e}") from e
+        prompts += [line for line in lines if line.strip()]
+    return {
+        "tasks": args.task,
+        "prompts": prompts,
+        "description": args.description,
+        "group": args.group,
+    }
+
+
+def _show(adapter: Adapter, args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(shared.plain(adapter))
+    else:
+        print(_table([adapter]))
+        if adapter.card.description:
+            print(adapter.card.description)
+    return 0
+
+
+def _table(adapters: Iterable[Adapter]) -> str:
+    rows = [
+        (
+            a.name,
+            str(a.version),
+            ", ".join(a.card.tasks) or "-",
+            f"{'DoRA' if a.dora else 'rsLoRA' if a.rslora else 'LoRA'} r{a.rank}",
+            megabytes(a.size_bytes),
+            "yes" if a.routable else "no",
+            "pinned" if a.pinned else "resident" if a.resident else "on disk",
+            "yes" if a.verified else "shapes fit",
+            a.digest[:12],
+        )
+        for a in adapters
+    ]
+    headers = ("name", "version", "tasks", "kind", "size", "routable", "where", "base", "digest")
+    return table(headers, rows, right=(1, 4))
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 2

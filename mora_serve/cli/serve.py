@@ -1,0 +1,91 @@
+"""``mora-serve serve``: one flag for every key of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import sys
+import typing
+from dataclasses import fields
+from typing import Any
+
+from mora_serve import config
+
+EPILOG = """\
+examples:
+  mora-serve serve                                          the bundled models
+  mora-serve serve --base.model Qwen/Qwen2.5-7B-Instruct    a model of the hub
+  mora-serve serve --base.model ./llama --adapters.root ./adapters --server.state ./state
+  mora-serve serve --config mora.toml --server.port 0       a file; a free port
+
+A flag overrides the environment (MORA_SERVER_PORT=...), which overrides the file ([server] with
+port = ...). The server listens on this machine only, unless --server.host says otherwise.
+Ctrl-C drains: running requests finish, new ones are refused.
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "serve",
+        usage="mora-serve serve [-h] [--config FILE] [--log-level LEVEL] [--SECTION.KEY VALUE ...]",
+        help="run the server",
+        description="Load the base model and serve it over gRPC.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with one table a section")
+    parser.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(info)"
+    )
+    groups = {
+        section.name: parser.add_argument_group(
+            section.name, inspect.getdoc(typing.cast("type", section.default_factory))
+        )
+        for section in fields(config.Config)
+    }
+    for key, (hint, default, text) in config.keys().items():
+        groups[key.partition(".")[0]].add_argument(
+            f"--{key}",
+            dest=f"flag:{key}",
+            metavar=_metavar(hint),
+            default=None,
+            help=f"{text} (default: {_shown(default)})".replace("%", "%%"),
+        )
+    parser.set_defaults(run=run, parser=parser)
+
+
+def flags(args: argparse.Namespace) -> dict[str, str]:
+    """The configuration flags that were given, as ``section.key`` -> text."""
+    return {
+        name.removeprefix("flag:"): value
+        for name, value in vars(args).items()
+        if name.startswith("flag:") and value is not None
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted or terminated."""
+    tree = config.load_config(args.config, flags=flags(args))
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )
+    from mora_serve.server.app import serve
+
+    return serve(tree)
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(typing.get_args(hint)) + "}"
+    return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "empty" if default == "" else str(default)

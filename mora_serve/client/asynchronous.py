@@ -1,0 +1,199 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc import aio
+
+from mora_serve import messages
+from mora_serve.client import connection, requests
+from mora_serve.client.connection import Delta, Result, Streamed, Stubs
+from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
+from mora_serve.core import Decision
+from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
+
+
+class AsyncStream(Streamed):
+    """A streamed answer: iterate over its deltas; leaving the context cancels what is left."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            async for message in self._received:
+                if (delta := self.take(message)) is not None:
+                    yield delta
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self._stubs.address) from None
+
+
+class AsyncClient(Stubs):
+    """A client for one event loop. ``timeout``: seconds a call, None: none.
+
+    ``credentials`` makes the connection a TLS one.
+    """
+
+    def __init__(
+        self,
+        address: str = connection.DEFAULT_ADDRESS,
+        *,
+        tenant: str = "",
+        timeout: float | None = 120.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        channel = (
+            aio.insecure_channel(address, connection.OPTIONS)
+            if credentials is None
+            else aio.secure_channel(address, credentials, connection.OPTIONS)
+        )
+        super().__init__(channel, address, tenant, timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        await self.channel.close()
+
+    async def generate(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Result:
+        """Answer a prompt."""
+        request = requests.generate(generation_pb2.GenerateRequest, prompt, options)
+        return connection.read_result(await self._run(self.generation.Generate, request, options))
+
+    async def stream(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """Answer a prompt piece by piece; returns when the decision is known."""
+        request = requests.generate(generation_pb2.GenerateStreamRequest, prompt, options)
+        call = self.generation.GenerateStream(request, **self.carry(options))
+        try:
+            received = aiter(call)
+            return AsyncStream(self, call, received, await anext(received))
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None
+
+    async def route(self, prompt: str | None = None, **options: Unpack[RouteOptions]) -> Decision:
+        """Decide as ``generate`` would, without generating."""
+        request = requests.route(prompt, options)
+        return messages.decision_of((await self._run(self.router.Route, request, options)).decision)
+
+    async def register_adapter(
+        self, name: str, path: str, *, replace: bool = False, **options: Unpack[CardOptions]
+    ) -> adapters_pb2.Adapter:
+        """Register a directory under the server's adapter root."""
+        request = requests.register(name, path, replace, options)
+        return await self._adapter(self.adapters.RegisterAdapter, request, options)
+
+    async def upload_adapter(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        replace: bool = False,
+        **options: Unpack[CardOptions],
+    ) -> adapters_pb2.Adapter:
+        """Register a directory of this machine by sending its files."""
+        upload = requests.upload(name, Path(directory), replace, options)
+        return await self._adapter(self.adapters.UploadAdapter, upload, options)
+
+    async def update_adapter(
+        self, name: str, **options: Unpack[CardOptions]
+    ) -> adapters_pb2.Adapter:
+        """Replace an adapter's routing card; what is not given becomes empty."""
+        request = requests.update(name, options)
+        return await self._adapter(self.adapters.UpdateAdapter, request, options)
+
+    async def get_adapter(self, name: str, **options: Unpack[CallOptions]) -> adapters_pb2.Adapter:
+        """Describe an adapter."""
+        request = adapters_pb2.GetAdapterRequest(name=name)
+        return await self._adapter(self.adapters.GetAdapter, request, options)
+
+    async def pin_adapter(
+        self, name: str, pinned: bool = True, **options: Unpack[CallOptions]
+    ) -> adapters_pb2.Adapter:
+        """Keep an adapter on the device, or no longer."""
+        request = adapters_pb2.PinAdapterRequest(name=name, pinned=pinned)
+        return await self._adapter(self.adapters.PinAdapter, request, options)
+
+    async def unregister_adapter(self, name: str, **options: Unpack[CallOptions]) -> None:
+        """Remove an adapter; requests in flight finish with it."""
+        request = adapters_pb2.UnregisterAdapterRequest(name=name)
+        await self._run(self.adapters.UnregisterAdapter, request, options)
+
+    async def list_adapters(self, **options: Unpack[CallOptions]) -> list[adapters_pb2.Adapter]:
+        """All adapters of the tenant, by name."""
+        found: list[adapters_pb2.Adapter] = []
+        request = adapters_pb2.ListAdaptersRequest(page_size=200)
+        while True:
+            page = await self._run(self.adapters.ListAdapters, request, options)
+            found += page.adapters
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def load_router(
+        self, path: str | None = None, data: bytes | None = None, **options: Unpack[CallOptions]
+    ) -> router_pb2.Router:
+        """Replace the router by a file under the server's adapter root, or by a file's bytes."""
+        request = requests.load_router(path, data)
+        router: router_pb2.Router = (
+            await self._run(self.router.LoadRouter, request, options)
+        ).router
+        return router
+
+    async def get_router(self, **options: Unpack[CallOptions]) -> router_pb2.Router:
+        """Describe the router in use; its digest is empty when there is none."""
+        request = router_pb2.GetRouterRequest()
+        router: router_pb2.Router = (
+            await self._run(self.router.GetRouter, request, options)
+        ).router
+        return router
+
+    async def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:
+        """What is served, with which limits."""
+        request = server_pb2.GetServerInfoRequest()
+        info: server_pb2.GetServerInfoResponse = await self._run(
+            self.server.GetServerInfo, request, options
+        )
+        return info
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return when the server is ready. Raises Unavailable after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(grpc.RpcError):
+                answer = await self.health.Check(
+                    connection.HEALTH, timeout=left, wait_for_ready=True
+                )
+                if connection.is_ready(answer):
+                    return
+            await asyncio.sleep(connection.HEALTH_SECONDS)
+        raise connection.not_ready(self.address, timeout)
+
+    async def _adapter(
+        self, method: Any, request: Any, options: CallOptions
+    ) -> adapters_pb2.Adapter:
+        adapter: adapters_pb2.Adapter = (await self._run(method, request, options)).adapter
+        return adapter
+
+    async def _run(self, method: Any, request: Any, options: CallOptions) -> Any:
+        try:
+            return await method(request, **self.carry(options))
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None

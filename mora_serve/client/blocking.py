@@ -1,0 +1,182 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import grpc
+
+from mora_serve import messages
+from mora_serve.client import connection, requests
+from mora_serve.client.connection import Delta, Result, Streamed, Stubs
+from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
+from mora_serve.core import Decision
+from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
+
+
+class Stream(Streamed):
+    """A streamed answer: iterate over its deltas; leaving the context cancels what is left."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def __iter__(self) -> Iterator[Delta]:
+        try:
+            for message in self._received:
+                if (delta := self.take(message)) is not None:
+                    yield delta
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self._stubs.address) from None
+
+
+class Client(Stubs):
+    """A blocking client; safe to share between threads. ``timeout``: seconds a call, None: none.
+
+    ``credentials`` makes the connection a TLS one.
+    """
+
+    def __init__(
+        self,
+        address: str = connection.DEFAULT_ADDRESS,
+        *,
+        tenant: str = "",
+        timeout: float | None = 120.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        channel = (
+            grpc.insecure_channel(address, connection.OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, connection.OPTIONS)
+        )
+        super().__init__(channel, address, tenant, timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self.channel.close()
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Result:
+        """Answer a prompt."""
+        request = requests.generate(generation_pb2.GenerateRequest, prompt, options)
+        return connection.read_result(self._run(self.generation.Generate, request, options))
+
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+        """Answer a prompt piece by piece; returns when the decision is known."""
+        request = requests.generate(generation_pb2.GenerateStreamRequest, prompt, options)
+        call = self.generation.GenerateStream(request, **self.carry(options))
+        try:
+            return Stream(self, call, call, next(call))
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None
+
+    def route(self, prompt: str | None = None, **options: Unpack[RouteOptions]) -> Decision:
+        """Decide as ``generate`` would, without generating."""
+        request = requests.route(prompt, options)
+        return messages.decision_of(self._run(self.router.Route, request, options).decision)
+
+    def register_adapter(
+        self, name: str, path: str, *, replace: bool = False, **options: Unpack[CardOptions]
+    ) -> adapters_pb2.Adapter:
+        """Register a directory under the server's adapter root."""
+        request = requests.register(name, path, replace, options)
+        return self._adapter(self.adapters.RegisterAdapter, request, options)
+
+    def upload_adapter(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        replace: bool = False,
+        **options: Unpack[CardOptions],
+    ) -> adapters_pb2.Adapter:
+        """Register a directory of this machine by sending its files."""
+        upload = requests.upload(name, Path(directory), replace, options)
+        return self._adapter(self.adapters.UploadAdapter, upload, options)
+
+    def update_adapter(self, name: str, **options: Unpack[CardOptions]) -> adapters_pb2.Adapter:
+        """Replace an adapter's routing card; what is not given becomes empty."""
+        request = requests.update(name, options)
+        return self._adapter(self.adapters.UpdateAdapter, request, options)
+
+    def get_adapter(self, name: str, **options: Unpack[CallOptions]) -> adapters_pb2.Adapter:
+        """Describe an adapter."""
+        request = adapters_pb2.GetAdapterRequest(name=name)
+        return self._adapter(self.adapters.GetAdapter, request, options)
+
+    def pin_adapter(
+        self, name: str, pinned: bool = True, **options: Unpack[CallOptions]
+    ) -> adapters_pb2.Adapter:
+        """Keep an adapter on the device, or no longer."""
+        request = adapters_pb2.PinAdapterRequest(name=name, pinned=pinned)
+        return self._adapter(self.adapters.PinAdapter, request, options)
+
+    def unregister_adapter(self, name: str, **options: Unpack[CallOptions]) -> None:
+        """Remove an adapter; requests in flight finish with it."""
+        request = adapters_pb2.UnregisterAdapterRequest(name=name)
+        self._run(self.adapters.UnregisterAdapter, request, options)
+
+    def list_adapters(self, **options: Unpack[CallOptions]) -> list[adapters_pb2.Adapter]:
+        """All adapters of the tenant, by name."""
+        found: list[adapters_pb2.Adapter] = []
+        request = adapters_pb2.ListAdaptersRequest(page_size=200)
+        while True:
+            page = self._run(self.adapters.ListAdapters, request, options)
+            found += page.adapters
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    def load_router(
+        self, path: str | None = None, data: bytes | None = None, **options: Unpack[CallOptions]
+    ) -> router_pb2.Router:
+        """Replace the router by a file under the server's adapter root, or by a file's bytes."""
+        request = requests.load_router(path, data)
+        router: router_pb2.Router = self._run(self.router.LoadRouter, request, options).router
+        return router
+
+    def get_router(self, **options: Unpack[CallOptions]) -> router_pb2.Router:
+        """Describe the router in use; its digest is empty when there is none."""
+        request = router_pb2.GetRouterRequest()
+        router: router_pb2.Router = self._run(self.router.GetRouter, request, options).router
+        return router
+
+    def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:
+        """What is served, with which limits."""
+        request = server_pb2.GetServerInfoRequest()
+        info: server_pb2.GetServerInfoResponse = self._run(
+            self.server.GetServerInfo, request, options
+        )
+        return info
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return when the server is ready. Raises Unavailable after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(grpc.RpcError):
+                answer = self.health.Check(connection.HEALTH, timeout=left, wait_for_ready=True)
+                if connection.is_ready(answer):
+                    return
+            time.sleep(connection.HEALTH_SECONDS)
+        raise connection.not_ready(self.address, timeout)
+
+    def _adapter(self, method: Any, request: Any, options: CallOptions) -> adapters_pb2.Adapter:
+        adapter: adapters_pb2.Adapter = self._run(method, request, options).adapter
+        return adapter
+
+    def _run(self, method: Any, request: Any, options: CallOptions) -> Any:
+        try:
+            return method(request, **self.carry(options))
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None

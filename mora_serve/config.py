@@ -1,0 +1,242 @@
+"""The configuration: one frozen, typed tree; file < environment < flags.
+
+A TOML file has one table a section (``[base]``, ``[engine]``, ...). An environment variable is
+``MORA_<SECTION>_<KEY>``; a flag is ``--<section>.<key>``. An unknown key is an error, except in
+environment variables of another section (see ``load_config``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mora_serve.errors import ConfigError
+
+
+def _doc(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The one resident model."""
+
+    model: str = _doc("demo", "Hugging Face directory or hub id; 'demo' is the bundled one")
+    revision: str = _doc("main", "revision of a hub id")
+    quantization: Literal["nf4", "none"] = _doc("nf4", "4-bit NF4, or the weights as they are")
+    dtype: Literal["auto", "bf16", "fp32"] = _doc(
+        "auto", "compute type; auto is bf16 where the processor has it"
+    )
+    device: str = _doc("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Batching, memory for keys and values, and limits a request."""
+
+    max_batch: int = _doc(64, "requests that run at the same time")
+    step_tokens: int = _doc(512, "tokens computed a step, prefill chunks included")
+    page_size: int = _doc(16, "tokens a page of the key/value cache")
+    kv_pages: int = _doc(0, "pages of the key/value cache; 0 sizes it from kv_bytes")
+    kv_bytes: int = _doc(1 << 30, "memory for the key/value cache, in bytes")
+    prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
+    max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
+    max_queue: int = _doc(1024, "requests waiting before new ones are refused")
+    max_tokens: int = _doc(4096, "largest max_tokens a request may ask for")
+    max_stop: int = _doc(16, "largest number of stop strings a request may give")
+    max_logprobs: int = _doc(20, "largest number of logprobs a token")
+    stall_seconds: float = _doc(60.0, "a stream whose client reads nothing this long is aborted")
+    threads: int = _doc(0, "CPU threads for the engine; 0 leaves the choice to torch")
+
+
+@dataclass(frozen=True)
+class AdaptersConfig:
+    """What may be registered, and how much of it is resident."""
+
+    root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
+    slots: int = _doc(32, "adapters on the device at the same time")
+    max_rank: int = _doc(64, "largest LoRA rank that can be registered")
+    max_mixture: int = _doc(4, "adapters in one mixture")
+    max_adapters: int = _doc(10_000, "adapters registered in all")
+    max_bytes: int = _doc(1 << 30, "size of one adapter's weights")
+    max_tensors: int = _doc(8192, "tensors in one adapter")
+    max_prompts: int = _doc(64, "example prompts in one routing card")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The learned router."""
+
+    path: str = _doc("", "router file to load at start; empty takes the registered one")
+    max_adapters: int = _doc(2, "adapters the router may mix when the request does not say")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Addresses and limits of the gRPC server."""
+
+    host: str = _doc("127.0.0.1", "address to listen on")
+    port: int = _doc(50051, "gRPC port; 0 takes a free one")
+    metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
+    max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
+    drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
+    state: str = _doc("", "directory of the adapter registry; empty keeps it for this run only")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def load_config(
+    path: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Build the tree from a TOML file, the environment and flags (``{"engine.slots": 8}``).
+
+    Kubernetes injects variables for every Service of a namespace: for one named mora-serve,
+    MORA_SERVE_SERVICE_HOST and MORA_SERVE_PORT=tcp://..., for one named mora-server,
+    MORA_SERVER_PORT=tcp://... So variables whose section is none of the tree's are ignored, and
+    within a section those of the injected forms are.
+
+    Raises ConfigError for an unknown key (the nearest known one is named), a value of the wrong
+    type, or one out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values.update(_read_file(Path(path)))
+    known = set(keys())
+    tables = {section.name for section in dataclasses.fields(Config)}
+    for name, text in (os.environ if environ is None else environ).items():
+        if name.startswith("MORA_"):
+            table, _, key = name.removeprefix("MORA_").lower().partition("_")
+            if table not in tables or _injected(key, text):
+                continue
+            values[_known(f"{table}.{key}", known, f"environment variable {name}")] = text
+    for key, value in (flags or {}).items():
+        values[_known(key, known, f"flag --{key}")] = value
+    sections: dict[str, Any] = {}
+    for section in dataclasses.fields(Config):
+        cls = typing.cast("type", section.default_factory)
+        hints = typing.get_type_hints(cls)
+        given = {
+            f.name: _convert(f"{section.name}.{f.name}", values[k], hints[f.name])
+            for f in dataclasses.fields(cls)
+            if (k := f"{section.name}.{f.name}") in values
+        }
+        sections[section.name] = cls(**given)
+    config = Config(**sections)
+    _check(config)
+    return config
+
+
+def keys() -> dict[str, tuple[Any, Any, str]]:
+    """Every key as ``section.key`` -> (type, default, help)."""
+    out = {}
+    for section in dataclasses.fields(Config):
+        cls = typing.cast("type", section.default_factory)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            out[f"{section.name}.{f.name}"] = (hints[f.name], f.default, f.metadata["help"])
+    return out
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"configuration file: cannot be read ({e.strerror})") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"configuration file: not valid TOML: {e}") from e
+    known = set(keys())
+    values = {}
+    for section, table in tree.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"configuration file: {section!r} stands outside any [section]")
+        for key, value in table.items():
+            values[_known(f"{section}.{key}", known, "configuration file")] = value
+    return values
+
+
+def _injected(key: str, text: str) -> bool:
+    """Whether Kubernetes sets such a variable for a Service of the section's name."""
+    if key == "port":
+        return text.startswith(("tcp://", "udp://", "sctp://"))
+    return re.fullmatch(r"service_(host|port(_.*)?)|port_\d+_(tcp|udp|sctp)(_.*)?", key) is not None
+
+
+def _known(key: str, known: set[str], where: str) -> str:
+    if key in known:
+        return key
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{where}: unknown key {key!r}{hint}", field=key)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        options = typing.get_args(hint)
+        if value in options:
+            return value
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(options)}", field=key)
+    try:
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool) or (hint is int and isinstance(value, float)):
+            raise ValueError
+        return hint(value)
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{key}: {value!r} is not a valid {hint.__name__}", field=key) from None
+
+
+def _check(config: Config) -> None:
+    positive = (
+        *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
+        *(f"adapters.{k}" for k in ("slots", "max_rank", "max_mixture", "max_adapters")),
+        *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
+    )
+    for key in positive:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value < 1:
+            raise ConfigError(f"{key}: {value} is out of range; it must be at least 1", field=key)
+    for key in keys():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        least = -1 if key == "server.metrics_port" else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise ConfigError(
+                f"{key}: {value} is out of range; it must be at least {least}", field=key
+            )
+        if name.endswith("port") and value > 65535:
+            raise ConfigError(f"{key}: {value} is out of range; ports end at 65535", field=key)
+    if config.engine.step_tokens < config.engine.max_batch:
+        raise ConfigError(
+            f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "
+            f"({config.engine.max_batch}); each running request needs one token a step",
+            field="engine.step_tokens",
+        )
+    if config.adapters.slots < config.adapters.max_mixture:
+        raise ConfigError(
+            f"adapters.slots: {config.adapters.slots} is less than adapters.max_mixture "
+            f"({config.adapters.max_mixture}); a full mixture would never fit",
+            field="adapters.slots",
+        )

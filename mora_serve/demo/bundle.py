@@ -1,0 +1,87 @@
+"""The embedded bundle: where it is, how it is registered, and the examples to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mora_serve.core import DEFAULT_TENANT
+from mora_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mora_serve.adapters.registry import Registry
+    from mora_serve.config import AdaptersConfig
+    from mora_serve.model.shape import ModelShape
+
+MANIFEST_FILE = "bundle.json"
+EXAMPLES_FILE = "examples.json"
+
+
+def bundle_path() -> Path:
+    """The directory of the bundle that ships in the package.
+
+    Raises ConfigError when this installation has none.
+    """
+    path = Path(__file__).with_name("bundle")
+    if not (path / MANIFEST_FILE).is_file():
+        raise ConfigError(
+            "base.model: 'demo' asks for the bundled models, but this installation has none; make "
+            "them with: python -m router_training demo --out mora_serve/demo/bundle",
+            field="base.model",
+        )
+    return path
+
+
+Kind = Literal["auto", "task", "mixture", "base", "abstain", "chat", "late"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt of the demo and what should come of it.
+
+    ``kind`` says how it is asked: routed (``auto``, ``chat``; ``abstain`` where no adapter fits;
+    ``late`` for an adapter that is registered while the demo runs), hinted (``task``), with the
+    ``mixture``, or without adapters (``base``). ``adapter`` is the one that should answer, empty
+    for none. ``answer`` is empty where no answer is right or wrong. ``turns`` are the (role,
+    text) turns ahead of the prompt in a chat.
+    """
+
+    kind: Kind
+    prompt: str
+    adapter: str = ""
+    answer: str = ""
+    mixture: Mapping[str, float] | None = None
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+def read_examples(bundle: Path) -> tuple[Example, ...]:
+    """The examples of a bundle."""
+    values: list[dict[str, Any]] = json.loads((bundle / EXAMPLES_FILE).read_text())
+    return tuple(
+        Example(**{**v, "turns": tuple((role, text) for role, text in v.get("turns", ()))})
+        for v in values
+    )
+
+
+def register_bundle(registry: Registry, shape: ModelShape, limits: AdaptersConfig) -> None:
+    """Register the bundle's adapters and router for the default tenant.
+
+    Only the adapters that the manifest marks so; a name that is in use, and a router that is
+    stored, stay as they are, so that a restart changes nothing. Raises MoraError when the limits
+    of the configuration are too small for the bundle.
+    """
+    from mora_serve.adapters.validate import read_directory
+
+    bundle = bundle_path()
+    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
+    known = {record.name for record in registry.list(DEFAULT_TENANT)}
+    for entry in manifest["adapters"]:
+        if entry["registered"] and entry["name"] not in known:
+            adapter = read_directory(bundle, entry["directory"], shape, limits)
+            registry.register(DEFAULT_TENANT, entry["name"], adapter)
+    if registry.router() is None:
+        files = sorted((bundle / manifest["router"]).iterdir())
+        registry.set_router({file.name: file.read_bytes() for file in files})

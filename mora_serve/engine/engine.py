@@ -1,0 +1,414 @@
+"""The engine: one thread that owns the device, and what crosses to it.
+
+``step()`` is the whole story: take in messages, schedule, run, hand out events. Everything that
+crosses between threads is a plain message: requests and aborts in, one list of events a step out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from mora_serve.adapters.validate import ValidatedAdapter
+from mora_serve.config import Config
+from mora_serve.core import (
+    AdapterLoad,
+    EngineStats,
+    Event,
+    Finish,
+    Request,
+    SamplingParams,
+    TokenOut,
+    Usage,
+)
+from mora_serve.engine.adapter_pool import AdapterPool
+from mora_serve.engine.kv_cache import KVCache
+from mora_serve.engine.runner import Runner, kv_page_count
+from mora_serve.engine.scheduler import Batch, Scheduler
+from mora_serve.engine.sequence import Sequence
+from mora_serve.engine.text import TextStream
+from mora_serve.errors import (
+    ConfigError,
+    Failure,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from mora_serve.model.loading import Base
+from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.shape import PROJECTIONS
+
+log = logging.getLogger(__name__)
+
+STATS_SECONDS = 0.1
+
+STEP_FAILED = Failure("INTERNAL", "STEP_FAILED", "generation: a step failed; retry the request")
+
+Deliver = Callable[[Seq[Event | AdapterLoad]], None]
+
+
+class Engine:
+    """Serves requests on one base with many adapters.
+
+    ``open_adapter(digest)`` gives a registered adapter's content. All public methods are
+    thread-safe.
+    """
+
+    def __init__(
+        self, base: Base, config: Config, open_adapter: Callable[[str], ValidatedAdapter]
+    ) -> None:
+        self.base = base
+        self.config = config.engine
+        decoder = base.decoder
+        self.max_context = min(
+            config.engine.max_context or base.shape.max_positions, base.shape.max_positions
+        )
+        pages = kv_page_count(decoder, config.engine, self.max_context)
+        _check_memory(base, config, pages)
+        slots = AdapterSlots(
+            base.shape,
+            config.adapters.slots,
+            config.adapters.max_rank,
+            decoder.dtype,
+            decoder.device,
+        )
+        self._wake = threading.Condition()
+        self._inbox: deque[Request | tuple[str, Finish]] = deque()
+        self._signalled = False
+        self._stopping = False
+        self.pool = AdapterPool(
+            decoder, slots, open_adapter, self._signal, config.adapters.max_mixture
+        )
+        self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
+        self.scheduler = Scheduler(config.engine, self.cache, self.pool)
+        self.runner = Runner(decoder, self.pool, pages, config.engine.page_size)
+        self._sequences: dict[str, Sequence] = {}
+        self._events: list[Event | AdapterLoad] = []  # of the step under way
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self._stats = self._snapshot()
+        self._stats_time = 0.0
+        self._preemptions = 0
+        self._deliver: Deliver | None = None
+        self._failed: Callable[[], object] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, deliver: Deliver, failed: Callable[[], object] | None = None) -> None:
+        """Start the engine's thread.
+
+        ``deliver`` is called on it, once a step, with what happened; ``failed`` when the thread
+        ends by a fault, after which every ``submit`` raises Unavailable. Neither may block.
+        """
+        self._deliver, self._failed = deliver, failed
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, its prompt not empty and its mixture resolved.
+
+        Raises InvalidArgument when it can never fit, ResourceExhausted when the queue is full,
+        Unavailable when the engine is stopping.
+        """
+        length = len(request.prompt)
+        if max(request.prompt) >= self.base.shape.vocab_size:
+            raise InvalidArgument(
+                f"prompt: token id {max(request.prompt)} is beyond the base model's vocabulary of "
+                f"{self.base.shape.vocab_size}; leave out the text or id that stands for it",
+                field="prompt",
+            )
+        if length >= self.max_context:
+            raise InvalidArgument(
+                f"prompt: {length} tokens leave no room for an answer in the context of "
+                f"{self.max_context}; shorten the prompt",
+                field="prompt",
+            )
+        budget = min(request.sampling.max_tokens, self.max_context - length)
+        if not self.scheduler.fits(length, budget):
+            raise InvalidArgument(
+                f"prompt: {length} tokens and {budget} to generate need more key/value pages than "
+                "the server has; shorten the prompt or lower max_tokens",
+                field="prompt",
+            )
+        with self._wake:
+            if self._stopping:
+                raise Unavailable("the server is shutting down; retry elsewhere", retry_after=1.0)
+            queued = self.scheduler.waiting_count + len(self._inbox)
+            if queued >= self.config.max_queue:
+                raise ResourceExhausted(
+                    f"queue: it holds {queued} requests, as many as engine.max_queue allows; "
+                    "retry later",
+                    reason="QUEUE_FULL",
+                    retry_after=1.0,
+                )
+            self._inbox.append(request)
+            self._notify()
+
+    def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
+        """End a request early; unknown and finished ids are ignored."""
+        with self._wake:
+            self._inbox.append((request_id, finish))
+            self._notify()
+
+    def pin(self, digest: str) -> None:
+        """Keep an adapter in its slot. Raises ResourceExhausted when too many are pinned."""
+        self.pool.pin(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted again."""
+        self.pool.unpin(digest)
+
+    def stats(self) -> EngineStats:
+        """The newest snapshot for metrics, at most STATS_SECONDS old while the engine runs."""
+        return self._stats
+
+    def _snapshot(self) -> EngineStats:
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        return EngineStats(
+            running=len(running),
+            waiting=len(waiting),
+            kv_pages=self.cache.usable,
+            kv_pages_used=self.cache.used,
+            slots=self.pool.slots.slots,
+            resident=self.pool.resident,
+            running_adapters=tuple(sorted({d for s in running for d in s.digests})),
+            waiting_adapters=tuple(sorted({d for s in waiting for d in s.digests})),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=self.cache.prefix_queries,
+            prefix_hits=self.cache.prefix_hits,
+            preemptions=self.scheduler.preemptions,
+            slot_hits=self.pool.hits,
+            slot_misses=self.pool.misses,
+            slot_evictions=self.pool.evictions,
+        )
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Abort what runs and end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._notify()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        self.pool.close()
+
+    def step(self) -> list[Event | AdapterLoad]:
+        """One turn of the engine: messages, loads, one batch, its events."""
+        events: list[Event | AdapterLoad] = []
+        self._events = events
+        self._receive(events)
+        self._settle_loads(events)
+        self._expire(events)
+        batch = self.scheduler.schedule(time.monotonic())
+        if batch:
+            self._run(batch, events)
+        now = time.monotonic()
+        if now - self._stats_time >= STATS_SECONDS or not self.scheduler.running_count:
+            self._stats, self._stats_time = self._snapshot(), now
+        return events
+
+    def _loop(self) -> None:
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        while True:
+            with self._wake:
+                # Waiting requests are looked at again soon: their adapters may be loading.
+                timeout = 0.05 if self._sequences else None
+                if not self._signalled and not self.scheduler.running_count:
+                    self._wake.wait(timeout)
+                self._signalled = False
+                if self._stopping:
+                    break
+            try:
+                self._hand_over(self.step())
+            except Exception:
+                log.exception("the engine has failed")
+                self._fail()
+                return
+        events: list[Event | AdapterLoad] = []
+        self._receive(events)
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, Finish.CANCELLED, events)
+        self._hand_over(events)
+
+    def _fail(self) -> None:
+        """After a fault outside any request: end all that is here, take in nothing more."""
+        with self._wake:
+            self._stopping = True
+            waiting = [m.id for m in self._inbox if isinstance(m, Request)]
+        usage = Usage(0, 0, 0, 0.0, 0.0, 0.0)
+        try:
+            # What the step had done comes first: a request that it ended is in no list any more.
+            self._hand_over(
+                self._events
+                + [
+                    Event(request_id, finish=Finish.ERROR, usage=usage, error=STEP_FAILED)
+                    for request_id in (*self._sequences, *waiting)
+                ]
+            )
+        finally:
+            if self._failed is not None:
+                self._failed()
+
+    def _hand_over(self, events: list[Event | AdapterLoad]) -> None:
+        if events and self._deliver is not None:
+            self._deliver(events)
+
+    def _signal(self) -> None:
+        with self._wake:
+            self._notify()
+
+    def _notify(self) -> None:
+        self._signalled = True
+        self._wake.notify()
+
+    def _receive(self, events: list[Event | AdapterLoad]) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Request):
+                self._accept(message, events)
+            elif (found := self._sequences.get(message[0])) is not None:
+                self._finish(found, message[1], events)
+
+    def _accept(self, request: Request, events: list[Event | AdapterLoad]) -> None:
+        try:
+            text = TextStream(self.base.tokenizer.decode, request.sampling.stop)
+            sequence = Sequence(request, text)
+        except Exception:  # what one request asks for must not end the thread that serves all
+            log.exception("request %s cannot be taken in", request.id)
+            usage = Usage(len(request.prompt), 0, 0, 0.0, 0.0, 0.0)
+            events.append(Event(request.id, finish=Finish.ERROR, usage=usage, error=STEP_FAILED))
+            return
+        self._sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def _settle_loads(self, events: list[Event | AdapterLoad]) -> None:
+        for load in self.pool.poll():
+            events.append(load)
+            if load.error is not None:
+                for sequence in list(self._sequences.values()):
+                    if load.digest in sequence.digests:
+                        self._finish(sequence, Finish.ERROR, events, error=load.error)
+
+    def _expire(self, events: list[Event | AdapterLoad]) -> None:
+        now = time.monotonic()
+        expired = [
+            s
+            for s in self._sequences.values()
+            if s.request.deadline is not None and s.request.deadline <= now
+        ]
+        for sequence in expired:
+            self._finish(sequence, Finish.DEADLINE, events)
+
+    def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
+        try:
+            self.runner.clear(self.cache.take_new())
+            outputs = self.runner.run(batch)
+        except Exception:
+            log.exception("a step failed; its %d requests are ended", len(batch))
+            for chunk in batch:
+                self._finish(chunk.sequence, Finish.ERROR, events, error=STEP_FAILED, dirty=True)
+            return
+        self._steps += 1
+        self._prompt_tokens += sum(
+            max(0, min(c.start + c.length, c.sequence.prompt_length) - c.start) for c in batch
+        )
+        for sequence, token in outputs:
+            if token is None:  # before its pages can enter the prefix cache
+                self._finish(
+                    sequence, Finish.ERROR, events, error=_not_finite(sequence), dirty=True
+                )
+        self.scheduler.advance(batch)
+        for sequence, token in outputs:
+            if token is not None:
+                self._append(sequence, token, events)
+
+    def _append(
+        self, sequence: Sequence, token: TokenOut, events: list[Event | AdapterLoad]
+    ) -> None:
+        params = sequence.request.sampling
+        if sequence.first_token is None:
+            sequence.first_token = time.monotonic()
+        self._generation_tokens += 1
+        sequence.append(token.id)
+        ended = token.id in params.stop_token_ids or (
+            token.id in self.base.tokenizer.eos_ids and not params.ignore_eos
+        )
+        text = "" if ended else sequence.text.push(token.id)
+        if ended or sequence.text.stopped:
+            self._finish(sequence, Finish.STOP, events, (token,), text)
+        elif sequence.remaining <= 0 or len(sequence.tokens) >= self.max_context:
+            self._finish(sequence, Finish.LENGTH, events, (token,), text)
+        else:
+            events.append(Event(sequence.request.id, (token,), text))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        finish: Finish,
+        events: list[Event | AdapterLoad],
+        tokens: tuple[TokenOut, ...] = (),
+        text: str = "",
+        error: Failure | None = None,
+        dirty: bool = False,
+    ) -> None:
+        """Free everything a request holds, at once, and report its end."""
+        del self._sequences[sequence.request.id]
+        self.scheduler.remove(sequence, dirty)
+        text += sequence.text.flush()
+        now, arrival = time.monotonic(), sequence.request.arrival
+        usage = Usage(
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached_tokens,
+            completion_tokens=len(sequence.output),
+            queue_seconds=(sequence.admitted or now) - arrival,
+            first_token_seconds=(sequence.first_token or now) - arrival,
+            total_seconds=now - arrival,
+            preemptions=sequence.preemptions,
+        )
+        events.append(Event(sequence.request.id, tokens, text, finish, usage, error))
+
+    def warm_up(self) -> None:
+        """Run one token through the model, so that the first request does not pay for set-up."""
+        request = Request("warm-up", (0,), SamplingParams(max_tokens=1))
+        self.scheduler.add(sequence := Sequence(request, TextStream(self.base.tokenizer.decode)))
+        self.runner.run(self.scheduler.schedule(time.monotonic()))
+        self.scheduler.remove(sequence)
+
+
+def _not_finite(sequence: Sequence) -> Failure:
+    if not sequence.digests:
+        return Failure("INTERNAL", "NOT_FINITE", "generation: the base's numbers are not finite")
+    return Failure(
+        "FAILED_PRECONDITION",
+        "NOT_FINITE",
+        "mixture: with these adapters and weights the numbers are not finite; lower the weights, "
+        "or leave out the adapter that overflows",
+        "mixture",
+    )
+
+
+def _check_memory(base: Base, config: Config, pages: int) -> None:
+    """Log what slots and pages take; raise ConfigError where the device cannot hold them."""
+    shape, decoder, adapters = base.shape, base.decoder, config.adapters
+    item = decoder.dtype.itemsize
+    sides = sum(sum(shape.projection(p)) for p in PROJECTIONS)
+    slots = adapters.slots * adapters.max_rank * sides * shape.layers * item
+    page = 2 * shape.layers * shape.kv_heads * shape.head_dim * config.engine.page_size * item
+    log.info("%.0f MB of adapter slots, %.0f MB of pages", slots / 1e6, pages * page / 1e6)
+    if decoder.device.type != "cuda":  # elsewhere memory is taken as it is first written
+        return
+    free, _ = torch.cuda.mem_get_info(decoder.device)
+    if slots + pages * page > free:
+        raise ConfigError(
+            f"adapters.slots: {adapters.slots} slots of rank {adapters.max_rank} take "
+            f"{slots / 1e9:.1f} GB and the key/value pages {pages * page / 1e9:.1f} GB, but the "
+            f"device has {free / 1e9:.1f} GB free; lower adapters.slots, adapters.max_rank or "
+            "engine.kv_bytes",
+            field="adapters.slots",
+        )

@@ -1,0 +1,292 @@
+"""Loading a base: a Hugging Face directory or hub id -> Decoder, tensor by tensor.
+
+16- and 32-bit safetensors are quantised as they are read, so the model is never in memory in 16
+bits as a whole; a checkpoint in bitsandbytes' 4-bit format is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mora_serve.config import BaseConfig
+from mora_serve.errors import ConfigError
+from mora_serve.model import quant
+from mora_serve.model.checkpoint import Checkpoint
+from mora_serve.model.decoder import Decoder, Layer
+from mora_serve.model.shape import SITES, ModelShape, projection_path, shape_from_config
+from mora_serve.model.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The resident model with what the server says about it."""
+
+    name: str
+    shape: ModelShape
+    decoder: Decoder
+    tokenizer: Tokenizer
+    fingerprint: str
+    quantization: str
+    linear_bytes: int
+    other_bytes: int
+
+
+def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
+    """Load the base that ``config`` names; ``progress(done, total)`` is called a layer.
+
+    Raises ConfigError for an unsupported architecture or rope type, a missing or unreadable file
+    or tensor, or a device that is not there.
+    """
+    directory = resolve(config.model, config.revision)
+    hf, shape, rope = _read_config(directory)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    stored = hf.get("quantization_config") or {}
+    if stored and stored.get("quant_method") != "bitsandbytes":
+        raise ConfigError(
+            f"base.model: stored as {stored.get('quant_method')!r}; only bitsandbytes' 4-bit "
+            "format and plain 16/32-bit safetensors are supported",
+            field="base.model",
+        )
+    if stored and config.quantization == "none":
+        raise ConfigError(
+            "base.quantization: 'none' asks for unquantised weights, but the checkpoint is "
+            "already 4-bit; use 'nf4' or a 16-bit checkpoint",
+            field="base.quantization",
+        )
+    with Checkpoint(directory, device) as checkpoint:
+        decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
+        eos = hf.get("eos_token_id")
+        generation = directory / "generation_config.json"
+        if generation.exists():
+            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
+        eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        tokenizer = Tokenizer.load(directory, eos_ids)
+        linear = sum(s.nbytes for layer in decoder.layers for s in layer.sites.values())
+        tied = decoder.head.data_ptr() == decoder.embedding.data_ptr()
+        other = decoder.embedding.nbytes + (0 if tied else decoder.head.nbytes)
+        return Base(
+            name=Path(config.model).name,
+            shape=shape,
+            decoder=decoder,
+            tokenizer=tokenizer,
+            fingerprint=_fingerprint(shape, tokenizer, checkpoint),
+            quantization=config.quantization,
+            linear_bytes=linear,
+            other_bytes=other,
+        )
+
+
+def resolve(model: str, revision: str = "main") -> Path:
+    """The directory of a model: a local one, the bundled demo's, or a hub id's snapshot."""
+    if model == "demo":
+        from mora_serve.demo.bundle import bundle_path
+
+        return bundle_path() / "base"
+    if (path := Path(model)).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(str(snapshot_download(model, revision=revision, allow_patterns=patterns)))
+    except Exception as e:
+        raise ConfigError(
+            f"base.model: {model!r} is neither a directory nor a model that the hub gives "
+            f"({type(e).__name__}); download it first or give its directory",
+            field="base.model",
+        ) from e
+
+
+def _read_config(directory: Path) -> tuple[dict[str, Any], ModelShape, tuple[Tensor, float]]:
+    """What config.json holds, the shape that it describes, and its rope frequencies."""
+    try:
+        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(hf, dict):
+            raise TypeError(f"it holds a {type(hf).__name__}")
+        shape = shape_from_config(hf)
+        return hf, shape, rope_frequencies(shape)
+    except OSError as e:
+        raise ConfigError(
+            f"base.model: config.json cannot be read ({e.strerror}); give the directory or hub id "
+            "of a model in the Hugging Face format",
+            field="base.model",
+        ) from e
+    except (ValueError, KeyError, TypeError, ArithmeticError) as e:
+        detail = f"missing key: {e.args[0]}" if isinstance(e, KeyError) else str(e)
+        raise ConfigError(
+            f"base.model: config.json does not describe a model ({detail}); download it again "
+            "or correct it",
+            field="base.model",
+        ) from e
+
+
+def _decoder(
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    rope: tuple[Tensor, float],
+    dtype: torch.dtype,
+    quantise: bool,
+    progress: Progress | None,
+) -> Decoder:
+    biased = {
+        "qkv": shape.qkv_bias,
+        "o": shape.o_bias,
+        "gate_up": shape.mlp_bias,
+        "down": shape.mlp_bias,
+    }
+    layers = []
+    for i in range(shape.layers):
+        prefix = f"model.layers.{i}"
+        sites = {}
+        for site, projections in SITES.items():
+            paths = [projection_path(i, p) for p in projections]
+            parts = [_weight(checkpoint, path, dtype, quantise) for path in paths]
+            for projection, part in zip(projections, parts, strict=True):
+                if part.shape != shape.projection(projection):
+                    raise ConfigError(
+                        f"base.model: {projection} of layer {i} is {list(part.shape)}, the "
+                        f"configuration says {list(shape.projection(projection))}",
+                        field="base.model",
+                    )
+            biases = [f"{path}.bias" for path in paths]
+            bias = None
+            if biased[site]:
+                bias = torch.cat([checkpoint.tensor(b, dtype) for b in biases])
+            elif stray := [b for b in biases if b in checkpoint]:
+                raise ConfigError(
+                    f"base.model: there is a tensor {stray[0]}, but by the configuration this "
+                    "architecture has no such bias; check that both are of one model",
+                    field="base.model",
+                )
+            sites[site] = quant.fuse(parts, bias)
+        norms = [f"{prefix}.self_attn.{n}_norm.weight" for n in "qk"] if shape.qk_norm else []
+        layers.append(
+            Layer(
+                checkpoint.tensor(f"{prefix}.input_layernorm.weight", dtype),
+                checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", dtype),
+                sites,
+                *(checkpoint.tensor(n, dtype) for n in norms),
+            )
+        )
+        if progress is not None:
+            progress(i + 1, shape.layers)
+    embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
+    head = embedding
+    if not shape.tied_embeddings:
+        head = checkpoint.tensor("lm_head.weight", dtype)
+    norm = checkpoint.tensor("model.norm.weight", dtype)
+    return Decoder(shape, embedding, layers, norm, head, *rope)
+
+
+def _weight(checkpoint: Checkpoint, path: str, dtype: torch.dtype, quantise: bool) -> quant.Weight:
+    name = f"{path}.weight"
+    if f"{name}.absmax" in checkpoint:
+        state = {
+            key.removeprefix(f"{path}."): checkpoint.tensor(key) for key in checkpoint.beside(name)
+        }
+        return quant.from_checkpoint(checkpoint.tensor(name), state, path)
+    tensor = checkpoint.tensor(name)
+    if not tensor.is_floating_point():
+        raise ConfigError(
+            f"base.model: {path} is stored as {tensor.dtype}; only 16/32-bit floats and "
+            "bitsandbytes' 4-bit format are supported",
+            field="base.model",
+        )
+    if quantise and tensor.dim() == 2 and quant.can_quantise(*tensor.shape):
+        return quant.quantise(tensor)
+    return quant.DenseWeight(tensor.to(dtype, copy=True))
+
+
+def rope_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] and the scale of cos and sin, as transformers has them.
+
+    Raises ConfigError for a type whose frequencies depend on the length of the text.
+    """
+    kind = str(shape.rope["rope_type"])
+    if kind == "default":
+        exponent = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+        return 1.0 / (float(shape.rope["rope_theta"]) ** exponent), 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ConfigError(
+            f"base.model: rope type {kind!r} is not supported; "
+            "default, linear, llama3 and yarn are",
+            field="base.model",
+        )
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters=dict(shape.rope),
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, float(scale)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"base.device: {name!r} is not auto, cpu, cuda or cuda:N", field="base.device"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"base.device: {name!r} asked for, but torch sees no CUDA device", field="base.device"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if fast else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _fingerprint(shape: ModelShape, tokenizer: Tokenizer, checkpoint: Checkpoint) -> str:
+    """Hash what a 16-bit and a 4-bit copy share: sizes, vocabulary, embeddings and norms.
+
+    Values are rounded to bfloat16 first, so that a float32 original and its 16-bit copy agree.
+    """
+    digest = hashlib.sha256()
+    sizes = (
+        *(shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.layers),
+        *(shape.heads, shape.kv_heads, shape.head_dim),
+    )
+    digest.update(json.dumps([shape.model_type, *sizes]).encode())
+    digest.update(json.dumps(sorted(tokenizer.vocabulary().items())).encode())
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    for i in range(shape.layers):
+        names += [
+            f"model.layers.{i}.{norm}.weight"
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+    for name in names:
+        tensor = checkpoint.tensor(name).flatten()
+        for start in range(0, tensor.numel(), 1 << 22):
+            part = tensor[start : start + (1 << 22)]
+            digest.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""Text to token ids and back: a Hugging Face fast tokenizer behind four methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mora_serve.errors import InvalidArgument
+
+
+class Tokenizer:
+    """A tokenizer with its chat template. Thread-safe: fast tokenizers hold no call state."""
+
+    def __init__(self, hf: Any, eos_ids: frozenset[int]) -> None:
+        self._hf = hf
+        self.eos_ids = eos_ids
+        self.vocab_size = len(hf)
+
+    @classmethod
+    def load(cls, directory: Path, eos_ids: frozenset[int]) -> Tokenizer:
+        """Read tokenizer.json and its configuration; no code of the model's own is run."""
+        from transformers import AutoTokenizer
+
+        hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        own = frozenset() if hf.eos_token_id is None else frozenset((int(hf.eos_token_id),))
+        return cls(hf, eos_ids | own)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can work."""
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds to a plain prompt."""
+        return list(self._hf.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; an incomplete character ends in U+FFFD."""
+        text: str = self._hf.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of (role, content) messages under the chat template.
+
+        Raises InvalidArgument when the model has none, or when the template refuses the roles.
+        """
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise InvalidArgument(
+                "messages: this base model has no chat template; send prompt instead",
+                field="messages",
+            )
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        try:
+            ids = self._hf.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as e:
+            raise InvalidArgument(
+                f"messages: the model's chat template refuses them: {e}", field="messages"
+            ) from e
+        return list(ids)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, for the base's fingerprint."""
+        return dict(self._hf.get_vocab())

@@ -1,0 +1,282 @@
+"""AdapterService: the registry over gRPC. Files are read and records written off the event loop."""
+
+# ruff: noqa: N802 - methods carry the names of their calls
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.registry import AdapterRecord, Registry
+from mora_serve.adapters.untrusted import check_name
+from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
+from mora_serve.config import Config
+from mora_serve.errors import InvalidArgument, ResourceExhausted
+from mora_serve.model.shape import ModelShape
+from mora_serve.server import call as calls
+from mora_serve.server.convert import invalid
+from mora_serve.server.follow import Pins
+from mora_serve.server.gate import Places
+from mora_serve.server.upload import Upload
+from mora_serve.v1 import adapters_pb2 as pb
+from mora_serve.v1.adapters_pb2_grpc import AdapterServiceServicer
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+    Context = ServicerContext[Any, Any]
+
+DEFAULT_PAGE = 100
+MAX_PAGE = 200
+MAX_UPLOADS = 8  # at the same time; each holds up to adapters.max_bytes of disk
+MAX_REGISTRATIONS = 16  # at the same time, those that wait for a thread included
+
+T = TypeVar("T")
+
+
+class AdapterServicer(AdapterServiceServicer):
+    """The life cycle of a tenant's adapters.
+
+    ``resident`` tells the digests in device slots. ``fingerprint`` is the base's. ``executor``
+    is for work on the disk, ``short`` for what takes no more than milliseconds.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        pins: Pins,
+        resident: Callable[[], Collection[str]],
+        config: Config,
+        shape: ModelShape,
+        fingerprint: str,
+        executor: Executor,
+        short: Executor,
+    ) -> None:
+        self._registry = registry
+        self._pins = pins
+        self._resident = resident
+        self._limits = config.adapters
+        self._stall_seconds = config.engine.stall_seconds
+        self._shape = shape
+        self._fingerprint = fingerprint
+        self._executor = executor
+        self._short = short
+        self._uploads = Places(MAX_UPLOADS, "uploads")
+        self._registrations = Places(MAX_REGISTRATIONS, "registrations")
+
+    async def RegisterAdapter(
+        self, request: pb.RegisterAdapterRequest, context: Context
+    ) -> pb.RegisterAdapterResponse:
+        """Register a directory under the adapter root."""
+        check_name(request.name, "name")
+
+        def read() -> ValidatedAdapter:
+            root, path = self._limits.root, request.path
+            return read_directory(root, path, self._shape, self._limits, self._fingerprint)
+
+        with self._registrations.taken():
+            record, created = await self._register(request, read, "card")
+        return pb.RegisterAdapterResponse(adapter=self._message(record), created=created)
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        """Register the files that the client sends."""
+        with self._uploads.taken():
+            header, upload = None, Upload(self._limits)
+            with upload:
+                async for message in self._steadily(request_iterator):
+                    kind = message.WhichOneof("kind")
+                    if kind == "chunk" and header is not None:
+                        await self._run(upload.write, message.chunk.file, message.chunk.data)
+                    elif kind == "header" and header is None:
+                        header = message.header
+                        check_name(header.name, "header.name")
+                    else:
+                        raise invalid(
+                            "kind", "send one header first and then nothing but chunks", "ORDER"
+                        )
+                if header is None:
+                    raise invalid("header", "the upload has none; send it first", "ORDER")
+
+                def read() -> ValidatedAdapter:
+                    config, weights, own_card = upload.files()
+                    return read_upload(
+                        config, weights, own_card, self._shape, self._limits, self._fingerprint
+                    )
+
+                record, created = await self._register(header, read, "header.card")
+        return pb.UploadAdapterResponse(adapter=self._message(record), created=created)
+
+    async def UpdateAdapter(
+        self, request: pb.UpdateAdapterRequest, context: Context
+    ) -> pb.UpdateAdapterResponse:
+        """Replace the routing card."""
+        check_name(request.name, "name")
+        if not request.HasField("card"):
+            raise invalid("card", "it is missing; give the whole new card")
+        tenant, name = calls.current().tenant, request.name
+
+        def update() -> AdapterRecord:
+            card = self._card(request.card, "card")
+            return self._registry.update(tenant, name, card=card)
+
+        record = await self._run(update)
+        return pb.UpdateAdapterResponse(adapter=self._message(record))
+
+    async def UnregisterAdapter(
+        self, request: pb.UnregisterAdapterRequest, context: Context
+    ) -> pb.UnregisterAdapterResponse:
+        """Remove an adapter."""
+        check_name(request.name, "name")
+        await self._run(self._registry.unregister, calls.current().tenant, request.name)
+        return pb.UnregisterAdapterResponse()
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        """A page of adapters; its token is the name of the last one before it."""
+        if request.page_size > MAX_PAGE:
+            raise invalid(
+                "page_size",
+                f"{request.page_size} is too large; ask for at most {MAX_PAGE} and follow "
+                "next_page_token",
+            )
+        if request.page_token:
+            try:
+                check_name(request.page_token, "page_token")
+            except InvalidArgument:
+                raise invalid(
+                    "page_token", "it is no token; give next_page_token of the page before, or none"
+                ) from None
+        records = self._registry.list(calls.current().tenant)
+        start = bisect.bisect_right(records, request.page_token, key=lambda r: r.name)
+        end = start + (request.page_size or DEFAULT_PAGE)
+        resident = self._resident()
+        adapters = [adapter_message(r, r.digest in resident, False) for r in records[start:end]]
+        token = adapters[-1].name if end < len(records) else ""
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=token)
+
+    async def GetAdapter(
+        self, request: pb.GetAdapterRequest, context: Context
+    ) -> pb.GetAdapterResponse:
+        """Describe an adapter."""
+        check_name(request.name, "name")
+        # Not on the event loop: where there is no such name, the nearest ones are sought.
+        get = partial(self._registry.get, calls.current().tenant, request.name)
+        record = await asyncio.get_running_loop().run_in_executor(self._short, get)
+        return pb.GetAdapterResponse(adapter=self._message(record))
+
+    async def PinAdapter(
+        self, request: pb.PinAdapterRequest, context: Context
+    ) -> pb.PinAdapterResponse:
+        """Pin or unpin an adapter."""
+        check_name(request.name, "name")
+        tenant, name, pinned = calls.current().tenant, request.name, request.pinned
+
+        def pin() -> AdapterRecord:
+            if not pinned:
+                return self._registry.pin(tenant, name, False)
+            with self._pins.reserved(self._registry.get(tenant, name).digest):
+                return self._registry.pin(tenant, name, True)
+
+        return pb.PinAdapterResponse(adapter=self._message(await self._run(pin)))
+
+    async def _register(
+        self,
+        request: pb.RegisterAdapterRequest | pb.UploadHeader,
+        read: Callable[[], ValidatedAdapter],
+        card_field: str,
+    ) -> tuple[AdapterRecord, bool]:
+        tenant = calls.current().tenant
+
+        def register() -> tuple[AdapterRecord, bool]:
+            given = request.HasField("card")
+            card = self._card(request.card, card_field) if given else None
+            return self._registry.register(
+                tenant, request.name, read(), card=card, replace=request.replace
+            )
+
+        return await self._run(register)
+
+    def _card(self, message: pb.RoutingCard, field: str) -> RoutingCard:
+        """The card of a message, checked; ``field`` is where it stands in the request."""
+        card = card_of(message)
+        try:
+            self._registry.check_card(card)
+        except InvalidArgument as e:
+            raise InvalidArgument(
+                f"{field}.{e.message}", field=f"{field}.{e.field}", reason=e.reason
+            ) from None
+        return card
+
+    async def _steadily(
+        self, messages: AsyncIterator[pb.UploadAdapterRequest]
+    ) -> AsyncIterator[pb.UploadAdapterRequest]:
+        """The messages; ResourceExhausted where the next one does not come in time."""
+        while True:
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ResourceExhausted(
+                    f"upload: nothing came for {self._stall_seconds:g} seconds; send the "
+                    "messages one after another, from the start",
+                    reason="STREAM_STALLED",
+                ) from None
+            yield message
+
+    async def _run(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+
+    def _message(self, record: AdapterRecord) -> pb.Adapter:
+        return adapter_message(record, record.digest in self._resident(), prompts=True)
+
+
+def card_of(message: pb.RoutingCard) -> RoutingCard:
+    """The card of a message, unchecked."""
+    return RoutingCard(
+        description=message.description,
+        tasks=tuple(message.tasks),
+        group=message.group,
+        prompts=tuple(message.prompts),
+        base_fingerprint=message.base_fingerprint,
+        router_digest=message.router_digest,
+    )
+
+
+def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.Adapter:
+    """An adapter as the API says it, its example prompts only on request."""
+    card = record.card
+    message = pb.Adapter(
+        name=record.name,
+        digest=record.digest,
+        version=record.version,
+        rank=record.rank,
+        size_bytes=record.nbytes,
+        targets=record.targets,
+        dora=record.dora,
+        rslora=record.rslora,
+        verified=record.verified,
+        card=pb.RoutingCard(
+            tasks=card.tasks,
+            prompts=card.prompts if prompts else (),
+            description=card.description,
+            group=card.group,
+            base_fingerprint=card.base_fingerprint,
+            router_digest=card.router_digest,
+        ),
+        routable=card.routable,
+        pinned=record.pinned,
+        resident=resident,
+        prompt_count=len(card.prompts),
+    )
+    message.register_time.FromNanoseconds(int(record.created * 1e9))
+    return message

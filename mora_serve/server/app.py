@@ -1,0 +1,257 @@
+"""The server: build, serve, drain.
+
+async with MoraServer(config) as server:
+    print(server.address)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from mora_serve import __version__
+from mora_serve.config import Config
+from mora_serve.errors import ConfigError
+from mora_serve.metrics import Metrics
+from mora_serve.server.bridge import Bridge
+from mora_serve.server.gate import Gate, State
+from mora_serve.server.interceptors import CallInterceptor
+from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
+
+if TYPE_CHECKING:
+    from mora_serve.server.assembly import Assembly
+
+log = logging.getLogger(__name__)
+
+_LAST_SECONDS = 2.0  # for aborted calls to say so to their clients
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # what clients may do
+)
+
+T = TypeVar("T")
+
+
+class MoraServer:
+    """One server in this process: ready inside its context, drained when it ends.
+
+    ``port`` and ``metrics_port`` are the real ones once it listens; 0 and -1 where there is none.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = Metrics(__version__)
+        self.port = 0
+        self.metrics_port = -1
+        self._gate = Gate()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing stub
+        self._services = LateServices()
+        self._server: aio.Server | None = None
+        self._exposition: Any = None
+        self._assembly: Assembly | None = None
+        self._bridge: Bridge | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = Threads(
+            ThreadPoolExecutor(2, thread_name_prefix="tokenize"),
+            ThreadPoolExecutor(2, thread_name_prefix="route"),
+            ThreadPoolExecutor(2, thread_name_prefix="registry"),
+        )
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop(drain_seconds=0)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """Host and port, as clients want it."""
+        return _join(self.config.server.host, self.port)
+
+    async def start(self) -> None:
+        """Listen, load, serve; health says NOT_SERVING until the end.
+
+        Raises ConfigError for a configuration that cannot be served.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server = server = self._make()
+        self._listen(server)
+        await server.start()
+        self._assembly = assembly = await _on_daemon_thread(self._assemble)
+        loop = asyncio.get_running_loop()
+        self._bridge = Bridge(assembly.engine, self.metrics, loop)
+        add_services(self._services, assembly, self._bridge, self.metrics, self._threads)
+        assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
+        self._gate.state = State.SERVING
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving on %s", self.address)
+
+    async def stop(self, drain_seconds: float | None = None) -> None:
+        """Refuse new calls, wait for those that run, end what is left, free everything.
+
+        ``drain_seconds`` is how long to wait, by default what the configuration says.
+        """
+        seconds = self.config.server.drain_seconds if drain_seconds is None else drain_seconds
+        if self._gate.state is State.SERVING:
+            log.info("draining, at most %g s", seconds)
+        await self._health.enter_graceful_shutdown()
+        drained = await self._gate.drain(seconds)
+        if not drained and self._bridge is not None:
+            self._bridge.abort_all()
+        if self._server is not None:
+            await self._server.stop(0.1 if drained else _LAST_SECONDS)
+        if self._assembly is not None:
+            await _on_daemon_thread(self._assembly.close)
+        if self._exposition is not None:
+            await _on_daemon_thread(self._exposition.shutdown)
+            self._exposition.server_close()
+        self._threads.shutdown()
+        log.info("stopped")
+
+    def _fail(self) -> None:
+        """The engine is gone: whoever watches the health restarts the server."""
+        task = asyncio.ensure_future(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _make(self) -> aio.Server:
+        size = self.config.server.max_message_bytes
+        server = aio.server(
+            interceptors=(
+                CallInterceptor(self.metrics, self._gate, self.config.engine.stall_seconds),
+            ),
+            options=(
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+                ("grpc.so_reuseport", 0),  # a port in use is an error
+                *_KEEPALIVE,
+            ),
+        )
+        server.add_generic_rpc_handlers((self._services,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _listen(self, server: aio.Server) -> None:
+        config = self.config.server
+        try:
+            self.port = server.add_insecure_port(_join(config.host, config.port))
+        except RuntimeError:
+            raise ConfigError(
+                f"server.port: {_join(config.host, config.port)} cannot be listened on; "
+                "choose another port, or stop what uses this one",
+                field="server.port",
+            ) from None
+        if config.metrics_port < 0:
+            return
+        try:
+            self._exposition, _ = start_http_server(
+                config.metrics_port, config.host, self.metrics.registry
+            )
+        except OSError as e:
+            raise ConfigError(
+                f"server.metrics_port: {_join(config.host, config.metrics_port)} cannot be "
+                f"listened on ({e.strerror}); choose another port, or -1 for none",
+                field="server.metrics_port",
+            ) from None
+        self.metrics_port = self._exposition.server_port
+
+    def _assemble(self) -> Assembly:
+        from mora_serve.server.assembly import assemble  # imports torch: a second or more
+
+        return assemble(self.config)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+
+def serve(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Returns the exit status. Raises ConfigError for a configuration that cannot be served.
+    """
+    asyncio.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    signalled = asyncio.Event()
+
+    def end(number: signal.Signals) -> None:
+        log.info("%s: stopping", number.name)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(s)
+        signalled.set()
+
+    for s in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(s, end, s)
+    server = MoraServer(config)
+    starting = asyncio.ensure_future(server.start())
+    waiting = asyncio.ensure_future(signalled.wait())
+    try:
+        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await waiting
+    finally:
+        for task in (starting, waiting):
+            task.cancel()
+        await asyncio.gather(starting, waiting, return_exceptions=True)
+        await server.stop()
+
+
+async def _on_daemon_thread(work: Callable[[], T]) -> T:
+    """Run ``work`` on a thread that does not keep the process alive; await its result."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as e:
+            result, error = None, e
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(settle, result, error)
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

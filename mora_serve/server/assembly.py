@@ -1,0 +1,91 @@
+"""What a server is made of: the slow part, done on a thread while health says NOT_SERVING."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mora_serve.adapters.registry import Registry
+from mora_serve.config import Config
+from mora_serve.engine.engine import Engine
+from mora_serve.errors import ConfigError, MoraError
+from mora_serve.model.loading import Base, Progress, load_base
+from mora_serve.router.routing import Routing
+from mora_serve.router.selection import Selector
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts that outlive a call. ``engine`` is not started yet."""
+
+    config: Config
+    base: Base
+    registry: Registry
+    routing: Routing
+    selector: Selector
+    engine: Engine
+
+    def close(self) -> None:
+        """Stop the engine and let go of the registry."""
+        self.engine.stop()
+        self.registry.close()
+
+
+def assemble(config: Config) -> Assembly:
+    """Load the base, open the registry, make the engine.
+
+    Raises ConfigError for a configuration that cannot be served.
+    """
+    start = time.monotonic()
+    log.info("loading base %s", config.base.model)
+    base = load_base(config.base, _progress())
+    log.info(
+        "loaded %s (%s) in %.1f s: %.1f MB of linear weights, %.1f MB besides",
+        base.name,
+        base.shape.model_type,
+        time.monotonic() - start,
+        base.linear_bytes / 1e6,
+        base.other_bytes / 1e6,
+    )
+    state = Path(config.server.state) if config.server.state else None
+    registry = Registry(state, config.adapters, base.shape, base.fingerprint)
+    if config.base.model == "demo":
+        from mora_serve.demo.bundle import register_bundle
+
+        register_bundle(registry, base.shape, config.adapters)
+    routing = Routing(registry, base.fingerprint)
+    if config.router.path:
+        _load_router(routing, Path(config.router.path))
+    engine = Engine(base, config, registry.open)
+    engine.warm_up()
+    selector = Selector(registry, routing, config)
+    return Assembly(config, base, registry, routing, selector, engine)
+
+
+def _load_router(routing: Routing, path: Path) -> None:
+    try:
+        routing.load(path.read_bytes())
+    except OSError as e:
+        raise ConfigError(
+            f"router.path: the file cannot be read ({e.strerror}); give a router's file",
+            field="router.path",
+        ) from e
+    except MoraError as e:
+        raise ConfigError(f"router.path: {e.message}", field="router.path") from e
+
+
+def _progress() -> Progress:
+    """Log a line for each tenth of the layers."""
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if (tenth := 10 * done // total) > told:
+            told = tenth
+            log.info("loading base: %d of %d layers", done, total)
+
+    return progress

@@ -1,0 +1,136 @@
+"""From a message's selection to a decision, off the event loop, its adapters held."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import Executor, Future
+from contextlib import asynccontextmanager
+
+from mora_serve.adapters.registry import Registry
+from mora_serve.config import AdaptersConfig
+from mora_serve.core import Decision, Mixture
+from mora_serve.errors import MoraError, NotFound
+from mora_serve.messages import mixture_of
+from mora_serve.metrics import Metrics
+from mora_serve.router.selection import AutoRoute, BaseOnly, Selection, Selector, TaskHint
+from mora_serve.server import call as calls
+from mora_serve.server.convert import invalid
+from mora_serve.server.prompts import Prompts
+from mora_serve.v1 import generation_pb2 as pb
+
+_ATTEMPTS = 3  # an adapter may be replaced between its choice and its being held
+
+
+class Decider:
+    """Decides the mixtures of calls; ``executor`` runs the deciding."""
+
+    def __init__(
+        self,
+        selector: Selector,
+        registry: Registry,
+        prompts: Prompts,
+        metrics: Metrics,
+        limits: AdaptersConfig,
+        executor: Executor,
+    ) -> None:
+        self._selector = selector
+        self._registry = registry
+        self._prompts = prompts
+        self._metrics = metrics
+        self._limits = limits
+        self._executor = executor
+
+    @asynccontextmanager
+    async def decided(self, selection: pb.Selection, prompt: pb.Prompt) -> AsyncIterator[Decision]:
+        """The decision for a checked prompt, its versions readable inside the context.
+
+        Raises what ``selection_of`` and ``Selector.decide`` raise.
+        """
+        tenant = calls.current().tenant
+        chosen = selection_of(selection, self._limits)
+        if chosen in (BaseOnly(), Mixture()):
+            decision = self._decide(tenant, chosen, prompt)
+            yield decision
+            return
+        future = self._executor.submit(self._decide_and_hold, tenant, chosen, prompt)
+        try:
+            decision = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._release_late)
+            raise
+        try:
+            yield decision
+        finally:
+            self._executor.submit(self._release, digests(decision))
+
+    def _decide(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> Decision:
+        start = time.monotonic()
+        routed = isinstance(selection, TaskHint | AutoRoute)
+        text = self._prompts.text(prompt) if routed else ""
+        try:
+            decision = self._selector.decide(tenant, selection, text)
+        except MoraError as e:  # the selector's fields lie in the request's selection
+            field = f"selection.{e.field}"
+            raise type(e)(f"selection.{e.message}", field=field, reason=e.reason) from None
+        self._metrics.decided(decision, time.monotonic() - start)
+        return decision
+
+    def _decide_and_hold(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> Decision:
+        for attempt in range(_ATTEMPTS):
+            decision = self._decide(tenant, selection, prompt)
+            held: list[str] = []
+            try:
+                for digest in digests(decision):
+                    self._registry.retain(digest)
+                    held.append(digest)
+            except NotFound:
+                self._release(held)
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                break
+        return decision
+
+    def _release_late(self, future: Future[Decision]) -> None:
+        """The client left while the decision was made."""
+        if not future.cancelled() and future.exception() is None:
+            self._release(digests(future.result()))
+
+    def _release(self, held: Iterable[str]) -> None:
+        for digest in held:
+            self._registry.release(digest)
+
+
+def digests(decision: Decision) -> list[str]:
+    """The contents of a decision's adapters."""
+    return [a.digest for a in decision.mixture.adapters]
+
+
+def selection_of(message: pb.Selection, limits: AdaptersConfig) -> Selection:
+    """The selection of a message; the selector checks it. Unset: the router picks.
+
+    Raises InvalidArgument for more names than a selection can have, before they are read.
+    """
+    kind = message.WhichOneof("kind")
+    if kind == "task":
+        _check_count("task.tasks", len(message.task.tasks), limits.max_mixture, "max_mixture")
+        return TaskHint(tuple(message.task.tasks), message.task.fallback_to_router)
+    if kind == "mixture":
+        count = len(message.mixture.adapters)
+        _check_count("mixture.adapters", count, limits.max_mixture, "max_mixture")
+        return mixture_of(message.mixture)
+    if kind == "base":
+        return BaseOnly()
+    auto = message.auto
+    count = len(auto.candidates)
+    _check_count("auto.candidates", count, limits.max_adapters, "max_adapters")
+    return AutoRoute(auto.text, tuple(auto.candidates), auto.max_adapters)
+
+
+def _check_count(field: str, count: int, most: int, key: str) -> None:
+    if count > most:
+        raise invalid(
+            f"selection.{field}", f"{count} are more than adapters.{key} ({most}); name fewer"
+        )

@@ -1,0 +1,229 @@
+"""The outermost layer of every call: its identity, its errors, its duration.
+
+Here, and nowhere else, an exception becomes a gRPC status. A ``MoraError`` is sent as it is,
+with machine-readable details; anything else is logged, and the client learns the request id.
+
+An answer carries the request id in its initial metadata, an error in its trailing metadata:
+initial metadata sent ahead of an error would commit the call, and no client would retry it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc import aio
+from grpc_status import rpc_status
+
+from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.metrics import Metrics
+from mora_serve.server import call as calls
+from mora_serve.server.gate import Gate, State
+
+DOMAIN = "mora-serve"
+PUSHBACK = "grpc-retry-pushback-ms"
+_LONGEST_MESSAGE = 1000  # characters; all metadata of an answer shares 8 KiB
+
+log = logging.getLogger(__name__)
+
+_Metadata = tuple[tuple[str, str], ...]
+_Context = aio.ServicerContext[Any, Any]
+
+
+class _Malformed:
+    """Stands for a message whose bytes do not parse."""
+
+
+class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
+    """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
+
+    grpc's own services (health, reflection) pass whatever the gate's state.
+    """
+
+    def __init__(self, metrics: Metrics, gate: Gate, stall_seconds: float) -> None:
+        self._metrics = metrics
+        self._gate = gate
+        self._stall_seconds = stall_seconds
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The method's handler inside this layer; None where there is no such method."""
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None:
+            if self._gate.state is not State.LOADING:
+                return None
+            # The services are added when the model has loaded. Until then a method cannot be
+            # told from one that does not exist; a handler of this kind answers all of them.
+            handler, method = grpc.stream_stream_rpc_method_handler(_nothing), "unknown"
+        if handler.response_streaming:
+            return self._streaming(method, handler)
+        return self._unary(method, handler)
+
+    def _unary(self, method: str, handler: Any) -> Any:
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def behaviour(request: Any, context: _Context) -> Any:
+            async def run(echo: _Metadata) -> Any:
+                response = await inner(_checked(request), context)
+                await context.send_initial_metadata(echo)
+                return response
+
+            return await self._guard(method, context, run)
+
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+    def _streaming(self, method: str, handler: Any) -> Any:
+        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def behaviour(request: Any, context: _Context) -> None:
+            async def run(echo: _Metadata) -> None:
+                answer = inner(_checked(request), context)
+                if not hasattr(answer, "__aiter__"):  # it writes to the context itself
+                    await answer
+                    return
+                started = False
+                async with aclosing(answer):
+                    async for message in answer:
+                        if not started:
+                            await context.send_initial_metadata(echo)
+                            started = True
+                        await self._write(context, message)
+
+            await self._guard(method, context, run)
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+    async def _write(self, context: _Context, message: Any) -> None:
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                await context.write(message)
+        except TimeoutError:
+            raise ResourceExhausted(
+                f"stream: the client read nothing for {self._stall_seconds:g} seconds; read "
+                "messages as they come, or use Generate",
+                reason="STREAM_STALLED",
+            ) from None
+
+    async def _guard(
+        self,
+        method: str,
+        context: _Context,
+        run: Callable[[_Metadata], Awaitable[Any]],
+    ) -> Any:
+        """Run a call under its identity; end it with a status when it fails."""
+        start = time.monotonic()
+        metadata = tuple(context.invocation_metadata() or ())
+        request_id, usable = calls.request_id(metadata)
+        echo = ((calls.REQUEST_ID, request_id),)
+        outcome = "OK"
+        try:
+            if not usable:
+                raise InvalidArgument(
+                    f"metadata {calls.REQUEST_ID}: use at most 128 letters, digits and '.', '_', "
+                    "':', '/', '-', starting with a letter or a digit, or leave it out",
+                    field=calls.REQUEST_ID,
+                )
+            calls.enter(calls.Call(request_id, calls.tenant(metadata)))
+            if method.startswith("/grpc."):
+                return await run(echo)
+            with self._gate.passing():
+                return await run(echo)
+        except asyncio.CancelledError:
+            outcome = "CANCELLED"
+            raise
+        except aio.AbortError:  # a servicer of grpc's own (health) has sent its status
+            outcome = getattr(context.code(), "name", "UNKNOWN")
+            raise
+        except MoraError as e:
+            error = e
+            outcome = e.code
+        except Exception:
+            log.exception("request %s: %s failed", request_id, method)
+            error = Internal(f"internal error; the server's log has it as request {request_id}")
+            outcome = error.code
+        finally:
+            self._metrics.rpc(method, outcome, time.monotonic() - start)
+        return await _abort(context, error, echo)
+
+
+async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
+    status = rpc_status.to_status(status_of(error))
+    trailing = (*status.trailing_metadata, *echo)
+    if error.retry_after is not None:
+        trailing += ((PUSHBACK, str(round(error.retry_after * 1000))),)
+    elif isinstance(error, ResourceExhausted):
+        trailing += ((PUSHBACK, "-1"),)  # tells a client's retry policy not to try again
+    return await context.abort(status.code, status.details, trailing)
+
+
+def status_of(error: MoraError) -> status_pb2.Status:
+    """The rich status of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
+    message = error.message
+    if len(message) > _LONGEST_MESSAGE:
+        message = message[:_LONGEST_MESSAGE] + "…"
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=message
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=(violation,)))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+async def _nothing(requests: Any, context: Any) -> None:
+    """The method that stands for those of services still to come."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserialiser that never raises: grpc would send the exception's text to the client."""
+    if deserialize is None:
+        return None
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return parse
+
+
+def _checked(request: Any) -> Any:
+    """The request, or the stream of requests; InvalidArgument for bytes that do not parse."""
+    if isinstance(request, _Malformed):
+        raise InvalidArgument("request: its bytes are not a message of this call's type")
+    return _each_checked(request) if hasattr(request, "__aiter__") else request
+
+
+async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)

@@ -1,0 +1,125 @@
+"""RouterService: decisions without generating, and the router itself."""
+
+# ruff: noqa: N802 - methods carry the names of their calls
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from mora_serve.adapters.files import open_directory, read_regular
+from mora_serve.adapters.registry import Registry
+from mora_serve.errors import NotFound
+from mora_serve.messages import decision_message
+from mora_serve.router.format import MAX_BYTES
+from mora_serve.router.routing import Routing
+from mora_serve.server import call as calls
+from mora_serve.server.convert import invalid
+from mora_serve.server.decider import Decider
+from mora_serve.server.prompts import Prompts
+from mora_serve.v1 import router_pb2 as pb
+from mora_serve.v1.router_pb2_grpc import RouterServiceServicer
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+    Context = ServicerContext[Any, Any]
+
+
+class RouterServicer(RouterServiceServicer):
+    """Route, LoadRouter, GetRouter.
+
+    ``root`` is the adapter root, empty where paths are refused. ``max_adapters`` is how many the
+    router mixes when a request does not say.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        decider: Decider,
+        routing: Routing,
+        registry: Registry,
+        root: str,
+        max_adapters: int,
+        executor: Executor,
+    ) -> None:
+        self._prompts = prompts
+        self._decider = decider
+        self._routing = routing
+        self._registry = registry
+        self._root = root
+        self._max_adapters = max_adapters
+        self._executor = executor
+
+    async def Route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
+        """Decide as Generate would."""
+        self._prompts.check(request.prompt)
+        async with self._decider.decided(request.selection, request.prompt) as decision:
+            return pb.RouteResponse(decision=decision_message(decision))
+
+    async def LoadRouter(
+        self, request: pb.LoadRouterRequest, context: Context
+    ) -> pb.LoadRouterResponse:
+        """Replace the router."""
+        source = request.WhichOneof("source")
+        if source is None:
+            raise invalid("source", "it is missing; give a path under the root, or data")
+
+        def load() -> None:
+            data = request.data if source == "data" else read_file(self._root, request.path)
+            self._routing.load(data)
+
+        await asyncio.get_running_loop().run_in_executor(self._executor, load)
+        return pb.LoadRouterResponse(router=self._describe())
+
+    async def GetRouter(
+        self, request: pb.GetRouterRequest, context: Context
+    ) -> pb.GetRouterResponse:
+        """Describe the router."""
+        return pb.GetRouterResponse(router=self._describe())
+
+    def _describe(self) -> pb.Router | None:
+        snapshot = self._routing.snapshot
+        if snapshot is None:
+            return None
+        records = self._registry.list(calls.current().tenant)
+        return pb.Router(
+            digest=snapshot.router.digest,
+            routable_adapters=sum(r.card.routable for r in records),
+            max_adapters=self._max_adapters,
+            dims=snapshot.router.dims,
+            base_fingerprint=snapshot.router.content.fingerprint,
+        )
+
+
+def read_file(root: str, path: str) -> bytes:
+    """A router's file under ``root``.
+
+    Raises what ``open_directory`` and ``read_regular`` raise, and NotFound where there is no
+    such file.
+    """
+    name = PurePosixPath(path).name
+    if name in ("", ".."):
+        raise invalid(
+            "path", "it names no file; give a regular file under adapters.root", "INVALID_PATH"
+        )
+    with open_directory(root, str(PurePosixPath(path).parent)) as directory:
+        data = read_regular(directory, name, "path", _check_size)
+    if data is None:
+        raise NotFound(
+            "path: there is no such file under adapters.root; give one relative to it",
+            field="path",
+            reason="NO_FILE",
+        )
+    return data
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise invalid(
+            "path",
+            f"{size} bytes are more than the {MAX_BYTES} of a router's file; give a router's file",
+            "TOO_LARGE",
+        )

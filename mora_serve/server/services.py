@@ -1,0 +1,119 @@
+"""The four services, made of a server's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from mora_serve.metrics import Metrics
+from mora_serve.server.adapters import AdapterServicer
+from mora_serve.server.bridge import Bridge
+from mora_serve.server.decider import Decider
+from mora_serve.server.follow import Names, Pins
+from mora_serve.server.generation import GenerationServicer
+from mora_serve.server.info import ServerServicer, describe
+from mora_serve.server.prompts import Prompts
+from mora_serve.server.router import RouterServicer
+from mora_serve.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+if TYPE_CHECKING:
+    from mora_serve.server.assembly import Assembly
+
+SERVICES = tuple(
+    service.full_name
+    for module in (generation_pb2, adapters_pb2, router_pb2, server_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+
+
+class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in stubs only
+    """Services that a running grpc server gets later: it takes the server's place in adding."""
+
+    def __init__(self) -> None:
+        self._handlers: list[Any] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        """Serve a service from now on."""
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Generated code calls it besides; there is nothing more to do."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, or None."""
+        found = (handler.service(handler_call_details) for handler in self._handlers)
+        return next((method for method in found if method is not None), None)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads for what would block the event loop, by kind, so that none waits for another.
+
+    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk.
+    """
+
+    tokenize: ThreadPoolExecutor
+    route: ThreadPoolExecutor
+    registry: ThreadPoolExecutor
+
+    def shutdown(self) -> None:
+        """Drop what waits; what runs goes on to its end."""
+        for executor in (self.tokenize, self.route, self.registry):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def add_services(
+    server: LateServices, assembly: Assembly, bridge: Bridge, metrics: Metrics, threads: Threads
+) -> None:
+    """Add the services to a grpc server, and let metrics and pins follow the registry."""
+    config, base, registry = assembly.config, assembly.base, assembly.registry
+    engine, routing = assembly.engine, assembly.routing
+    names = Names(registry, metrics)
+    metrics.watch(engine.stats, names.of, names.count)
+    vocab_size = base.shape.vocab_size
+    prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
+    decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        GenerationServicer(prompts, decider, bridge, config, vocab_size), server
+    )
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        AdapterServicer(
+            registry,
+            Pins(engine, registry),
+            lambda: engine.stats().resident,
+            config,
+            base.shape,
+            base.fingerprint,
+            threads.registry,
+            threads.route,
+        ),
+        server,
+    )
+    router_pb2_grpc.add_RouterServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        RouterServicer(
+            prompts,
+            decider,
+            routing,
+            registry,
+            config.adapters.root,
+            config.router.max_adapters,
+            threads.registry,
+        ),
+        server,
+    )
+    server_pb2_grpc.add_ServerServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        ServerServicer(describe(assembly), registry, routing), server
+    )

@@ -1,0 +1,1 @@
+"""Train the adapters and the router that mora-serve runs."""

@@ -1,0 +1,143 @@
+"""Pre-training of the demo's base: a byte-level Llama of 0.8 million parameters."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from router_training.batches import TokenRow, bucketed, chunks, collate
+from router_training.demo.coded import CODES, CodedRows, Row
+from router_training.demo.tokenizer import END, PAD, TOKEN_ID, VOCAB_SIZE, encode_turns
+from router_training.muon import Muon
+
+MAX_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """Learning rates fall linearly to zero over the last 40 % of the steps."""
+
+    steps: int = 2400
+    rows: int = 96
+    matrix_lr: float = 0.02
+    other_lr: float = 3e-3
+    warmup: int = 50
+    prompt_weight: float = 0.03
+    seed: int = 0
+
+
+def tokens(row: Row) -> TokenRow:
+    """A row's tokens; the end token belongs to the answer."""
+    prompt = encode_turns(row.prompt, row.ahead)
+    return TokenRow(tuple(prompt), (*row.answer.encode(), TOKEN_ID[END]))
+
+
+def characters(row: Row) -> int:
+    """Length of a row, for batching it with others like it."""
+    return sum(len(t) for _, t in row.ahead) + len(row.prompt) + len(row.answer)
+
+
+def build_model(seed: int) -> Any:
+    """A random transformers ``LlamaForCausalLM`` of the demo's shape, in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=MAX_POSITIONS,
+            rms_norm_eps=1e-5,
+            initializer_range=128**-0.5,
+            tie_word_embeddings=False,
+            bos_token_id=TOKEN_ID["<|begin|>"],
+            eos_token_id=TOKEN_ID[END],
+            pad_token_id=TOKEN_ID[PAD],
+            use_cache=False,
+        )
+    )
+
+
+def pretrain(
+    recipe: BaseRecipe, log: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> Any:
+    """Train the base on coded rows; returns the model in eval mode, fp32."""
+    model = build_model(recipe.seed)
+    rng = random.Random(recipe.seed)
+    batches = bucketed(CodedRows(rng), characters, recipe.rows, rng)
+    matrices = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
+    others = [p for n, p in model.named_parameters() if not n.endswith("_proj.weight")]
+    optimizers = (
+        Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, recipe)) for o in optimizers
+    ]
+    start = time.monotonic()
+    for step in range(1, recipe.steps + 1):
+        model.zero_grad()
+        mean = _backward(model, next(batches), recipe.prompt_weight)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        if step % 50 == 0 or step == 1:
+            seconds = time.monotonic() - start
+            eta = seconds / step * (recipe.steps - step)
+            log(f"base {step}/{recipe.steps} {seconds:.0f}s eta {eta:.0f}s answer loss {mean:.3f}")
+        if step % 300 == 0:
+            log(f"  {coded_exact_match(model, recipe.seed + 1)}")
+    return model.eval()
+
+
+def _backward(model: nn.Module, rows: list[Row], prompt_weight: float) -> float:
+    """Gradients of the weighted mean loss of a batch; returns the mean over answer tokens."""
+    batches = [collate([tokens(r) for r in part], TOKEN_ID[PAD]) for part in chunks(rows)]
+    answers = float(sum(b.answer.sum() for b in batches))
+    total = answers + prompt_weight * float(sum(b.prompt.sum() for b in batches))
+    loss = 0.0
+    for batch in batches:
+        logits = model(input_ids=batch.inputs).logits
+        losses = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+        weight = batch.answer + prompt_weight * batch.prompt
+        torch.autograd.backward((losses * weight).sum() / total)
+        loss += float((losses.detach() * batch.answer).sum())
+    return loss / answers
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, rows: Sequence[Row]) -> float:
+    """Share of rows whose every answer token is the most likely one (teacher-forced)."""
+    batch = collate([tokens(r) for r in rows], TOKEN_ID[PAD])
+    best = model(input_ids=batch.inputs).logits.argmax(-1)
+    wrong = (best != batch.targets) & (batch.answer > 0)
+    return float((~wrong.any(1)).float().mean())
+
+
+def coded_exact_match(model: nn.Module, seed: int, rows: int = 24) -> dict[str, float]:
+    """Exact match under each code, of an echo, and of random pairs of codes."""
+    draw = CodedRows(random.Random(f"evaluate/{seed}"))
+    scores = {n: exact_match(model, [draw.coded((n,)) for _ in range(rows)]) for n in CODES}
+    scores["echo"] = exact_match(model, [draw.coded(()) for _ in range(rows)])
+    pairs = [r for r in (draw() for _ in range(rows * 12)) if r.prompt.count("#") == 2]
+    scores["pairs"] = exact_match(model, pairs)
+    scores["mean"] = sum(scores.values()) / len(scores)
+    return {name: round(score, 2) for name, score in scores.items()}
+
+
+def _rate(step: int, recipe: BaseRecipe) -> float:
+    left = 1 - step / recipe.steps
+    return min(1.0, (step + 1) / recipe.warmup) * min(1.0, left / 0.4 + 0.01)

@@ -1,0 +1,42 @@
+"""One small base with every kind of PEFT adapter, made once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from benchmarks import families, oracle
+from benchmarks.local import LocalEngine
+from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    model = families.make_base("llama3", root / "base")
+    oracle.make_adapters(copy.deepcopy(model), root / "adapters")
+    return root
+
+
+@pytest.fixture
+def make_engine(model_root):
+    """Engines over the shared base, stopped at the end of the test."""
+    made = []
+
+    def make(slots: int = 6, names=tuple(oracle.VARIANTS), **limits) -> LocalEngine:
+        config = Config(
+            BaseConfig(str(model_root / "base"), quantization="none", dtype="fp32", device="cpu"),
+            EngineConfig(**limits),
+            AdaptersConfig(slots=slots),
+        )
+        engine = LocalEngine(config)
+        for name in names:
+            engine.register(name, model_root / "adapters", name)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.engine.stop()

@@ -1,0 +1,157 @@
+"""Residency: references, LRU, pins, and what a slot holds."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_serve.engine.adapter_pool import GRACE_POLLS, tensor
+from mora_serve.errors import ResourceExhausted
+from mora_serve.model.shape import projection_path
+
+
+def hold(local, *names):
+    """Hold adapters, waiting for their loads."""
+    digests = tuple(local.digests[n] for n in names)
+    for _ in range(2000):
+        if local.engine.pool.hold(digests):
+            return digests
+        time.sleep(0.002)
+        local.engine.pool.poll()
+    raise TimeoutError(names)
+
+
+def test_the_least_recently_used_adapter_makes_room(make_engine):
+    """With all slots taken the one unused the longest goes; one in use never does."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    held = hold(local, "rank-1")
+    for name in ("rank-2", "rank-4", "rank-8"):
+        pool.drop(hold(local, name))
+    pool.drop(hold(local, "rank-2"))
+    pool.drop(hold(local, "rank-16"))
+    assert set(pool.resident) == {
+        local.digests[n] for n in ("rank-1", "rank-8", "rank-2", "rank-16")
+    }
+    assert pool.evictions == 1
+    with pytest.raises(RuntimeError, match="held"):
+        pool.check_integrity()
+    pool.drop(held)
+    pool.check_integrity()
+
+
+def test_nothing_is_held_when_no_slot_is_free(make_engine):
+    """A mixture that does not fit beside those in use waits and holds nothing."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    held = hold(local, "rank-1", "rank-2", "rank-4")
+    wanted = tuple(local.digests[n] for n in ("rank-8", "rank-16"))
+    for _ in range(50):
+        assert not pool.hold(wanted)
+        assert not pool.assigned(wanted)
+        time.sleep(0.002)
+        pool.poll()
+    pool.drop(held)
+    pool.drop(hold(local, "rank-8", "rank-16"))
+    pool.check_integrity()
+
+
+def test_an_adapter_just_loaded_is_left_to_who_asked_for_it(make_engine):
+    """A fresh adapter is evicted only after its grace period."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    fresh = [local.digests[n] for n in ("rank-1", "rank-2", "rank-4", "rank-8")]
+    for digest in fresh:
+        pool.hold((digest,))
+    while len(pool.resident) < 4:
+        time.sleep(0.002)
+        pool.poll()
+    other = (local.digests["rank-16"],)
+    assert not pool.hold(other)
+    assert not pool.assigned(other)
+    for _ in range(GRACE_POLLS):
+        pool.poll()
+    pool.hold(other)
+    assert pool.assigned(other)
+
+
+def test_pinned_adapters_load_by_themselves_and_stay(make_engine):
+    """A pin loads the adapter and keeps it; too many pins are refused with the remedy."""
+    local = make_engine(slots=5)
+    pool = local.engine.pool
+    pool.pin(local.digests["rank-1"])
+    while local.digests["rank-1"] not in pool.resident:
+        pool.poll()
+        time.sleep(0.002)
+    with pytest.raises(ResourceExhausted, match=r"pinned.*adapters\.slots"):
+        pool.pin(local.digests["rank-2"])
+    for name in ("rank-2", "rank-4", "rank-8", "rank-16", "rank-32", "rank-64"):
+        pool.drop(hold(local, name))
+    assert local.digests["rank-1"] in pool.resident
+    pool.unpin(local.digests["rank-1"])
+    for _ in range(GRACE_POLLS):
+        pool.poll()
+    pool.drop(hold(local, "rank-2"))
+    assert local.digests["rank-1"] not in pool.resident
+
+
+def test_a_reused_slot_keeps_nothing_of_the_adapter_before(make_engine):
+    """After a large adapter, a small one in the same slot leaves zeros everywhere else."""
+    local = make_engine(slots=4)
+    pool, parts = local.engine.pool, list(local.engine.pool.slots.parts())
+    for name in ("rank-64", "dora", "rank-32", "rslora", "attention"):
+        digests = hold(local, name)
+        pool.drop(digests)
+    slot = pool.slot(local.digests["attention"])
+    adapter = local.adapters[local.digests["attention"]]
+    targets = {(m.layer, m.projection) for m in adapter.modules}
+    for layer in range(local.base.shape.layers):
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):
+            part = pool.slots.projection(layer, projection)
+            used = adapter.rank if (layer, projection) in targets else 0
+            assert part.a[slot, used:].abs().max() == 0
+            assert part.b[slot, used:].abs().max() == 0
+    assert all(p.dora is None or (p.dora[slot] == 0).all() for p in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype):
+    """Tensors of the file arrive bit for bit."""
+    source = model_root / "adapters" / "rank-4"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_config.json").write_bytes(
+        (source / "adapter_config.json").read_bytes()
+    )
+    tensors = {k: v.to(dtype) for k, v in load_file(source / "adapter_model.safetensors").items()}
+    save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
+    local = make_engine(names=())
+    local.register("x", tmp_path, "x")
+    adapter = local.adapters[local.digests["x"]]
+    module = adapter.modules[0]
+    key = f"base_model.model.model.layers.0.mlp.{module.projection}.lora_A.weight"
+    assert torch.equal(tensor(adapter, module.a), tensors[key])
+
+
+def test_a_dora_slot_holds_what_the_norms_say(make_engine, model_root):
+    """c - 1 with c = m / ||W + s B A|| per output row, from the files of base and adapter."""
+    local = make_engine(names=("dora",))
+    pool = local.engine.pool
+    hold(local, "dora")
+    slot = pool.slot(local.digests["dora"])
+    base = load_file(model_root / "base" / "model.safetensors")
+    stored = load_file(model_root / "adapters" / "dora" / "adapter_model.safetensors")
+    modules = local.adapters[local.digests["dora"]].modules
+    for module in modules:
+        path = projection_path(module.layer, module.projection)
+        prefix = f"base_model.model.{path}"
+        a, b = stored[f"{prefix}.lora_A.weight"], stored[f"{prefix}.lora_B.weight"]
+        merged = base[f"{path}.weight"] + module.scaling * b @ a
+        want = stored[f"{prefix}.lora_magnitude_vector"] / merged.norm(dim=1) - 1
+        held = pool.slots.projection(module.layer, module.projection).dora
+        assert held is not None
+        assert want.abs().max() > 1e-3
+        torch.testing.assert_close(held[slot], want, rtol=1e-4, atol=1e-6)
+    pool.drop((local.digests["dora"],))

@@ -1,0 +1,204 @@
+"""Routing follows the registry, and a router is replaced as a whole."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.registry import Registry
+from mora_serve.errors import FailedPrecondition, InvalidArgument
+from mora_serve.router.routing import ROUTER_FILE, Routing, Snapshot
+from tests.adapters.make import LIMITS, SHAPE, adapter
+from tests.router.conftest import ADAPTERS
+from tests.router.make import FINGERPRINT, card, fitted, prompts
+
+REVERSE = "reverse 'kavoja'"
+
+
+def best(routing: Routing, text: str, tenant: str = "default", names=None) -> str:
+    return routing.route(tenant, text, names, 1).choice.candidates[0].adapter
+
+
+def names(routing: Routing, tenant: str = "default") -> set[str]:
+    candidates = routing.route(tenant, REVERSE, None, 1).choice.candidates
+    return {c.adapter for c in candidates}
+
+
+def bits(snapshot: Snapshot, text: str) -> dict[str, bytes]:
+    scores = snapshot.index.score("default", snapshot.router.embed(text))
+    return {n: c.tobytes() for n, c in zip(scores.names, scores.cosine, strict=True)}
+
+
+def test_without_a_router_nothing_is_picked(registry: Registry) -> None:
+    routing = Routing(registry, FINGERPRINT)
+    assert routing.snapshot is None
+    assert routing.route("default", REVERSE, None, 2) == (((), ()), "")
+
+
+def test_prompts_reach_their_adapters(routing: Routing) -> None:
+    asked = [(name, text) for name in ADAPTERS for text in prompts(name, 21, 10)]
+    right = [routing.route("default", text, None, 1).choice.adapters == (n,) for n, text in asked]
+    assert sum(right) >= 0.95 * len(right)
+
+
+def test_a_text_of_no_adapter_gets_none(routing: Routing) -> None:
+    routed = routing.route("default", "Parliament confirmed the budget on Tuesday.", None, 2)
+    assert routed.choice.adapters == ()
+    assert routed.choice.candidates
+    assert routed.router_digest == routing.snapshot.router.digest
+
+
+def test_an_adapter_can_be_routed_to_when_its_registration_returns(
+    registry: Registry, routing: Routing
+) -> None:
+    text = "spell 'kavo' letter by letter"
+    before = bits(routing.snapshot, text)
+    registry.register("default", "speller", adapter(9), card=card("spell"))
+    assert best(routing, text) == "speller"
+    after = bits(routing.snapshot, text)
+    assert {n: b for n, b in after.items() if n != "speller"} == before
+
+
+def test_an_adapter_removed_is_no_candidate(registry: Registry, routing: Routing) -> None:
+    registry.unregister("default", "reverse")
+    assert names(routing) == set(ADAPTERS) - {"reverse"}
+
+
+def test_a_changed_card_changes_the_key(registry: Registry, routing: Routing) -> None:
+    registry.update("default", "polite", card=card("spell"))
+    assert best(routing, "spell 'kavo' letter by letter") == "polite"
+
+
+def test_a_pin_changes_no_key(registry: Registry, routing: Routing) -> None:
+    before = routing.snapshot
+    registry.pin("default", "reverse", True)
+    assert routing.snapshot is before
+
+
+def test_another_tenant_is_never_seen(routing: Routing) -> None:
+    assert names(routing) == set(ADAPTERS)
+    assert names(routing, "other") == {"theirs"}
+    assert routing.route("default", REVERSE, ["theirs"], 1).choice == ((), ())
+    assert routing.route("nobody", REVERSE, None, 1).choice == ((), ())
+
+
+def test_without_prompts_the_description_counts_where_the_adapter_is_named(
+    registry: Registry, routing: Routing
+) -> None:
+    registry.register("default", "shy", adapter(9), card=RoutingCard("reverse the word"))
+    registry.register("default", "mute", adapter(10))
+    assert names(routing) == set(ADAPTERS)
+    asked = routing.route("default", REVERSE, ["shy", "mute", "roman"], 1).choice
+    assert [c.adapter for c in asked.candidates] == ["shy", "roman"]
+
+
+def test_a_new_router_rekeys_every_adapter(registry: Registry, routing: Routing) -> None:
+    old = routing.snapshot
+    router = routing.load(fitted(seed=1))
+    new = routing.snapshot
+    assert new.router.digest == router.digest != old.router.digest
+    assert names(routing) == set(ADAPTERS)
+    fresh = Routing(registry, FINGERPRINT).snapshot
+    assert bits(new, REVERSE) == bits(fresh, REVERSE) != bits(old, REVERSE)
+
+
+def test_what_changes_while_a_router_loads_is_keyed_as_it_is_then(
+    registry: Registry, routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = registry.set_router
+
+    def meanwhile(files: dict[str, bytes]) -> str:
+        registry.update("default", "polite", card=card("spell"))
+        registry.unregister("default", "roman")
+        registry.register("default", "new", adapter(9), card=card("double"))
+        return store(files)
+
+    monkeypatch.setattr(registry, "set_router", meanwhile)
+    routing.load(fitted(seed=1))
+    fresh = Routing(registry, FINGERPRINT)
+    assert bits(routing.snapshot, REVERSE) == bits(fresh.snapshot, REVERSE)
+    assert names(routing) == set(ADAPTERS) - {"roman"} | {"new"}
+
+
+def test_a_router_that_cannot_be_used_leaves_the_one_in_use(
+    registry: Registry, routing: Routing
+) -> None:
+    before, stored = routing.snapshot, registry.router()
+    with pytest.raises(InvalidArgument):
+        routing.load(fitted()[:-1])
+    other = Routing(registry, "base-2")
+    with pytest.raises(FailedPrecondition):
+        other.load(fitted())
+    assert other.snapshot is None
+    assert routing.snapshot is before
+    assert registry.router() == stored
+
+
+def test_the_router_survives_a_restart_and_reaches_other_processes(tmp_path: Path) -> None:
+    def opened() -> Registry:
+        return Registry(tmp_path / "state", LIMITS, SHAPE, FINGERPRINT)
+
+    with opened() as ours, opened() as theirs:
+        routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
+        ours.register("default", "reverse", adapter(1), card=card("reverse"))
+        routing.load(fitted())
+        assert other.snapshot is None
+        theirs.refresh()
+        assert bits(other.snapshot, REVERSE) == bits(routing.snapshot, REVERSE)
+        assert ours.router() == {ROUTER_FILE: fitted()}
+    with opened() as again:
+        assert best(Routing(again, FINGERPRINT), REVERSE) == "reverse"
+
+
+def test_an_adapter_of_another_base_is_no_candidate(tmp_path: Path) -> None:
+    def opened(fingerprint: str) -> Registry:
+        return Registry(tmp_path / "state", LIMITS, SHAPE, fingerprint)
+
+    with opened(FINGERPRINT) as ours, opened("base-2") as theirs:
+        routing = Routing(ours, FINGERPRINT)
+        routing.load(fitted())
+        foreign = replace(card("reverse"), base_fingerprint="base-2")
+        theirs.register("default", "foreign", adapter(1), card=foreign)
+        ours.refresh()
+        assert names(routing) == set()
+        assert names(Routing(ours, FINGERPRINT)) == set()
+
+
+def test_decisions_agree_with_one_router_while_routers_and_adapters_change(
+    registry: Registry, routing: Routing
+) -> None:
+    """Each decision is that of one router with its own keys, never of a mix."""
+    allowed = {}
+    for seed in (1, 0):
+        routing.load(fitted(seed))
+        routed = routing.route("default", REVERSE, ["reverse", "json"], 1)
+        allowed[routed.router_digest] = routed
+    stop, wrong, seen = threading.Event(), [], set()
+
+    def read() -> None:
+        while not stop.is_set():
+            routed = routing.route("default", REVERSE, ["reverse", "json"], 1)
+            seen.add(routed.router_digest)
+            if routed != allowed[routed.router_digest]:
+                wrong.append(routed)
+
+    def register() -> None:
+        for i in range(8):
+            registry.register("default", f"extra{i}", adapter(60 + i), card=card("spell"))
+
+    threads = [threading.Thread(target=f) for f in (read, read, register)]
+    for thread in threads:
+        thread.start()
+    for seed in (1, 0, 1):
+        routing.load(fitted(seed))
+    threads[2].join()
+    stop.set()
+    for thread in threads[:2]:
+        thread.join()
+    assert wrong == []
+    assert seen
+    assert names(routing) == set(ADAPTERS) | {f"extra{i}" for i in range(8)}

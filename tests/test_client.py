@@ -1,0 +1,285 @@
+"""The clients: what they send, what they make of answers, and that they are alike."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mora_serve import errors, messages
+from mora_serve.client import AsyncClient, AsyncStream, Client, Stream, connection, requests
+from mora_serve.core import (
+    AdapterWeight,
+    Candidate,
+    Decision,
+    Finish,
+    Logprob,
+    Mixture,
+    SamplingParams,
+    Source,
+    TokenOut,
+    Usage,
+)
+from mora_serve.server.interceptors import status_of
+from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
+
+g = generation_pb2
+FILES = [m.DESCRIPTOR for m in (generation_pb2, adapters_pb2, router_pb2, server_pb2)]
+
+
+def ask(prompt: str | None = "x", **options) -> g.GenerateRequest:
+    return requests.generate(g.GenerateRequest, prompt, options)
+
+
+class TestRequests:
+    def test_a_bare_prompt_says_nothing_else(self):
+        """What is unset stays unset, so that the server's defaults hold."""
+        assert ask("hello") == g.GenerateRequest(
+            prompt=g.Prompt(text="hello"), sampling=g.SamplingParams()
+        )
+
+    def test_each_form_of_prompt(self):
+        chat = ask(None, messages=[("user", "hi")]).prompt
+        assert chat == g.Prompt(chat=g.Chat(messages=[g.ChatMessage(role="user", content="hi")]))
+        assert ask(None, token_ids=[1, 2]).prompt == g.Prompt(token_ids=g.TokenIds(ids=[1, 2]))
+        assert ask("").prompt.WhichOneof("kind") == "text"
+
+    @pytest.mark.parametrize(
+        "given",
+        [{"prompt": None}, {"token_ids": [1]}, {"prompt": None, "messages": [], "token_ids": []}],
+    )
+    def test_one_prompt_is_needed(self, given):
+        with pytest.raises(errors.InvalidArgument, match="exactly one"):
+            ask(**given)
+
+    @pytest.mark.parametrize(
+        ("options", "selection"),
+        [
+            ({}, None),
+            ({"candidates": [], "max_adapters": 0, "adapters": None, "task": ""}, None),
+            ({"base": True}, g.Selection(base=g.BaseOnly())),
+            ({"task": "a"}, g.Selection(task=g.TaskHint(tasks=["a"]))),
+            (
+                {"task": ["a", "b"], "fallback_to_router": True},
+                g.Selection(task=g.TaskHint(tasks=["a", "b"], fallback_to_router=True)),
+            ),
+            (
+                {"route_by": "t", "candidates": ["a"], "max_adapters": 3},
+                g.Selection(auto=g.AutoRoute(text="t", candidates=["a"], max_adapters=3)),
+            ),
+            ({"adapters": {}}, g.Selection(mixture=g.Mixture())),
+            (
+                {"adapters": {"a": 0.0}},
+                g.Selection(mixture=g.Mixture(adapters=[g.AdapterWeight(adapter="a", weight=0)])),
+            ),
+            (
+                {"adapters": Mixture((AdapterWeight("a", 2.0, "d"),))},
+                g.Selection(
+                    mixture=g.Mixture(adapters=[g.AdapterWeight(adapter="a", weight=2, digest="d")])
+                ),
+            ),
+        ],
+    )
+    def test_each_way_of_choosing(self, options, selection):
+        want = ask("x")
+        if selection is not None:
+            want.selection.CopyFrom(selection)
+        assert ask("x", **options) == want
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"base": True, "task": "a"},
+            {"adapters": {"a": 1}, "base": True},
+            {"adapters": {}, "candidates": ["a"]},
+            {"task": "a", "max_adapters": 2},
+        ],
+    )
+    def test_two_ways_of_choosing_are_one_too_many(self, options):
+        with pytest.raises(errors.InvalidArgument, match="exclude each other"):
+            ask("x", **options)
+
+    def test_zeros_are_sent(self):
+        """A zero that means something is not taken for unset."""
+        sampling = ask("x", max_tokens=0, top_p=0.0, seed=0, logprobs=0, stop="end").sampling
+        for name in ("max_tokens", "top_p", "seed", "logprobs"):
+            assert sampling.HasField(name)
+        assert list(sampling.stop) == ["end"]
+
+    @pytest.mark.parametrize("options", [{"max_tokens": -1}, {"seed": "x"}, {"top_k": 1 << 40}])
+    def test_values_that_no_message_holds_are_refused(self, options):
+        with pytest.raises(errors.InvalidArgument, match="sampling"):
+            ask("x", **options)
+
+    def test_every_sampling_parameter_can_be_given(self):
+        """The client, the API and the core name the same ones."""
+        api = {f.name for f in g.SamplingParams.DESCRIPTOR.fields}
+        assert api == set(SamplingParams.__dataclass_fields__) == set(requests._SAMPLING)
+
+    def test_a_card_is_sent_when_something_is_said(self):
+        assert requests.card({"tasks": [], "prompts": [], "description": ""}) is None
+        card = requests.card({"tasks": ["a"], "group": "g", "timeout": 3})
+        assert card == adapters_pb2.RoutingCard(tasks=["a"], group="g")
+        fields = {f.name for f in adapters_pb2.RoutingCard.DESCRIPTOR.fields}
+        assert fields == set(requests._CARD)
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+names = st.text("abc-1", min_size=1, max_size=5)
+mixtures = st.builds(Mixture, st.lists(st.builds(AdapterWeight, names, floats, names)).map(tuple))
+decisions = st.builds(
+    Decision,
+    mixtures,
+    st.sampled_from(Source),
+    st.lists(st.builds(Candidate, names, floats, floats)).map(tuple),
+    names,
+)
+counts = st.integers(0, 2**31)
+tokens = st.builds(
+    TokenOut,
+    counts,
+    st.none() | floats,
+    st.lists(st.builds(Logprob, counts, floats)).map(tuple),
+)
+seconds = st.floats(0, 1e6)
+usages = st.builds(Usage, counts, counts, counts, seconds, seconds, seconds, counts)
+
+
+class TestMessages:
+    """What the server says is what the client reads."""
+
+    @given(decisions)
+    def test_decisions(self, decision):
+        assert messages.decision_of(messages.decision_message(decision)) == decision
+
+    @given(tokens)
+    def test_tokens(self, token):
+        assert messages.token_of(messages.token_message(token)) == token
+
+    @given(usages)
+    def test_usages(self, usage):
+        assert messages.usage_of(*messages.usage_messages(usage)) == usage
+
+    @pytest.mark.parametrize("finish", [Finish.STOP, Finish.LENGTH])
+    def test_finishes(self, finish):
+        assert messages.finish_of(messages.finish_message(finish)) is finish
+
+    def test_an_unset_weight_is_one(self):
+        message = g.Mixture(adapters=[g.AdapterWeight(adapter="a")])
+        assert messages.mixture_of(message).adapters[0].weight == 1.0
+
+
+class Failure:
+    """A failed call, as grpc's clients show it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, metadata=()) -> None:
+        self._values = code, details, metadata
+
+    def code(self):
+        return self._values[0]
+
+    def details(self):
+        return self._values[1]
+
+    def trailing_metadata(self):
+        return self._values[2]
+
+
+ERRORS = [
+    cls("a: wrong; do better", field="a.b", reason="WHY", retry_after=1.5)
+    for cls in errors.MoraError.__subclasses__()
+    if cls is not errors.ConfigError
+]
+
+
+class TestErrors:
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+    def test_what_the_server_raises_is_what_the_client_raises(self, error):
+        """The class, the message, the field, the reason and when to come back."""
+        packed = ("grpc-status-details-bin", status_of(error).SerializeToString())
+        failed = Failure(grpc.StatusCode[error.code], error.message, (packed,))
+        got = connection.error_of(failed, "here")
+        assert type(got) is type(error)
+        assert vars(got) == vars(error)
+
+    def test_every_class_of_error_has_a_code_of_its_own(self):
+        assert len({e.code for e in ERRORS}) == len(ERRORS)
+        assert all(errors.class_of(e.code) is type(e) for e in ERRORS)
+
+    def test_other_codes_keep_their_name(self):
+        got = connection.error_of(Failure(grpc.StatusCode.UNIMPLEMENTED, "no"), "here")
+        assert (type(got), got.code, got.message) == (errors.MoraError, "UNIMPLEMENTED", "no")
+
+    @pytest.mark.parametrize("packed", [b"\xff", b""])
+    def test_details_that_do_not_parse_are_no_harm(self, packed):
+        metadata = (("grpc-status-details-bin", packed),)
+        failed = Failure(grpc.StatusCode.NOT_FOUND, "gone", metadata)
+        assert connection.error_of(failed, "here").message == "gone"
+
+
+def nowhere() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+class TestNobodyThere:
+    def test_the_address_is_named(self):
+        address = nowhere()
+        with Client(address) as client, pytest.raises(errors.Unavailable, match=address):
+            client.unregister_adapter("x")
+
+    def test_waiting_ends(self):
+        with Client(nowhere()) as client, pytest.raises(errors.Unavailable, match="not ready"):
+            client.wait_until_ready(timeout=0.3)
+
+    async def test_waiting_ends_for_asyncio_too(self):
+        async with AsyncClient(nowhere()) as client:
+            with pytest.raises(errors.Unavailable, match="not ready"):
+                await client.wait_until_ready(timeout=0.3)
+
+    def test_a_timeout_is_explained(self):
+        with Client(nowhere()) as client, pytest.raises(errors.DeadlineExceeded, match="longer"):
+            client.generate("x", timeout=0.1)
+
+
+def public(cls: type) -> dict[str, inspect.Signature]:
+    return {
+        name: inspect.signature(member)
+        for name, member in inspect.getmembers(cls, inspect.isfunction)
+        if not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocking", "asynchronous"), [(Client, AsyncClient), (Stream, AsyncStream)]
+)
+def test_both_clients_have_the_same_methods(blocking, asynchronous):
+    """With the same parameters and, but for streams, the same results."""
+    assert public(blocking).keys() == public(asynchronous).keys()
+    for name, signature in public(blocking).items():
+        other = public(asynchronous)[name]
+        assert signature.parameters == other.parameters
+        assert str(other.return_annotation).removeprefix("Async") == signature.return_annotation
+
+
+def test_every_rpc_has_a_method_and_a_retry_rule():
+    """An RPC is repeated, or there is a reason why not."""
+    methods = {
+        (service.full_name, method.name)
+        for file in FILES
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    config = json.loads(dict(connection.OPTIONS)["grpc.service_config"])
+    (rule,) = config["methodConfig"]
+    repeated = {(n["service"], n["method"]) for n in rule["name"]}
+    adapters = "mora_serve.v1.AdapterService"
+    assert methods - repeated == {(adapters, "UnregisterAdapter"), (adapters, "UploadAdapter")}
+    assert repeated < methods
