@@ -137,18 +137,25 @@ def test_abort_frees_pages_and_slots_at_once(make_engine):
     check_nothing_held(local)
 
 
-def test_deadline_ends_running_and_waiting_requests(make_engine):
+def test_deadline_ends_running_and_waiting_requests(make_engine, monkeypatch):
     """A deadline is kept whether the request runs or waits."""
     local = make_engine(max_batch=1)
     long = SamplingParams(200, ignore_eos=True)
-    now = time.monotonic()
-    running, waiting = (
-        dataclasses.replace(local.request((PROMPT, {}, long)), deadline=now + 0.2) for _ in range(2)
-    )
-    first, second = drive(local, [running, waiting])
-    assert first[-1].finish is second[-1].finish is Finish.DEADLINE
-    assert ids(first)
-    assert not ids(second)
+    clock, passed = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed)
+    requests = [
+        dataclasses.replace(local.request((PROMPT, {}, long)), deadline=clock() + 1000)
+        for _ in range(2)
+    ]
+    for request in requests:
+        local.engine.submit(request)
+    while not any(isinstance(e, Event) for e in local.step()):
+        pass
+    passed = 1000.0
+    ended = {e.request_id: e for e in local.step() if isinstance(e, Event)}
+    assert [ended[r.id].finish for r in requests] == [Finish.DEADLINE] * 2
+    tokens = [ended[r.id].usage.completion_tokens for r in requests]
+    assert tokens == [1, 0]
     check_nothing_held(local)
 
 
@@ -279,8 +286,10 @@ def test_the_thread_delivers_one_list_a_step_and_stops(make_engine):
     local.engine.submit(local.request((PROMPT, {"rank-8": 1.0}, GREEDY)))
     assert ended.wait(30)
     assert sum(len(e.tokens) for e in seen if isinstance(e, Event)) == 12
-    local.engine.submit(local.request((PROMPT, {}, SamplingParams(200, ignore_eos=True))))
-    time.sleep(0.05)
+    before = len(seen)
+    local.engine.submit(local.request((PROMPT, {}, SamplingParams(400, ignore_eos=True))))
+    while len(seen) == before:
+        time.sleep(0.001)
     local.engine.stop()
     assert seen[-1].finish is Finish.CANCELLED
     with pytest.raises(Unavailable):
