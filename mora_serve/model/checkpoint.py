@@ -63,11 +63,22 @@ class Checkpoint:
         """The keys stored beside a weight, e.g. its absmax."""
         return (key for key in self._files if key.startswith(name + "."))
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the device. Raises ConfigError when it is missing."""
+    def tensor(
+        self, name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """One tensor on the device. Raises ConfigError when it is missing or not of that size."""
         if name not in self._files:
-            raise ConfigError(f"base.model: tensor {name} is missing", field="base.model")
+            raise ConfigError(
+                f"base.model: tensor {name} is missing; download the model again",
+                field="base.model",
+            )
         tensor: Tensor = self._files[name].get_tensor(name)
+        if size is not None and tensor.shape != size:
+            raise ConfigError(
+                f"base.model: tensor {name} is {list(tensor.shape)}, by the configuration it "
+                f"should be {list(size)}; check that both are of one model",
+                field="base.model",
+            )
         return tensor.to(self.device, dtype, copy=dtype is not None)
 
 

@@ -49,6 +49,7 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
     """
     directory = resolve(config.model, config.revision)
     hf, shape, rope = _read_config(directory)
+    eos_ids = _eos_ids(directory, hf)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     stored = hf.get("quantization_config") or {}
@@ -66,11 +67,6 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
         )
     with Checkpoint(directory, device) as checkpoint:
         decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
-        eos = hf.get("eos_token_id")
-        generation = directory / "generation_config.json"
-        if generation.exists():
-            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
-        eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         tokenizer = Tokenizer.load(directory, eos_ids)
         linear = sum(s.nbytes for layer in decoder.layers for s in layer.sites.values())
         tied = decoder.head.data_ptr() == decoder.embedding.data_ptr()
@@ -98,8 +94,13 @@ def resolve(model: str, revision: str = "main") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(str(snapshot_download(model, revision=revision, allow_patterns=patterns)))
+        snapshot = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            ignore_patterns=["consolidated*", "*/*"],  # the same weights again, in other formats
+        )
+        return Path(str(snapshot))
     except Exception as e:
         raise ConfigError(
             f"base.model: {model!r} is neither a directory nor a model that the hub gives "
@@ -131,6 +132,22 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], ModelShape, tuple[Ten
         ) from e
 
 
+def _eos_ids(directory: Path, hf: dict[str, Any]) -> frozenset[int]:
+    """The ids that end an answer, of generation_config.json where it has them, else of ``hf``."""
+    eos = hf.get("eos_token_id")
+    try:
+        generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        eos = generation.get("eos_token_id", eos)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(
+            "base.model: generation_config.json cannot be read; download it again or remove it",
+            field="base.model",
+        ) from e
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
 def _decoder(
     checkpoint: Checkpoint,
     shape: ModelShape,
@@ -145,6 +162,7 @@ def _decoder(
         "gate_up": shape.mlp_bias,
         "down": shape.mlp_bias,
     }
+    hidden = (shape.hidden_size,)
     layers = []
     for i in range(shape.layers):
         prefix = f"model.layers.{i}"
@@ -162,7 +180,10 @@ def _decoder(
             biases = [f"{path}.bias" for path in paths]
             bias = None
             if biased[site]:
-                bias = torch.cat([checkpoint.tensor(b, dtype) for b in biases])
+                sizes = [shape.projection(p)[:1] for p in projections]
+                bias = torch.cat(
+                    [checkpoint.tensor(b, dtype, n) for b, n in zip(biases, sizes, strict=True)]
+                )
             elif stray := [b for b in biases if b in checkpoint]:
                 raise ConfigError(
                     f"base.model: there is a tensor {stray[0]}, but by the configuration this "
@@ -173,19 +194,20 @@ def _decoder(
         norms = [f"{prefix}.self_attn.{n}_norm.weight" for n in "qk"] if shape.qk_norm else []
         layers.append(
             Layer(
-                checkpoint.tensor(f"{prefix}.input_layernorm.weight", dtype),
-                checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", dtype),
+                checkpoint.tensor(f"{prefix}.input_layernorm.weight", dtype, hidden),
+                checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", dtype, hidden),
                 sites,
-                *(checkpoint.tensor(n, dtype) for n in norms),
+                *(checkpoint.tensor(n, dtype, (shape.head_dim,)) for n in norms),
             )
         )
         if progress is not None:
             progress(i + 1, shape.layers)
-    embedding = checkpoint.tensor("model.embed_tokens.weight", dtype)
+    table = (shape.vocab_size, shape.hidden_size)
+    embedding = checkpoint.tensor("model.embed_tokens.weight", dtype, table)
     head = embedding
     if not shape.tied_embeddings:
-        head = checkpoint.tensor("lm_head.weight", dtype)
-    norm = checkpoint.tensor("model.norm.weight", dtype)
+        head = checkpoint.tensor("lm_head.weight", dtype, table)
+    norm = checkpoint.tensor("model.norm.weight", dtype, hidden)
     return Decoder(shape, embedding, layers, norm, head, *rope)
 
 
@@ -251,6 +273,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"base.device: {name!r} asked for, but torch sees no CUDA device", field="base.device"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"base.device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA "
+            "device(s), counted from cuda:0",
+            field="base.device",
         )
     return device
 

@@ -184,6 +184,7 @@ def test_tied_embeddings_need_no_head(tmp_path):
         ({"hidden_size": 64}, "configuration says"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\..* is missing"),
         ({"attention_bias": True}, r"q_proj\.bias is missing"),
+        ({"vocab_size": 400}, r"embed_tokens\.weight is \[320, 128\].* should be \[400, 128\]"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_an_error_that_says_how(copy, changes, message):
@@ -239,6 +240,12 @@ def test_the_ends_are_those_of_the_generation_config(copy, config, generation, e
         given = {} if generation == {} else {"eos_token_id": generation}
         (copy / "generation_config.json").write_text(json.dumps(given))
     assert load(copy).tokenizer.eos_ids == expected
+
+
+def test_a_broken_generation_config_is_an_error(copy):
+    (copy / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read"):
+        load(copy)
 
 
 def test_what_the_kernels_cannot_take_stays_dense(tmp_path):
