@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import tomllib
@@ -159,10 +158,10 @@ def keys() -> dict[str, tuple[Any, Any, str]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"configuration file: cannot be read ({e.strerror})") from e
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"configuration file: not valid TOML: {e}") from e
     known = set(keys())
     values = {}
@@ -207,6 +206,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         raise ConfigError(f"{key}: {value!r} is not a valid {hint.__name__}", field=key) from None
 
 
+# By key, or by its last word; other numbers end where the API's and gRPC's 32 bits do.
+_MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 65535}
+
+
 def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
@@ -222,12 +225,18 @@ def _check(config: Config) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         least = -1 if key == "server.metrics_port" else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
+        if not isinstance(value, (int, float)):
+            continue
+        most = _MOST.get(key, _MOST.get(name.rpartition("_")[2], 2**31 - 1))
+        if not least <= value <= most:
             raise ConfigError(
-                f"{key}: {value} is out of range; it must be at least {least}", field=key
+                f"{key}: {value} is out of range; it must be from {least} to {most}", field=key
             )
-        if name.endswith("port") and value > 65535:
-            raise ConfigError(f"{key}: {value} is out of range; ports end at 65535", field=key)
+    if not config.engine.stall_seconds:
+        raise ConfigError(
+            "engine.stall_seconds: 0 would abort every stream; it must be above 0",
+            field="engine.stall_seconds",
+        )
     if config.engine.step_tokens < config.engine.max_batch:
         raise ConfigError(
             f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "

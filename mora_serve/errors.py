@@ -7,6 +7,7 @@ traceback. The one place that turns these into a gRPC status is ``server/interce
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class MoraError(Exception):
@@ -34,6 +35,11 @@ class MoraError(Exception):
         self.retry_after = retry_after
         if reason is not None:
             self.reason = reason
+
+    def at(self, field: str) -> Self:
+        """The same error, its field under the name that it has in the whole request."""
+        message = f"{field}: {self.message.partition(': ')[2]}"
+        return type(self)(message, field=field, reason=self.reason, retry_after=self.retry_after)
 
 
 class InvalidArgument(MoraError):

@@ -20,7 +20,7 @@ class AdapterRecord:
     ``version`` counts the contents that the name has had since it was registered, from 1.
     ``digest`` is the content's. ``modules`` is the number of projections changed, ``targets``
     their names, ``nbytes`` the weights' size, ``created`` when this version was registered, in
-    unix seconds. ``verified``: it names its base, and that is the one it was checked against.
+    unix seconds.
     """
 
     tenant: str
@@ -33,7 +33,6 @@ class AdapterRecord:
     targets: tuple[str, ...]
     modules: int
     nbytes: int
-    verified: bool
     created: float
     pinned: bool = False
     card: RoutingCard = field(default_factory=RoutingCard)

@@ -30,6 +30,7 @@ from mora_serve.adapters.validate import ValidatedAdapter, read_stored
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import (
     AlreadyExists,
+    ConfigError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -66,9 +67,7 @@ class Registry:
         self._fingerprint = fingerprint
         self._own = tempfile.TemporaryDirectory(prefix="mora-") if directory is None else None
         root = Path(self._own.name) if self._own else Path(directory or "")
-        for part in (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp"))):
-            part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync_directory(root)
+        _make_directories(root)
         self._blobs = BlobStore(root / "blobs", root / "tmp")
         self._history = History(ChangeLog(root, root / "tmp"), snapshot_every)
         self._unremoved: set[str] = set()  # blobs that somebody held when they were to go
@@ -128,6 +127,18 @@ class Registry:
     def list(self, tenant: str) -> tuple[AdapterRecord, ...]:
         """The tenant's adapters by name, those for another base included."""
         return tuple(self._state.by_tenant.get(tenant, {}).values())
+
+    def served(self, tenant: str) -> tuple[AdapterRecord, ...]:
+        """Those of the tenant's adapters that this base can serve, by name."""
+        return tuple(filter(self._fits, self.list(tenant)))
+
+    def verified(self, record: AdapterRecord) -> bool:
+        """Whether the adapter says that it was trained on this base."""
+        return bool(self._fingerprint) and record.card.base_fingerprint == self._fingerprint
+
+    def routable(self, record: AdapterRecord) -> bool:
+        """Whether the router can pick the adapter: this base can serve it, and it has prompts."""
+        return record.card.routable and self._fits(record)
 
     def all(self) -> tuple[AdapterRecord, ...]:
         """All tenants' adapters that this base can serve, by tenant and name."""
@@ -230,7 +241,6 @@ class Registry:
             targets=adapter.targets,
             modules=len(adapter.modules),
             nbytes=adapter.nbytes,
-            verified=bool(self._fingerprint) and card.base_fingerprint == self._fingerprint,
             created=time.time(),
             card=card,
         )
@@ -282,8 +292,7 @@ class Registry:
             if not new.base_fingerprint:
                 new = replaced(new, base_fingerprint=record.card.base_fingerprint)
             self.check_card(new)
-            verified = bool(self._fingerprint) and new.base_fingerprint == self._fingerprint
-            return replaced(record, card=new, verified=verified)
+            return replaced(record, card=new)
 
         return self._change_record(tenant, name, change)
 
@@ -399,6 +408,19 @@ class Registry:
                 field="name",
                 reason="TOO_MANY_ADAPTERS",
             )
+
+
+def _make_directories(root: Path) -> None:
+    try:
+        for part in (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp"))):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(root)
+    except OSError as e:
+        raise ConfigError(
+            f"server.state: the directory cannot be made or written to ({e.strerror}); give one "
+            "that this user may write to",
+            field="server.state",
+        ) from None
 
 
 def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:

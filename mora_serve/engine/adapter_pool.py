@@ -34,6 +34,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # An adapter just loaded and not yet used is left in its slot for this many polls: the request
 # that asked for it must get a turn before another's load can take the slot.
 GRACE_POLLS = 16
+# Adapters whose DoRA scales are kept on the host: each takes passes over the whole base to make.
+DORA_KEPT = 256
 
 
 class _State(enum.Enum):
@@ -84,7 +86,7 @@ class AdapterPool:
         )
         # One thread of its own: a second team would take the cores of the running step.
         self._loader = ThreadPoolExecutor(1, "adapter-load", torch.set_num_threads, (1,))
-        self._dora: dict[str, dict[tuple[int, str], Tensor]] = {}
+        self._dora: OrderedDict[str, dict[tuple[int, str], Tensor]] = OrderedDict()
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -100,15 +102,15 @@ class AdapterPool:
 
         False: nothing is held, and the loads that can start have started.
         """
+        for digest in digests:
+            if digest in self._entries:
+                self._entries.move_to_end(digest)
         missing = False
         for digest in digests:
             entry = self._entries.get(digest)
             if entry is None:
-                self._begin(digest)
-                missing = True
-            else:
-                self._entries.move_to_end(digest)
-                missing = missing or entry.state is _State.LOADING
+                self._begin(digest, digests)
+            missing = missing or entry is None or entry.state is _State.LOADING
         if missing:
             return False
         for digest in digests:
@@ -185,8 +187,9 @@ class AdapterPool:
         if leaked:
             raise RuntimeError(f"adapters are held by nobody that runs: {leaked}")
 
-    def _begin(self, digest: str) -> None:
-        if not self._free and not self._evict():
+    def _begin(self, digest: str, beside: tuple[str, ...] = ()) -> None:
+        """Start a load if there is a slot for it; those ``beside`` it do not make room."""
+        if not self._free and not self._evict(beside):
             return
         # The lowest free slot: the batched product runs over a range of slots.
         self._free.sort(reverse=True)
@@ -195,14 +198,13 @@ class AdapterPool:
         self.misses += 1
         self._loader.submit(self._load, digest, slot)
 
-    def _evict(self) -> bool:
+    def _evict(self, kept: tuple[str, ...]) -> bool:
         for digest, entry in self._entries.items():
             fresh = not entry.used and self._polls - entry.ready_poll < GRACE_POLLS
             if entry.state is _State.READY and not entry.references and not fresh:
-                if digest in self._pinned:
+                if digest in self._pinned or digest in kept:
                     continue
                 del self._entries[digest]
-                self._dora.pop(digest, None)
                 self._free.append(entry.slot)
                 self.evictions += 1
                 return True
@@ -233,7 +235,7 @@ class AdapterPool:
     def _fill(self, slot: int, digest: str, adapter: ValidatedAdapter) -> None:
         self._clear(slot)
         self.slots.ranks[slot] = self.slots.max_rank  # what to clear if this load breaks off
-        scales = self._dora.setdefault(digest, {}) if adapter.dora else {}
+        scales = self._dora.pop(digest, {})
         for module in adapter.modules:
             part = self.slots.projection(module.layer, module.projection)
             a, b = self._tensor(adapter, module.a), self._tensor(adapter, module.b)
@@ -257,6 +259,10 @@ class AdapterPool:
                 part.dora[slot].copy_(scales[key])
         self.slots.ranks[slot] = adapter.rank
         self.slots.has_dora[slot] = adapter.dora
+        if scales:
+            self._dora[digest] = scales
+            if len(self._dora) > DORA_KEPT:
+                self._dora.popitem(last=False)
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -126,6 +126,7 @@ class Engine:
                 f"prompt: {length} tokens leave no room for an answer in the context of "
                 f"{self.max_context}; shorten the prompt",
                 field="prompt",
+                reason="PROMPT_TOO_LONG",
             )
         budget = min(request.sampling.max_tokens, self.max_context - length)
         if not self.scheduler.fits(length, budget):
@@ -133,6 +134,7 @@ class Engine:
                 f"prompt: {length} tokens and {budget} to generate need more key/value pages than "
                 "the server has; shorten the prompt or lower max_tokens",
                 field="prompt",
+                reason="PROMPT_TOO_LONG",
             )
         with self._wake:
             if self._stopping:

@@ -10,7 +10,7 @@ from mora_serve.adapters.record import AdapterRecord
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import Config
 from mora_serve.core import AdapterWeight, Candidate, Decision, Mixture, Source
-from mora_serve.errors import FailedPrecondition, InvalidArgument, MoraError, NotFound
+from mora_serve.errors import FailedPrecondition, InvalidArgument, NotFound
 from mora_serve.router.decide import REPORTED
 from mora_serve.router.routing import Routing
 
@@ -121,7 +121,7 @@ class Selector:
             except NotFound as e:
                 if hint.fallback_to_router:
                     return self._routed(tenant, AutoRoute(), text)
-                raise _of_field(e, f"task.tasks[{i}]") from None
+                raise e.at(f"task.tasks[{i}]") from None
             names = list(records)
             if len(names) > 1:
                 routed = self._routing.route(tenant, text, names, 1)
@@ -158,7 +158,7 @@ class Selector:
         try:
             return self._registry.get(tenant, name, digest)
         except (NotFound, FailedPrecondition) as e:
-            raise _of_field(e, digest_field if e.field == "digest" else field) from None
+            raise e.at(digest_field if e.field == "digest" else field) from None
 
     def _present(
         self, tenant: str, name: str, names: frozenset[str] | None
@@ -183,9 +183,3 @@ def _at_weight_one(records: Iterable[AdapterRecord]) -> Mixture:
     """Each adapter once."""
     distinct = {r.name: r for r in records}.values()
     return Mixture(tuple(AdapterWeight(r.name, 1.0, r.digest) for r in distinct))
-
-
-def _of_field(error: MoraError, field: str) -> MoraError:
-    """The error under the name that the value at fault has in the request."""
-    message = f"{field}: {error.message.partition(': ')[2]}"
-    return type(error)(message, field=field, reason=error.reason)

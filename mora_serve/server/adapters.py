@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-from collections.abc import AsyncIterator, Callable, Collection
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,7 @@ from mora_serve.adapters.registry import AdapterRecord, Registry
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
 from mora_serve.config import Config
-from mora_serve.errors import InvalidArgument, ResourceExhausted
+from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.shape import ModelShape
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
@@ -124,7 +125,8 @@ class AdapterServicer(AdapterServiceServicer):
 
         def update() -> AdapterRecord:
             card = self._card(request.card, "card")
-            return self._registry.update(tenant, name, card=card)
+            with _of_name():
+                return self._registry.update(tenant, name, card=card)
 
         record = await self._run(update)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
@@ -134,7 +136,8 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> pb.UnregisterAdapterResponse:
         """Remove an adapter."""
         check_name(request.name, "name")
-        await self._run(self._registry.unregister, calls.current().tenant, request.name)
+        with _of_name():
+            await self._run(self._registry.unregister, calls.current().tenant, request.name)
         return pb.UnregisterAdapterResponse()
 
     async def ListAdapters(
@@ -158,7 +161,9 @@ class AdapterServicer(AdapterServiceServicer):
         start = bisect.bisect_right(records, request.page_token, key=lambda r: r.name)
         end = start + (request.page_size or DEFAULT_PAGE)
         resident = self._resident()
-        adapters = [adapter_message(r, r.digest in resident, False) for r in records[start:end]]
+        adapters = [
+            self._message(r, r.digest in resident, prompts=False) for r in records[start:end]
+        ]
         token = adapters[-1].name if end < len(records) else ""
         return pb.ListAdaptersResponse(adapters=adapters, next_page_token=token)
 
@@ -169,7 +174,8 @@ class AdapterServicer(AdapterServiceServicer):
         check_name(request.name, "name")
         # Not on the event loop: where there is no such name, the nearest ones are sought.
         get = partial(self._registry.get, calls.current().tenant, request.name)
-        record = await asyncio.get_running_loop().run_in_executor(self._short, get)
+        with _of_name():
+            record = await asyncio.get_running_loop().run_in_executor(self._short, get)
         return pb.GetAdapterResponse(adapter=self._message(record))
 
     async def PinAdapter(
@@ -185,7 +191,9 @@ class AdapterServicer(AdapterServiceServicer):
             with self._pins.reserved(self._registry.get(tenant, name).digest):
                 return self._registry.pin(tenant, name, True)
 
-        return pb.PinAdapterResponse(adapter=self._message(await self._run(pin)))
+        with _of_name():
+            record = await self._run(pin)
+        return pb.PinAdapterResponse(adapter=self._message(record))
 
     async def _register(
         self,
@@ -210,9 +218,7 @@ class AdapterServicer(AdapterServiceServicer):
         try:
             self._registry.check_card(card)
         except InvalidArgument as e:
-            raise InvalidArgument(
-                f"{field}.{e.message}", field=f"{field}.{e.field}", reason=e.reason
-            ) from None
+            raise e.at(f"{field}.{e.field}") from None
         return card
 
     async def _steadily(
@@ -236,8 +242,25 @@ class AdapterServicer(AdapterServiceServicer):
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
-    def _message(self, record: AdapterRecord) -> pb.Adapter:
-        return adapter_message(record, record.digest in self._resident(), prompts=True)
+    def _message(
+        self, record: AdapterRecord, resident: bool | None = None, *, prompts: bool = True
+    ) -> pb.Adapter:
+        """An adapter as the API says it; looks up whether it is ``resident`` where not told."""
+        if resident is None:
+            resident = record.digest in self._resident()
+        message = adapter_message(record, resident, prompts)
+        message.verified = self._registry.verified(record)
+        message.routable = self._registry.routable(record)
+        return message
+
+
+@contextlib.contextmanager
+def _of_name() -> Iterator[None]:
+    """The registry's errors about an adapter are about the field ``name`` of these requests."""
+    try:
+        yield
+    except MoraError as e:
+        raise (e.at("name") if e.field == "adapter" else e) from None
 
 
 def card_of(message: pb.RoutingCard) -> RoutingCard:
@@ -253,7 +276,7 @@ def card_of(message: pb.RoutingCard) -> RoutingCard:
 
 
 def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.Adapter:
-    """An adapter as the API says it, its example prompts only on request."""
+    """What an adapter is on any base, its example prompts only on request."""
     card = record.card
     message = pb.Adapter(
         name=record.name,
@@ -264,7 +287,6 @@ def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.
         targets=record.targets,
         dora=record.dora,
         rslora=record.rslora,
-        verified=record.verified,
         card=pb.RoutingCard(
             tasks=card.tasks,
             prompts=card.prompts if prompts else (),
@@ -273,7 +295,6 @@ def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.
             base_fingerprint=card.base_fingerprint,
             router_digest=card.router_digest,
         ),
-        routable=card.routable,
         pinned=record.pinned,
         resident=resident,
         prompt_count=len(card.prompts),

@@ -56,7 +56,14 @@ def assemble(config: Config) -> Assembly:
     if config.base.model == "demo":
         from mora_serve.demo.bundle import register_bundle
 
-        register_bundle(registry, base.shape, config.adapters)
+        try:
+            register_bundle(registry, base.shape, config.adapters)
+        except MoraError as e:
+            raise ConfigError(
+                f"base.model: the bundled adapters do not fit the configuration ({e.message}); "
+                "raise its limits, or serve another base",
+                field="base.model",
+            ) from e
     routing = Routing(registry, base.fingerprint)
     if config.router.path:
         _load_router(routing, Path(config.router.path))

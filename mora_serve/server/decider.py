@@ -72,8 +72,7 @@ class Decider:
         try:
             decision = self._selector.decide(tenant, selection, text)
         except MoraError as e:  # the selector's fields lie in the request's selection
-            field = f"selection.{e.field}"
-            raise type(e)(f"selection.{e.message}", field=field, reason=e.reason) from None
+            raise e.at(f"selection.{e.field}") from None
         self._metrics.decided(decision, time.monotonic() - start)
         return decision
 
@@ -89,6 +88,7 @@ class Decider:
                 self._release(held)
                 if attempt == _ATTEMPTS - 1:
                     raise
+                self._registry.refresh()  # another process may have removed it
             else:
                 break
         return decision

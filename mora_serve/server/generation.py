@@ -137,7 +137,8 @@ def _end(event: Event) -> tuple[Finish, Usage]:
     if event.finish is Finish.CANCELLED:  # not by the client, who would not be here
         raise Unavailable("server: it is shutting down; send the call to another one")
     if event.error is not None:
-        raise event.error.error()
+        error = event.error.error()
+        raise error.at("selection") if error.field == "mixture" else error
     if event.finish is None or event.usage is None:
         raise Internal("generation: it ended without a result; retry the request")
     return event.finish, event.usage

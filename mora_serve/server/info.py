@@ -39,7 +39,7 @@ class ServerServicer(ServerServiceServicer):
         info.CopyFrom(self._fixed)
         if (snapshot := self._routing.snapshot) is not None:
             info.router_digest = snapshot.router.digest
-        info.adapters = len(self._registry.list(calls.current().tenant))
+        info.adapters = len(self._registry.served(calls.current().tenant))
         return info
 
 

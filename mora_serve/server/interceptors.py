@@ -23,7 +23,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[i
 from grpc import aio
 from grpc_status import rpc_status
 
-from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted, Unavailable
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
@@ -200,7 +200,8 @@ def status_of(error: MoraError) -> status_pb2.Status:
 
 
 async def _nothing(requests: Any, context: Any) -> None:
-    """The method that stands for those of services still to come."""
+    """The method that stands for those of services still to come; the gate lets no call in."""
+    raise Unavailable("server: it is loading; retry", reason="LOADING", retry_after=1.0)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -84,7 +84,7 @@ class RouterServicer(RouterServiceServicer):
         snapshot = self._routing.snapshot
         if snapshot is None:
             return None
-        records = self._registry.list(calls.current().tenant)
+        records = self._registry.served(calls.current().tenant)
         return pb.Router(
             digest=snapshot.router.digest,
             routable_adapters=sum(r.card.routable for r in records),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mora_serve.engine import adapter_pool
 from mora_serve.engine.adapter_pool import GRACE_POLLS, tensor
 from mora_serve.errors import ResourceExhausted
 from mora_serve.model.shape import projection_path
@@ -54,9 +55,21 @@ def test_nothing_is_held_when_no_slot_is_free(make_engine):
         assert not pool.assigned(wanted)
         time.sleep(0.002)
         pool.poll()
+    assert pool.misses == 4  # one of the two has a slot, and keeps it from the other
     pool.drop(held)
     pool.drop(hold(local, "rank-8", "rank-16"))
     pool.check_integrity()
+
+
+def test_what_is_resident_of_a_mixture_stays_while_the_rest_loads(make_engine):
+    """The adapter of a mixture that is next to go makes no room for the others."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    for name in ("rank-1", "rank-2", "rank-4", "rank-8"):
+        pool.drop(hold(local, name))
+    pool.drop(hold(local, "rank-16", "rank-1"))
+    assert pool.misses == 5
+    assert local.digests["rank-2"] not in pool.resident
 
 
 def test_an_adapter_just_loaded_is_left_to_who_asked_for_it(make_engine):
@@ -88,14 +101,37 @@ def test_pinned_adapters_load_by_themselves_and_stay(make_engine):
         time.sleep(0.002)
     with pytest.raises(ResourceExhausted, match=r"pinned.*adapters\.slots"):
         pool.pin(local.digests["rank-2"])
-    for name in ("rank-2", "rank-4", "rank-8", "rank-16", "rank-32", "rank-64"):
+    others = ("rank-2", "rank-4", "rank-8", "rank-16", "rank-32", "rank-64")
+    for name in others:
         pool.drop(hold(local, name))
     assert local.digests["rank-1"] in pool.resident
+    assert pool.misses == 1 + len(others)
     pool.unpin(local.digests["rank-1"])
     for _ in range(GRACE_POLLS):
         pool.poll()
     pool.drop(hold(local, "rank-2"))
     assert local.digests["rank-1"] not in pool.resident
+
+
+def test_a_pinned_adapter_that_cannot_be_loaded_is_tried_once(make_engine):
+    """Until it is pinned again."""
+    local = make_engine()
+    pool, digest = local.engine.pool, local.digests["rank-1"]
+    adapter = local.adapters.pop(digest)
+    loads = []
+    pool.pin(digest)
+    while not loads:
+        time.sleep(0.002)
+        loads += pool.poll()
+    assert loads[0].error.code == "NOT_FOUND"
+    for _ in range(3):
+        pool.poll()
+    assert pool.misses == 1
+    local.adapters[digest] = adapter
+    pool.pin(digest)
+    while digest not in pool.resident:
+        pool.poll()
+    assert pool.misses == 2
 
 
 def test_a_reused_slot_keeps_nothing_of_the_adapter_before(make_engine):
@@ -155,3 +191,23 @@ def test_a_dora_slot_holds_what_the_norms_say(make_engine, model_root):
         assert want.abs().max() > 1e-3
         torch.testing.assert_close(held[slot], want, rtol=1e-4, atol=1e-6)
     pool.drop((local.digests["dora"],))
+
+
+def test_dora_scales_are_made_once(make_engine, monkeypatch):
+    """A DoRA adapter that comes back to the device needs no pass over the base."""
+    local = make_engine(slots=4)
+    made = []
+    scale = adapter_pool.dora_scale
+    monkeypatch.setattr(adapter_pool, "dora_scale", lambda *a: made.append(1) or scale(*a))
+    pool = local.engine.pool
+    first = hold(local, "dora")
+    scales = [p.dora[pool.slot(*first)].clone() for p in pool.slots.parts() if p.dora is not None]
+    pool.drop(first)
+    count = len(made)
+    for name in ("rank-1", "rank-2", "rank-4", "rank-8"):
+        pool.drop(hold(local, name))
+    assert first[0] not in pool.resident
+    again = hold(local, "dora")
+    assert count == len(made) > 0
+    kept = [p.dora[pool.slot(*again)] for p in pool.slots.parts() if p.dora is not None]
+    assert all(map(torch.equal, scales, kept))
