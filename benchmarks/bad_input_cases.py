@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ METHODS = {
     for method in service.methods
 }
 LONG = "x" * 257
+FIRST, SECOND = (f"selection.mixture.adapters[{i}]" for i in range(2))
 
 
 def mixture(*weights: tuple[str, float] | str) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def chat(role: str, content: str) -> dict[str, Any]:
 
 PROMPTED: dict[str, Case] = {
     "no prompt": ({"prompt": None}, "INVALID_ARGUMENT", "prompt", "give text"),
-    "empty text": ({"prompt": g.Prompt(text="")}, "INVALID_ARGUMENT", "prompt", "give"),
+    "empty text": ({"prompt": g.Prompt(text="")}, "INVALID_ARGUMENT", "prompt.text", "give"),
     "no ids": (
         {"prompt": g.Prompt(token_ids=g.TokenIds())},
         *("INVALID_ARGUMENT", "prompt.token_ids", "give"),
@@ -77,52 +79,82 @@ PROMPTED: dict[str, Case] = {
         {"prompt": g.Prompt(token_ids=g.TokenIds(ids=[1, 320]))},
         *("INVALID_ARGUMENT", "prompt.token_ids.ids[1]", "from 0 to 319"),
     ),
-    "no turns": ({"prompt": g.Prompt(chat=g.Chat())}, "INVALID_ARGUMENT", "prompt.chat", "give"),
-    "unknown role": (chat("robot", "x"), "INVALID_ARGUMENT", "role", "use one of system"),
-    "empty turn": (chat("user", ""), "INVALID_ARGUMENT", "prompt.chat", "give"),
+    "no turns": (
+        {"prompt": g.Prompt(chat=g.Chat())},
+        "INVALID_ARGUMENT",
+        "prompt.chat.messages",
+        "give",
+    ),
+    "unknown role": (
+        chat("robot", "x"),
+        "INVALID_ARGUMENT",
+        "prompt.chat.messages[0].role",
+        "use one of system",
+    ),
+    "empty turn": (chat("user", ""), "INVALID_ARGUMENT", "prompt.chat.messages", "give"),
     "far too many turns": (
         {"prompt": g.Prompt(chat=g.Chat(messages=[g.ChatMessage()] * 300))},
         *("INVALID_ARGUMENT", "prompt.chat.messages", "shorten"),
     ),
     "far too long a prompt": (
         {"prompt": g.Prompt(text="x" * 100_000)},
-        *("INVALID_ARGUMENT", "prompt", "shorten"),
+        *("INVALID_ARGUMENT", "prompt.text", "shorten"),
     ),
-    "unknown adapter": (mixture("revv"), "NOT_FOUND", "adapter", "did you mean rev"),
-    "unknown task": (task("do-revv"), "NOT_FOUND", "task", "did you mean do-rev"),
-    "no task": (task(), "INVALID_ARGUMENT", "task.tasks", "name a task"),
-    "too many tasks": (task(*"abcde"), "INVALID_ARGUMENT", "task.tasks", "fewer"),
+    "unknown adapter": (mixture("revv"), "NOT_FOUND", f"{FIRST}.adapter", "did you mean rev"),
+    "unknown task": (
+        task("do-revv"),
+        "NOT_FOUND",
+        "selection.task.tasks[0]",
+        "did you mean do-rev",
+    ),
+    "no task": (task(), "INVALID_ARGUMENT", "selection.task.tasks", "name a task"),
+    "too many tasks": (task(*"abcde"), "INVALID_ARGUMENT", "selection.task.tasks", "fewer"),
     "unknown candidate": (
         auto(candidates=["sun"]),
         "NOT_FOUND",
-        "candidates[0]",
+        "selection.auto.candidates[0]",
         "did you mean sum",
     ),
     "too many candidates": (
         auto(candidates=["rev"] * 101),
         *("INVALID_ARGUMENT", "selection.auto.candidates", "fewer"),
     ),
-    "too many routed": (auto(max_adapters=5), "INVALID_ARGUMENT", "auto.max_adapters", "between 0"),
-    "weight nan": (mixture(("rev", math.nan)), "INVALID_ARGUMENT", "weight", "finite"),
-    "weight inf": (mixture("sum", ("rev", math.inf)), "INVALID_ARGUMENT", "[1].weight", "finite"),
-    "adapter twice": (mixture("rev", "rev"), "INVALID_ARGUMENT", "adapters[1]", "add"),
-    "too many adapters": (mixture(*"abcde"), "INVALID_ARGUMENT", "adapters", "fewer"),
-    "adapter without a name": (mixture(""), "NOT_FOUND", "adapter", "list"),
+    "too many routed": (
+        auto(max_adapters=5),
+        "INVALID_ARGUMENT",
+        "selection.auto.max_adapters",
+        "between 0",
+    ),
+    "weight nan": (mixture(("rev", math.nan)), "INVALID_ARGUMENT", f"{FIRST}.weight", "finite"),
+    "weight inf": (
+        mixture("sum", ("rev", math.inf)),
+        "INVALID_ARGUMENT",
+        f"{SECOND}.weight",
+        "finite",
+    ),
+    "adapter twice": (mixture("rev", "rev"), "INVALID_ARGUMENT", f"{SECOND}.adapter", "add"),
+    "too many adapters": (
+        mixture(*"abcde"),
+        "INVALID_ARGUMENT",
+        "selection.mixture.adapters",
+        "fewer",
+    ),
+    "adapter without a name": (mixture(""), "NOT_FOUND", f"{FIRST}.adapter", "list"),
     "version that is not": (
         {
             "selection": g.Selection(
                 mixture=g.Mixture(adapters=[g.AdapterWeight(adapter="rev", digest="ab" * 32)])
             )
         },
-        *("NOT_FOUND", "digest", "use that"),
+        *("NOT_FOUND", f"{FIRST}.digest", "use that"),
     ),
 }
 
 
-def sampling(remedy: str, **fields: Any) -> tuple[dict[str, Any], str, str, str]:
+def sampling(remedy: str, at: str = "", **fields: Any) -> tuple[dict[str, Any], str, str, str]:
     (name,) = fields
     message = g.SamplingParams(**fields)
-    return {"sampling": message}, "INVALID_ARGUMENT", f"sampling.{name}", remedy
+    return {"sampling": message}, "INVALID_ARGUMENT", f"sampling.{name}{at}", remedy
 
 
 GENERATED: dict[str, Case] = PROMPTED | {
@@ -141,14 +173,14 @@ GENERATED: dict[str, Case] = PROMPTED | {
     "presence_penalty 9": sampling("to 2", presence_penalty=9.0),
     "frequency_penalty -9": sampling("from -2", frequency_penalty=-9.0),
     "too many stops": sampling("at most 4", stop=list("abcde")),
-    "empty stop": sampling("give some text", stop=[""]),
-    "long stop": sampling("at most 256", stop=[LONG]),
-    "unknown stop id": sampling("from 0 to 319", stop_token_ids=[320]),
+    "empty stop": sampling("give some text", "[0]", stop=[""]),
+    "long stop": sampling("at most 256", "[0]", stop=[LONG]),
+    "unknown stop id": sampling("from 0 to 319", "[0]", stop_token_ids=[320]),
     "too many stop ids": sampling("at most 4", stop_token_ids=[1, 2, 3, 4, 5]),
     "too many logprobs": sampling("at most 20", logprobs=21),
 }
 BAD_NAME = {"name": "../x"}, "INVALID_ARGUMENT", "name", "lower-case"
-NO_ADAPTER = {"name": "revv"}, "NOT_FOUND", "adapter", "did you mean rev"
+NO_ADAPTER = {"name": "revv"}, "NOT_FOUND", "name", "did you mean rev"
 CARDS = {
     "too many prompts": (a.RoutingCard(prompts=["x"] * 65), "prompts", "best 64"),
     "empty prompt": (a.RoutingCard(prompts=[" "]), "prompts", "give text"),
@@ -188,20 +220,20 @@ CASES: dict[str, dict[str, Case]] = {
             ("/etc", "INVALID_ARGUMENT", "path", "relative"),
             ("link", "INVALID_ARGUMENT", "path", "without links"),
             ("nowhere", "NOT_FOUND", "path", "relative"),
-            ("pickle", "INVALID_ARGUMENT", "adapter_model", "safe_serialization=True"),
-            ("empty", "INVALID_ARGUMENT", "adapter_model", "save_pretrained"),
-            ("other-base", "INVALID_ARGUMENT", "adapter_model", "this base needs"),
-            ("infinite", "INVALID_ARGUMENT", "adapter_model", "earlier checkpoint"),
-            ("truncated", "INVALID_ARGUMENT", "adapter_model", ""),
-            ("code", "INVALID_ARGUMENT", "auto_map", ""),
-            ("rank", "INVALID_ARGUMENT", "r", "max_rank"),
+            ("pickle", "INVALID_ARGUMENT", "adapter_model.safetensors", "safe_serialization=True"),
+            ("empty", "INVALID_ARGUMENT", "adapter_model.safetensors", "save_pretrained"),
+            ("other-base", "INVALID_ARGUMENT", "adapter_model.safetensors", "this base needs"),
+            ("infinite", "INVALID_ARGUMENT", "adapter_model.safetensors", "earlier checkpoint"),
+            ("truncated", "INVALID_ARGUMENT", "adapter_model.safetensors", ""),
+            ("code", "INVALID_ARGUMENT", "adapter_config.json:'auto_map'", ""),
+            ("rank", "INVALID_ARGUMENT", "adapter_model.safetensors", "max_rank"),
         ),
     },
     "UploadAdapter": {
         "chunk first": ({"chunk": a.FileChunk()}, "INVALID_ARGUMENT", "kind", "header first"),
         "bad name": (
             {"header": a.UploadHeader(name="A B")},
-            *("INVALID_ARGUMENT", "name", "lower-case"),
+            *("INVALID_ARGUMENT", "header.name", "lower-case"),
         ),
         **{
             f"card: {case}": (
@@ -316,8 +348,8 @@ def wrong(client: Client, rpc: str, case: str, root: Path) -> list[str]:
     message = str(error)
     found = {
         f"code {error.code}, not {code}: {message}": error.code != code,
-        f"field {error.field!r}, not {field!r}": field not in (error.field or ""),
-        f"names no {field!r}: {message}": field.rpartition(".")[2] not in message,
+        f"field {error.field!r}, not {field!r}": error.field != field,
+        f"names no {field!r}: {message}": re.split("[.:]", field)[-1] not in message,
         f"gives no remedy {remedy!r}: {message}": remedy not in message,
         f"reason {error.reason!r}": not error.reason.isupper(),
         f"gives a path away: {message}": str(root) in message,

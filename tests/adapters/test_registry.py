@@ -50,7 +50,8 @@ def test_what_is_registered_is_found_as_it_was_given(registry: Registry) -> None
     assert registry.get("default", "reverse") == record
     assert (record.digest, record.rank, record.nbytes) == (given.digest, 4, given.nbytes)
     assert (record.version, record.targets, record.modules) == (1, ("q_proj",), 2)
-    assert (record.card, record.tasks, record.verified) == (CARD, ("reverse", "echo"), False)
+    assert (record.card, record.tasks) == (CARD, ("reverse", "echo"))
+    assert not registry.verified(record)
     assert abs(record.created - time.time()) < 3600
     assert registry.open(record.digest) == given
 
@@ -337,13 +338,16 @@ def test_a_base_that_changed_between_runs_is_noticed(tmp_path: Path) -> None:
     with Registry(tmp_path, LIMITS, SHAPE, "aaaa") as registry:
         given = read_upload(*data, named.to_json(), SHAPE, LIMITS, "aaaa")
         record, _ = registry.register("default", "named", given, card=CARD)
-        assert record.verified
-        assert registry.update("default", "named", card=CARD).verified
+        assert registry.verified(record)
+        assert registry.verified(registry.update("default", "named", card=CARD))
         registry.register("default", "unnamed", adapter(1))
         with pytest.raises(InvalidArgument, match="names base bbbb, this server runs aaaa"):
             registry.update("default", "named", card=replace(CARD, base_fingerprint="bbbb"))
     with Registry(tmp_path, LIMITS, replace(SHAPE, hidden_size=64), "bbbb") as registry:
         assert len(registry.list("default")) == 2
+        assert [r.name for r in registry.served("default")] == ["unnamed"]
+        assert not registry.verified(record)
+        assert not registry.routable(record)
         assert [r.name for r in registry.all()] == ["unnamed"]
         assert registry.tasks("default") == ()
         with pytest.raises(NotFound):
