@@ -30,7 +30,7 @@ Case = tuple[dict[str, Any], str, str, str]
 MESSAGE_BYTES = 1 << 20
 LIMITS: dict[str, dict[str, Any]] = {
     "engine": {"max_tokens": 200, "max_batch": 16, "max_stop": 4},
-    "adapters": {"max_adapters": 100},
+    "adapters": {"max_adapters": 2},  # rev and sum fill the registry
     "server": {"max_message_bytes": MESSAGE_BYTES},
 }
 g, a = generation_pb2, adapters_pb2
@@ -206,6 +206,10 @@ CASES: dict[str, dict[str, Case]] = {
             {"name": "rev", "path": "sum"},
             *("ALREADY_EXISTS", "name", "set replace"),
         ),
+        "one too many": (
+            {"name": "new", "path": "rev"},
+            *("RESOURCE_EXHAUSTED", "name", "unregister one"),
+        ),
         **{
             f"card: {case}": (
                 {"name": "new", "path": "rev", "card": card},
@@ -224,8 +228,8 @@ CASES: dict[str, dict[str, Case]] = {
             ("empty", "INVALID_ARGUMENT", "adapter_model.safetensors", "save_pretrained"),
             ("other-base", "INVALID_ARGUMENT", "adapter_model.safetensors", "this base needs"),
             ("infinite", "INVALID_ARGUMENT", "adapter_model.safetensors", "earlier checkpoint"),
-            ("truncated", "INVALID_ARGUMENT", "adapter_model.safetensors", ""),
-            ("code", "INVALID_ARGUMENT", "adapter_config.json:'auto_map'", ""),
+            ("truncated", "INVALID_ARGUMENT", "adapter_model.safetensors", "copy it or save"),
+            ("code", "INVALID_ARGUMENT", "adapter_config.json:'auto_map'", "remove it"),
             ("rank", "INVALID_ARGUMENT", "adapter_model.safetensors", "max_rank"),
         ),
     },
@@ -269,7 +273,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "LoadRouter": {
         "nothing": ({}, "INVALID_ARGUMENT", "source", "give"),
-        "no router": ({"data": b"x" * 100}, "INVALID_ARGUMENT", "router", ""),
+        "no router": ({"data": b"x" * 100}, "INVALID_ARGUMENT", "router", "fit the router"),
         "outside": ({"path": "../x"}, "INVALID_ARGUMENT", "path", "under adapters.root"),
         "not regular": ({"path": "rev"}, "INVALID_ARGUMENT", "path", "put the file itself"),
         "not there": ({"path": "x"}, "NOT_FOUND", "path", "under adapters.root"),
