@@ -153,3 +153,25 @@ def test_a_file_that_is_missing_or_broken_is_an_error_that_shows_no_path(tmp_pat
         load_config(write(tmp_path, "[engine\n"), {})
     with pytest.raises(ConfigError, match="outside any"):
         load_config(write(tmp_path, "port = 1\n"), {})
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [
+        ("server.max_message_bytes", 2**31),
+        ("adapters.max_adapters", 2**31),
+        ("engine.max_queue", 2**32),
+        ("engine.stall_seconds", 0),
+        ("server.port", 65536),
+    ],
+)
+def test_what_no_server_could_keep_to_is_refused(key: str, number: int) -> None:
+    with pytest.raises(ConfigError, match="it must be") as e:
+        load_config(environ={}, flags={key: number})
+    assert e.value.field == key
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mora.toml").write_bytes(b"[base]\nmodel = '\xff'\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "mora.toml", {})

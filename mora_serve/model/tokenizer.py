@@ -33,7 +33,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids with the special tokens that the tokenizer adds to a plain prompt."""
-        return list(self._hf.encode(text))
+        return list(self._hf.encode(text, verbose=False))  # the engine tells what is too long
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; an incomplete character ends in U+FFFD."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -161,11 +163,20 @@ class MoraServer:
     def _listen(self, server: aio.Server) -> None:
         config = self.config.server
         try:
+            socket.getaddrinfo(config.host, config.port)
+        except (OSError, UnicodeError):
+            raise ConfigError(
+                f"server.host: {config.host!r} is no address of this machine; give one, such as "
+                "127.0.0.1 or 0.0.0.0",
+                field="server.host",
+            ) from None
+        try:
             self.port = server.add_insecure_port(_join(config.host, config.port))
         except RuntimeError:
             raise ConfigError(
-                f"server.port: {_join(config.host, config.port)} cannot be listened on; "
-                "choose another port, or stop what uses this one",
+                f"server.port: {_join(config.host, config.port)} cannot be listened on; choose "
+                "another port, stop what uses this one, or set server.host to an address of this "
+                "machine",
                 field="server.port",
             ) from None
         if config.metrics_port < 0:
@@ -193,7 +204,7 @@ class MoraServer:
 
 
 def serve(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
     Returns the exit status. Raises ConfigError for a configuration that cannot be served.
     """
@@ -206,9 +217,11 @@ async def _serve(config: Config) -> None:
     signalled = asyncio.Event()
 
     def end(number: signal.Signals) -> None:
+        if signalled.is_set():
+            log.warning("%s again: ending at once", number.name)
+            logging.shutdown()
+            os._exit(128 + number)  # threads are in the middle of something: nothing is awaited
         log.info("%s: stopping", number.name)
-        for s in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(s)
         signalled.set()
 
     for s in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Pre-training of the demo's base: a byte-level Llama of 0.8 million parameters."""
+"""Pre-training of the demo's base: a byte-level Llama of 0.9 million parameters."""
 
 from __future__ import annotations
 

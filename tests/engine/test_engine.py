@@ -219,6 +219,8 @@ def test_new_content_under_a_name_shares_no_cache(make_engine, model_root, tmp_p
     assert ids(new) != ids(hit)
     (other,) = drive(local, [local.request((prompt, {"rank-8": 1.0}, GREEDY), tenant="other")])
     assert other[-1].usage.cached_tokens == 0
+    (half,) = drive(local, [local.request((prompt, {"rank-8": 0.5}, GREEDY))])
+    assert half[-1].usage.cached_tokens == 0
 
 
 def test_usage_counts_tokens(make_engine):
@@ -227,7 +229,35 @@ def test_usage_counts_tokens(make_engine):
     (events,) = drive(local, [local.request((PROMPT, {"rank-8": 1.0}, GREEDY))])
     usage = events[-1].usage
     assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (20, 0, 12)
+    stats = local.engine.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens) == (20, 12)
     assert 0 <= usage.queue_seconds <= usage.first_token_seconds <= usage.total_seconds
+
+
+def test_a_load_that_takes_its_time_stops_nobody(make_engine, monkeypatch):
+    """While an adapter's files are being read, requests for others run to their end."""
+    local = make_engine()
+    opened, go_on = threading.Event(), threading.Event()
+    read = local.adapters.__getitem__
+
+    class Slow(dict):
+        def __getitem__(self, digest):
+            opened.set()
+            assert go_on.wait(60)
+            return read(digest)
+
+    slow = local.request((PROMPT, {"rank-8": 1.0}, GREEDY))
+    monkeypatch.setattr(local, "adapters", Slow(local.adapters))
+    local.engine.submit(slow)
+    while not opened.is_set():
+        local.step()
+    (answer,) = drive(local, [local.request((PROMPT, {}, GREEDY))])
+    assert answer[-1].finish is Finish.LENGTH
+    go_on.set()
+    ended = []
+    while not ended:
+        ended = [e for e in local.step() if isinstance(e, Event) and e.finish]
+    assert ended[0].request_id == slow.id
 
 
 def test_a_step_that_breaks_fails_its_requests_and_the_engine_goes_on(make_engine, monkeypatch):

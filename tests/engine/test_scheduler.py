@@ -384,6 +384,26 @@ def test_no_adapter_starves_for_want_of_slots(wanted: int, tenant: str) -> None:
         assert engine.steps < start + 60
 
 
+def test_who_leaves_the_line_for_slots_holds_up_nobody() -> None:
+    """A request that has waited long enough to be served next, and is cancelled then."""
+    engine = Engine(pages=200, max_batch=4, step_tokens=16, slots=2)
+    for i in range(2):
+        engine.add(f"long{i}", max_tokens=60, digests=(DIGESTS[i],))
+    engine.step()
+    rare = engine.add("rare", digests=(DIGESTS[2],))
+    for i in range(40):
+        engine.add(f"short{i}", max_tokens=2, digests=(DIGESTS[0],))
+        engine.step()
+    waiting = engine.scheduler.waiting_count  # behind him
+    engine.step()
+    assert engine.scheduler.waiting_count == waiting
+    engine.scheduler.remove(rare)
+    for _ in range(12):
+        engine.step()
+    assert "long0" not in engine.done
+    assert engine.scheduler.waiting_count < waiting - 8
+
+
 def test_requests_for_the_base_pass_those_that_wait_for_slots() -> None:
     engine = Engine(pages=200, max_batch=4, step_tokens=16, slots=2)
     engine.add("long", max_tokens=100, digests=(DIGESTS[0],))

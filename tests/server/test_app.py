@@ -224,6 +224,26 @@ class TestStarting:
         with pytest.raises(errors.ConfigError, match=r"server\.metrics_port"), running(config):
             pass
 
+    def test_a_host_that_is_no_address_is_explained(self, configure):
+        config = configure(server={"host": "nonsense.invalid"})
+        with pytest.raises(errors.ConfigError, match=r"server\.host"), running(config):
+            pass
+
+    def test_a_state_that_is_no_directory_is_explained(self, configure, tmp_path):
+        (tmp_path / "file").touch()
+        config = configure(server={"state": str(tmp_path / "file")})
+        with pytest.raises(errors.ConfigError, match=r"server\.state") as e, running(config):
+            pass
+        assert str(tmp_path) not in e.value.message
+
+    def test_limits_too_small_for_the_bundle_are_explained(self, configure):
+        config = configure(
+            base={"model": "demo", "quantization": "nf4"}, adapters={"max_adapters": 3}
+        )
+        message = "bundled adapters do not fit"
+        with pytest.raises(errors.ConfigError, match=message), running(config):
+            pass
+
     def test_no_metrics_port_on_request(self, configure):
         with running(configure(server={"metrics_port": -1})) as serving:
             assert serving.server.metrics_port == -1
@@ -274,6 +294,18 @@ class TestProcess:
         assert "loading base" in log
         assert "draining" in log
         assert "Traceback" not in log
+
+    def test_a_second_signal_ends_the_process_at_once(self, root):
+        with server_process(root) as (process, client):
+            client.wait_until_ready(60)
+            stream = client.stream("hello", **LONG)
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 128 + signal.SIGINT
+        log = process.stderr.read().decode()
+        assert "Traceback" not in log
+        assert "failed" not in log
 
     def test_a_signal_while_loading_ends_at_once(self, root, pipe):
         with server_process(root, **{"router.path": pipe}) as (process, client):

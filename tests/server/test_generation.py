@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mora_serve import errors
+from mora_serve.adapters.registry import Registry
 from mora_serve.client import AsyncClient, Client
 from mora_serve.core import AdapterWeight, Finish, Mixture, Source
-from tests.server.conftest import wait_for, write_adapter
+from tests.server.conftest import running, wait_for, write_adapter
 
 LONG = {"max_tokens": 60, "ignore_eos": True}
 
@@ -198,6 +199,18 @@ class TestLifetimes:
         old = Mixture((AdapterWeight("rev", 1.0, adapters["rev"]),))
         with pytest.raises(errors.NotFound, match="version"):
             client.generate("x", adapters=old)
+
+    def test_what_another_process_removed_is_routed_to_no_more(self, configure, tmp_path):
+        """Processes may share a state: one that lags behind looks again before it refuses."""
+        config = configure(server={"state": str(tmp_path)})
+        with running(config) as serving, serving.client() as client:
+            client.register_adapter("rev", "rev", tasks=["turn"])
+            shape = engine(serving).base.shape
+            with Registry(tmp_path, config.adapters, shape) as other:
+                other.unregister("default", "rev")
+            with pytest.raises(errors.NotFound, match="'turn' is not registered"):
+                client.generate("x", task="turn")
+            assert not client.list_adapters()
 
     def test_contents_of_ended_calls_are_let_go(self, serving, client, root):
         """A removed adapter lives as long as the streams that use it."""
