@@ -111,10 +111,65 @@ class TestRequests:
             assert sampling.HasField(name)
         assert list(sampling.stop) == ["end"]
 
-    @pytest.mark.parametrize("options", [{"max_tokens": -1}, {"seed": "x"}, {"top_k": 1 << 40}])
-    def test_values_that_no_message_holds_are_refused(self, options):
-        with pytest.raises(errors.InvalidArgument, match="sampling"):
-            ask("x", **options)
+    @pytest.mark.parametrize(
+        ("options", "field", "message"),
+        [
+            ({"max_tokens": -1}, "sampling.max_tokens", "-1 cannot be sent; give a positive whole"),
+            ({"top_k": 1 << 40}, "sampling.top_k", "1099511627776 cannot be .* below 2.32"),
+            ({"seed": "x"}, "sampling.seed", "'x' cannot be sent; give a positive .* below 2.64"),
+            ({"temperature": "hot"}, "sampling.temperature", "'hot' .* give a number"),
+            ({"ignore_eos": "yes"}, "sampling.ignore_eos", "'yes' .* give a truth value"),
+            ({"stop": 5}, "sampling.stop", "5 cannot be sent; give a list, each a text"),
+            ({"stop_token_ids": [-1]}, "sampling.stop_token_ids", "-1.* give a list, each a posi"),
+            ({"max_adapters": -1}, "selection.auto.max_adapters", "-1 cannot be sent"),
+            ({"candidates": [1]}, "selection.auto.candidates", "1.* cannot be sent"),
+            ({"route_by": 1}, "selection.auto.text", "1 cannot be sent"),
+            ({"task": [1]}, "selection.task.tasks", "1.* cannot be sent"),
+            (
+                {"adapters": {"a": 1.0, "reverse": "1"}},
+                "selection.mixture.adapters[1].weight",
+                "'1' cannot be sent; give a number",
+            ),
+            ({"adapters": {1: 1.0}}, "selection.mixture.adapters[0].adapter", "1 cannot be sent"),
+            ({"adapters": "reverse"}, "selection.mixture", "'reverse' .* e.g. {'reverse': 1.0}"),
+            (
+                {"adapters": Mixture((AdapterWeight("a", "b"),))},
+                "selection.mixture.adapters[0].weight",
+                "'b' cannot be sent",
+            ),
+            ({"prompt": 5}, "prompt.text", "5 cannot be sent; give a text"),
+            ({"prompt": "\ud800"}, "prompt.text", "cannot be sent"),
+            ({"prompt": None, "token_ids": [-1]}, "prompt.token_ids.ids", "-1.* cannot be sent"),
+            (
+                {"prompt": None, "messages": [("user", "a"), "b"]},
+                "prompt.chat.messages[1]",
+                "'b' cannot be sent; give a role and its content",
+            ),
+        ],
+    )
+    def test_what_no_message_holds_is_named_with_its_remedy(self, options, field, message):
+        with pytest.raises(errors.InvalidArgument, match=message) as e:
+            ask(**({"prompt": "x"} | options))
+        assert e.value.field == field
+        assert e.value.message.startswith(f"{field}: ")
+
+    def test_a_card_that_no_message_holds_is_refused_before_anything_is_sent(self, tmp_path):
+        for file in requests.UPLOAD_FILES:
+            (tmp_path / file).touch()
+        with pytest.raises(errors.InvalidArgument, match=r"card\.tasks: .* each a text"):
+            requests.upload("a", tmp_path, False, {"tasks": [1]})
+        with pytest.raises(errors.InvalidArgument, match=r"path: .* give a text"):
+            requests.register("a", tmp_path, False, {})
+
+    def test_one_text_is_a_list_of_one(self):
+        """It is not taken apart into its letters."""
+        assert list(ask("x", candidates="json").selection.auto.candidates) == ["json"]
+        assert list(ask("x", stop="end").sampling.stop) == ["end"]
+        card = requests.card({"tasks": "reverse", "prompts": "reverse it"})
+        assert card == adapters_pb2.RoutingCard(tasks=["reverse"], prompts=["reverse it"])
+
+    def test_an_update_always_has_a_card(self):
+        assert requests.update("a", {}).HasField("card")
 
     def test_every_sampling_parameter_can_be_given(self):
         """The client, the API and the core name the same ones."""
@@ -247,6 +302,59 @@ class TestNobodyThere:
     def test_a_timeout_is_explained(self):
         with Client(nowhere()) as client, pytest.raises(errors.DeadlineExceeded, match="longer"):
             client.generate("x", timeout=0.1)
+
+
+@pytest.fixture
+def blocking():
+    with Client(nowhere()) as client:
+        yield client
+
+
+class TestUnknownArguments:
+    @pytest.mark.parametrize(
+        ("method", "given", "near"),
+        [
+            ("generate", {"adapter": "json"}, "'adapters'"),
+            ("generate", {"tempature": 1}, "'temperature'"),
+            ("stream", {"max_token": 1}, "'max_tokens'"),
+            ("route", {"candidate": ["a"]}, "'candidates'"),
+            ("register_adapter", {"replce": True}, "'replace'"),
+            ("upload_adapter", {"prompt": ["x"]}, "'prompts'"),
+            ("update_adapter", {"task": "t"}, "'tasks'"),
+            ("list_adapters", {"time_out": 1}, "'timeout'"),
+        ],
+    )
+    def test_the_nearest_known_one_is_named(self, blocking, method, given, near):
+        (name,) = given
+        with pytest.raises(TypeError, match=rf"{method}\(\) .* '{name}'; did you mean {near}"):
+            getattr(blocking, method)(**given)
+
+    def test_without_a_near_one_the_known_ones_are_named(self, blocking):
+        with pytest.raises(TypeError, match="known are name, timeout, request_id"):
+            blocking.get_adapter("a", zzz=1)
+
+    @pytest.mark.parametrize("cls", [Client, AsyncClient])
+    def test_no_method_drops_one(self, cls):
+        """Whatever takes options knows all of them; nothing is sent, nothing awaited."""
+        for name, signature in public(cls).items():
+            if "options" in signature.parameters:
+                with pytest.raises(TypeError, match="unexpected keyword argument 'zzz'"):
+                    getattr(cls, name)(None, zzz=1)
+
+
+class TestNames:
+    @pytest.mark.parametrize("cls", [Client, AsyncClient])
+    @pytest.mark.parametrize("tenant", ["é", "a\n", "A"])
+    async def test_a_tenant_that_cannot_be_one_is_refused_at_once(self, cls, tenant):
+        with pytest.raises(errors.InvalidArgument, match=r"tenant: .* is not a valid name") as e:
+            cls(nowhere(), tenant=tenant)
+        assert e.value.field == "tenant"
+
+    @pytest.mark.parametrize("request_id", ["é", "a\n"])
+    def test_a_request_id_that_cannot_be_sent_is_refused(self, blocking, request_id):
+        with pytest.raises(errors.InvalidArgument, match=r"request_id: .* give ASCII") as e:
+            blocking.server_info(request_id=request_id)
+        assert e.value.field == "request_id"
 
 
 def public(cls: type) -> dict[str, inspect.Signature]:

@@ -14,6 +14,7 @@ from grpc import aio
 
 from mora_serve import messages
 from mora_serve.client import connection, requests
+from mora_serve.client.arguments import strict
 from mora_serve.client.connection import Delta, Result, Streamed, Stubs
 from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
 from mora_serve.core import Decision
@@ -69,6 +70,7 @@ class AsyncClient(Stubs):
         """Close the connection; calls in flight are cancelled."""
         await self.channel.close()
 
+    @strict
     async def generate(
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> Result:
@@ -76,6 +78,7 @@ class AsyncClient(Stubs):
         request = requests.generate(generation_pb2.GenerateRequest, prompt, options)
         return connection.read_result(await self._run(self.generation.Generate, request, options))
 
+    @strict
     async def stream(
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncStream:
@@ -88,18 +91,24 @@ class AsyncClient(Stubs):
         except grpc.RpcError as e:
             raise connection.error_of(e, self.address) from None
 
+    @strict
     async def route(self, prompt: str | None = None, **options: Unpack[RouteOptions]) -> Decision:
         """Decide as ``generate`` would, without generating."""
         request = requests.route(prompt, options)
         return messages.decision_of((await self._run(self.router.Route, request, options)).decision)
 
+    @strict
     async def register_adapter(
         self, name: str, path: str, *, replace: bool = False, **options: Unpack[CardOptions]
     ) -> adapters_pb2.Adapter:
-        """Register a directory under the server's adapter root."""
+        """Register a directory under the server's adapter root.
+
+        Content that the name has already changes nothing, its card included: see update_adapter.
+        """
         request = requests.register(name, path, replace, options)
         return await self._adapter(self.adapters.RegisterAdapter, request, options)
 
+    @strict
     async def upload_adapter(
         self,
         name: str,
@@ -108,10 +117,11 @@ class AsyncClient(Stubs):
         replace: bool = False,
         **options: Unpack[CardOptions],
     ) -> adapters_pb2.Adapter:
-        """Register a directory of this machine by sending its files."""
+        """Register a directory of this machine by sending its files; else as register_adapter."""
         upload = requests.upload(name, Path(directory), replace, options)
         return await self._adapter(self.adapters.UploadAdapter, upload, options)
 
+    @strict
     async def update_adapter(
         self, name: str, **options: Unpack[CardOptions]
     ) -> adapters_pb2.Adapter:
@@ -119,11 +129,13 @@ class AsyncClient(Stubs):
         request = requests.update(name, options)
         return await self._adapter(self.adapters.UpdateAdapter, request, options)
 
+    @strict
     async def get_adapter(self, name: str, **options: Unpack[CallOptions]) -> adapters_pb2.Adapter:
         """Describe an adapter."""
         request = adapters_pb2.GetAdapterRequest(name=name)
         return await self._adapter(self.adapters.GetAdapter, request, options)
 
+    @strict
     async def pin_adapter(
         self, name: str, pinned: bool = True, **options: Unpack[CallOptions]
     ) -> adapters_pb2.Adapter:
@@ -131,11 +143,13 @@ class AsyncClient(Stubs):
         request = adapters_pb2.PinAdapterRequest(name=name, pinned=pinned)
         return await self._adapter(self.adapters.PinAdapter, request, options)
 
+    @strict
     async def unregister_adapter(self, name: str, **options: Unpack[CallOptions]) -> None:
         """Remove an adapter; requests in flight finish with it."""
         request = adapters_pb2.UnregisterAdapterRequest(name=name)
         await self._run(self.adapters.UnregisterAdapter, request, options)
 
+    @strict
     async def list_adapters(self, **options: Unpack[CallOptions]) -> list[adapters_pb2.Adapter]:
         """All adapters of the tenant, by name."""
         found: list[adapters_pb2.Adapter] = []
@@ -147,6 +161,7 @@ class AsyncClient(Stubs):
                 return found
             request.page_token = page.next_page_token
 
+    @strict
     async def load_router(
         self, path: str | None = None, data: bytes | None = None, **options: Unpack[CallOptions]
     ) -> router_pb2.Router:
@@ -157,6 +172,7 @@ class AsyncClient(Stubs):
         ).router
         return router
 
+    @strict
     async def get_router(self, **options: Unpack[CallOptions]) -> router_pb2.Router:
         """Describe the router in use; its digest is empty when there is none."""
         request = router_pb2.GetRouterRequest()
@@ -165,6 +181,7 @@ class AsyncClient(Stubs):
         ).router
         return router
 
+    @strict
     async def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:
         """What is served, with which limits."""
         request = server_pb2.GetServerInfoRequest()

@@ -12,6 +12,7 @@ import grpc
 
 from mora_serve import messages
 from mora_serve.client import connection, requests
+from mora_serve.client.arguments import strict
 from mora_serve.client.connection import Delta, Result, Streamed, Stubs
 from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
 from mora_serve.core import Decision
@@ -67,11 +68,13 @@ class Client(Stubs):
         """Close the connection; calls in flight are cancelled."""
         self.channel.close()
 
+    @strict
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Result:
         """Answer a prompt."""
         request = requests.generate(generation_pb2.GenerateRequest, prompt, options)
         return connection.read_result(self._run(self.generation.Generate, request, options))
 
+    @strict
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """Answer a prompt piece by piece; returns when the decision is known."""
         request = requests.generate(generation_pb2.GenerateStreamRequest, prompt, options)
@@ -81,18 +84,24 @@ class Client(Stubs):
         except grpc.RpcError as e:
             raise connection.error_of(e, self.address) from None
 
+    @strict
     def route(self, prompt: str | None = None, **options: Unpack[RouteOptions]) -> Decision:
         """Decide as ``generate`` would, without generating."""
         request = requests.route(prompt, options)
         return messages.decision_of(self._run(self.router.Route, request, options).decision)
 
+    @strict
     def register_adapter(
         self, name: str, path: str, *, replace: bool = False, **options: Unpack[CardOptions]
     ) -> adapters_pb2.Adapter:
-        """Register a directory under the server's adapter root."""
+        """Register a directory under the server's adapter root.
+
+        Content that the name has already changes nothing, its card included: see update_adapter.
+        """
         request = requests.register(name, path, replace, options)
         return self._adapter(self.adapters.RegisterAdapter, request, options)
 
+    @strict
     def upload_adapter(
         self,
         name: str,
@@ -101,20 +110,23 @@ class Client(Stubs):
         replace: bool = False,
         **options: Unpack[CardOptions],
     ) -> adapters_pb2.Adapter:
-        """Register a directory of this machine by sending its files."""
+        """Register a directory of this machine by sending its files; else as register_adapter."""
         upload = requests.upload(name, Path(directory), replace, options)
         return self._adapter(self.adapters.UploadAdapter, upload, options)
 
+    @strict
     def update_adapter(self, name: str, **options: Unpack[CardOptions]) -> adapters_pb2.Adapter:
         """Replace an adapter's routing card; what is not given becomes empty."""
         request = requests.update(name, options)
         return self._adapter(self.adapters.UpdateAdapter, request, options)
 
+    @strict
     def get_adapter(self, name: str, **options: Unpack[CallOptions]) -> adapters_pb2.Adapter:
         """Describe an adapter."""
         request = adapters_pb2.GetAdapterRequest(name=name)
         return self._adapter(self.adapters.GetAdapter, request, options)
 
+    @strict
     def pin_adapter(
         self, name: str, pinned: bool = True, **options: Unpack[CallOptions]
     ) -> adapters_pb2.Adapter:
@@ -122,11 +134,13 @@ class Client(Stubs):
         request = adapters_pb2.PinAdapterRequest(name=name, pinned=pinned)
         return self._adapter(self.adapters.PinAdapter, request, options)
 
+    @strict
     def unregister_adapter(self, name: str, **options: Unpack[CallOptions]) -> None:
         """Remove an adapter; requests in flight finish with it."""
         request = adapters_pb2.UnregisterAdapterRequest(name=name)
         self._run(self.adapters.UnregisterAdapter, request, options)
 
+    @strict
     def list_adapters(self, **options: Unpack[CallOptions]) -> list[adapters_pb2.Adapter]:
         """All adapters of the tenant, by name."""
         found: list[adapters_pb2.Adapter] = []
@@ -138,6 +152,7 @@ class Client(Stubs):
                 return found
             request.page_token = page.next_page_token
 
+    @strict
     def load_router(
         self, path: str | None = None, data: bytes | None = None, **options: Unpack[CallOptions]
     ) -> router_pb2.Router:
@@ -146,12 +161,14 @@ class Client(Stubs):
         router: router_pb2.Router = self._run(self.router.LoadRouter, request, options).router
         return router
 
+    @strict
     def get_router(self, **options: Unpack[CallOptions]) -> router_pb2.Router:
         """Describe the router in use; its digest is empty when there is none."""
         request = router_pb2.GetRouterRequest()
         router: router_pb2.Router = self._run(self.router.GetRouter, request, options).router
         return router
 
+    @strict
     def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:
         """What is served, with which limits."""
         request = server_pb2.GetServerInfoRequest()

@@ -11,6 +11,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mora_serve import errors, messages
+from mora_serve.adapters.untrusted import check_name
+from mora_serve.client.arguments import invalid
 from mora_serve.client.requests import CallOptions
 from mora_serve.config import ServerConfig
 from mora_serve.core import Decision, Finish, TokenOut, Usage
@@ -108,9 +110,14 @@ class Streamed:
 
 
 class Stubs:
-    """The services behind one channel, and what every call carries."""
+    """The services behind one channel, and what every call carries.
+
+    Raises InvalidArgument for a tenant that cannot be one.
+    """
 
     def __init__(self, channel: Any, address: str, tenant: str, timeout: float | None) -> None:
+        if tenant:
+            check_name(tenant, "tenant")
         self.channel, self.address = channel, address
         self._tenant, self._timeout = tenant, timeout
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -120,11 +127,16 @@ class Stubs:
         self.health: Any = health_pb2_grpc.HealthStub(channel)
 
     def carry(self, options: CallOptions) -> dict[str, Any]:
-        """Timeout and metadata of a call, as grpc's keyword arguments."""
+        """Timeout and metadata of a call, as grpc's keyword arguments.
+
+        Raises InvalidArgument for a request id that is no plain text.
+        """
         metadata = []
         if self._tenant:
             metadata.append(("mora-tenant", self._tenant))
         if request_id := options.get("request_id"):
+            if not (request_id.isascii() and request_id.isprintable()):
+                raise invalid("request_id", request_id, "ASCII letters and digits")
             metadata.append(("mora-request-id", request_id))
         return {"timeout": options.get("timeout", self._timeout), "metadata": metadata}
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from mora_serve.client.arguments import filled, invalid
 from mora_serve.core import Mixture
 from mora_serve.errors import InvalidArgument
-from mora_serve.messages import mixture_message
 from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2
 
 UPLOAD_FILES = ("adapter_config.json", "adapter_model.safetensors", "routing_card.json")
@@ -28,7 +28,7 @@ class RouteOptions(CallOptions, total=False):
     A prompt is a text (positional), ``messages`` (role, content) or ``token_ids``. ``adapters``
     maps names to weights; a Mixture keeps the versions of an earlier decision. Without any
     choice the router picks, by ``route_by`` when given, from ``candidates`` when given, and mixes
-    at most ``max_adapters``.
+    at most ``max_adapters``. Where several texts can be given, one needs no list.
     """
 
     messages: Sequence[tuple[str, str]]
@@ -38,7 +38,7 @@ class RouteOptions(CallOptions, total=False):
     fallback_to_router: bool
     base: bool
     route_by: str
-    candidates: Sequence[str]
+    candidates: str | Sequence[str]
     max_adapters: int
 
 
@@ -63,8 +63,8 @@ class GenerateOptions(RouteOptions, total=False):
 class CardOptions(CallOptions, total=False):
     """When the router picks an adapter; see the API's RoutingCard."""
 
-    prompts: Sequence[str]
-    tasks: Sequence[str]
+    prompts: str | Sequence[str]
+    tasks: str | Sequence[str]
     description: str
     group: str
     base_fingerprint: str
@@ -83,13 +83,8 @@ def generate(kind: type[G], prompt: str | None, options: GenerateOptions) -> G:
     Raises InvalidArgument for more than one prompt, more than one choice of adapters, or a value
     that the message cannot hold.
     """
-    given: dict[str, Any] = {k: v for k, v in options.items() if k in _SAMPLING and v is not None}
-    if isinstance(stop := given.get("stop"), str):
-        given["stop"] = [stop]
-    try:
-        sampling = generation_pb2.SamplingParams(**given)
-    except (TypeError, ValueError) as e:
-        raise InvalidArgument(f"sampling: {e}", field="sampling") from None
+    given: dict[str, Any] = {k: v for k, v in options.items() if k in _SAMPLING}
+    sampling = filled(generation_pb2.SamplingParams, "sampling", **given)
     return kind(prompt=_prompt(prompt, options), selection=_selection(options), sampling=sampling)
 
 
@@ -99,24 +94,26 @@ def route(prompt: str | None, options: RouteOptions) -> router_pb2.RouteRequest:
 
 
 def card(options: CardOptions) -> adapters_pb2.RoutingCard | None:
-    """A routing card, or None when nothing is said."""
+    """A routing card, or None when nothing is said.
+
+    Raises InvalidArgument for a value that the message cannot hold, as all that follow do.
+    """
     given: dict[str, Any] = {k: v for k, v in options.items() if k in _CARD and v}
-    return adapters_pb2.RoutingCard(**given) if given else None
+    return filled(adapters_pb2.RoutingCard, "card", **given) if given else None
 
 
 def register(
     name: str, path: str, replace: bool, options: CardOptions
 ) -> adapters_pb2.RegisterAdapterRequest:
     """A request of RegisterAdapter."""
-    return adapters_pb2.RegisterAdapterRequest(
-        name=name, path=path, card=card(options), replace=replace
-    )
+    kind = adapters_pb2.RegisterAdapterRequest
+    return filled(kind, "", name=name, path=path, card=card(options), replace=replace)
 
 
 def update(name: str, options: CardOptions) -> adapters_pb2.UpdateAdapterRequest:
     """A request of UpdateAdapter: the whole new card."""
     new = card(options) or adapters_pb2.RoutingCard()
-    return adapters_pb2.UpdateAdapterRequest(name=name, card=new)
+    return filled(adapters_pb2.UpdateAdapterRequest, "", name=name, card=new)
 
 
 def load_router(path: str | None, data: bytes | None) -> router_pb2.LoadRouterRequest:
@@ -124,7 +121,7 @@ def load_router(path: str | None, data: bytes | None) -> router_pb2.LoadRouterRe
     if (path is None) == (data is None):
         raise InvalidArgument("source: give a path or data, not both", field="source")
     if path is not None:
-        return router_pb2.LoadRouterRequest(path=path)
+        return filled(router_pb2.LoadRouterRequest, "", path=path)
     return router_pb2.LoadRouterRequest(data=data)
 
 
@@ -143,13 +140,13 @@ def upload(
                 "safe_serialization=True",
                 field="directory",
             )
-    return _upload(name, files, replace, options)
+    kind, new = adapters_pb2.UploadHeader, card(options)
+    return _upload(filled(kind, "header", name=name, card=new, replace=replace), files)
 
 
 def _upload(
-    name: str, files: Sequence[Path], replace: bool, options: CardOptions
+    header: adapters_pb2.UploadHeader, files: Sequence[Path]
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    header = adapters_pb2.UploadHeader(name=name, card=card(options), replace=replace)
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for path in files:
         with path.open("rb") as file:
@@ -164,24 +161,33 @@ def _prompt(text: str | None, options: RouteOptions) -> generation_pb2.Prompt:
         raise InvalidArgument(
             "prompt: give exactly one of a text, messages and token_ids", field="prompt"
         )
+    kind = generation_pb2.Prompt
+    if messages is not None:
+        turns = [_turn(i, turn) for i, turn in enumerate(messages)]
+        return kind(chat=generation_pb2.Chat(messages=turns))
+    if ids is not None:
+        return kind(token_ids=filled(generation_pb2.TokenIds, "prompt.token_ids", ids=ids))
+    return filled(kind, "prompt", text=text)
+
+
+def _turn(i: int, turn: tuple[str, str]) -> generation_pb2.ChatMessage:
+    at = f"prompt.chat.messages[{i}]"
     try:
-        if messages is not None:
-            turns = [generation_pb2.ChatMessage(role=r, content=c) for r, c in messages]
-            return generation_pb2.Prompt(chat=generation_pb2.Chat(messages=turns))
-        if ids is not None:
-            return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=ids))
-        return generation_pb2.Prompt(text=text)
-    except (TypeError, ValueError) as e:
-        raise InvalidArgument(f"prompt: {e}", field="prompt") from None
+        role, content = turn
+    except (TypeError, ValueError):
+        raise invalid(at, turn, "a role and its content, e.g. ('user', 'Hello')") from None
+    return filled(generation_pb2.ChatMessage, at, role=role, content=content)
 
 
 def _selection(options: RouteOptions) -> generation_pb2.Selection | None:
-    adapters, base = options.get("adapters"), options.get("base", False)
-    tasks = options.get("task") or ()
-    auto = generation_pb2.AutoRoute(
-        text=options.get("route_by", ""),
-        candidates=options.get("candidates", ()),
-        max_adapters=options.get("max_adapters", 0),
+    adapters, base = options.get("adapters"), bool(options.get("base"))
+    tasks = options.get("task")
+    auto = filled(
+        generation_pb2.AutoRoute,
+        "selection.auto",
+        text=options.get("route_by"),
+        candidates=options.get("candidates"),
+        max_adapters=options.get("max_adapters"),
     )
     routed = auto != generation_pb2.AutoRoute()
     if sum((adapters is not None, bool(tasks), base, routed)) > 1:
@@ -193,9 +199,9 @@ def _selection(options: RouteOptions) -> generation_pb2.Selection | None:
     if adapters is not None:
         return generation_pb2.Selection(mixture=_mixture(adapters))
     if tasks:
-        hint = generation_pb2.TaskHint(
-            tasks=[tasks] if isinstance(tasks, str) else tasks,
-            fallback_to_router=options.get("fallback_to_router", False),
+        fallback = options.get("fallback_to_router")
+        hint = filled(
+            generation_pb2.TaskHint, "selection.task", tasks=tasks, fallback_to_router=fallback
         )
         return generation_pb2.Selection(task=hint)
     if base:
@@ -205,9 +211,19 @@ def _selection(options: RouteOptions) -> generation_pb2.Selection | None:
 
 def _mixture(adapters: Mapping[str, float] | Mixture) -> generation_pb2.Mixture:
     if isinstance(adapters, Mixture):
-        return mixture_message(adapters)
+        entries = [(a.adapter, a.weight, a.digest) for a in adapters.adapters]
+    elif isinstance(adapters, Mapping):
+        entries = [(name, weight, "") for name, weight in adapters.items()]
+    else:
+        raise invalid("selection.mixture", adapters, "names and weights, e.g. {'reverse': 1.0}")
     weights = [
-        generation_pb2.AdapterWeight(adapter=name, weight=weight)
-        for name, weight in adapters.items()
+        filled(
+            generation_pb2.AdapterWeight,
+            f"selection.mixture.adapters[{i}]",
+            adapter=adapter,
+            weight=weight,
+            digest=digest,
+        )
+        for i, (adapter, weight, digest) in enumerate(entries)
     ]
     return generation_pb2.Mixture(adapters=weights)
