@@ -19,7 +19,10 @@ COMMANDS = (
     ["demo"],
     ["generate"],
     ["adapters"],
-    *(["adapters", a] for a in ("list", "show", "register", "upload", "unregister", "pin")),
+    *(
+        ["adapters", a]
+        for a in ("list", "show", "register", "upload", "update", "unregister", "pin")
+    ),
     ["route"],
     ["info"],
 )
@@ -92,6 +95,7 @@ def test_serve_has_a_flag_for_every_key_of_the_configuration() -> None:
         (("adapters", "register", "a"), "required: DIR"),
         (("adapters", "register", "a", "b", "--prompts", "no-such-file"), "cannot be read"),
         (("adapters", "upload", "a", "no-such-directory"), "adapter_config.json"),
+        (("adapters", "update", "a"), "card: nothing of it is given"),
     ],
 )
 def test_a_wrong_command_line_exits_with_two_and_says_what_is_wrong(
@@ -113,6 +117,25 @@ def test_a_server_that_is_not_there_is_an_error_of_one_line(
         assert status_of("info", "--address", address, "--timeout", "1") == 1
     error = capsys.readouterr().err
     assert error.startswith("mora-serve: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-tokens", "-1"), "sampling.max_tokens: -1 cannot be sent; give a positive"),
+        (("--top-k", "-1"), "sampling.top_k: -1 cannot be sent; give a positive"),
+        (("--seed", str(1 << 64)), "sampling.seed: "),
+        (("--max-adapters", str(1 << 32)), "selection.auto.max_adapters: "),
+        (("--tenant", "é"), "tenant: '\\xe9' is not a valid name; use 1 to 64"),
+    ],
+)
+def test_a_value_that_cannot_be_sent_is_named_with_its_remedy(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of("generate", "x", *flags) == 1
+    error = capsys.readouterr().err
+    assert message in error
     assert error.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""``mora-serve adapters``: list, show, register, upload, unregister, pin."""
+"""``mora-serve adapters``: list, show, register, upload, update, unregister, pin."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import megabytes, print_json, table
-from mora_serve.errors import ConfigError
+from mora_serve.errors import AlreadyExists, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from mora_serve.client import Client
     from mora_serve.client.requests import CardOptions
     from mora_serve.v1.adapters_pb2 import Adapter
 
@@ -21,11 +22,13 @@ examples:
   mora-serve adapters list
   mora-serve adapters register summarise summarise-v1 --task summarise --prompts examples.txt
   mora-serve adapters upload summarise ./out/summarise-v1 --replace
+  mora-serve adapters update summarise --task summarise --task shorten --prompts examples.txt
   mora-serve adapters pin summarise
   mora-serve adapters unregister summarise
 
 An adapter is a PEFT directory: adapter_config.json and safetensors. With example prompts (16 are
-plenty) the router can pick it; without, it is reached by its name or its tasks.
+plenty) the router can pick it; without, it is reached by its name or its tasks. Registering the
+same content again makes no new version; with --replace it takes over the card that is given.
 """
 
 
@@ -54,6 +57,7 @@ def add_to(commands: Any) -> None:
         "show": action("show", run_show, "show one adapter"),
         "register": action("register", run_register, "register a directory of the server"),
         "upload": action("upload", run_upload, "register a directory of this machine"),
+        "update": action("update", run_update, "replace an adapter's routing card"),
         "unregister": action("unregister", run_unregister, "remove an adapter"),
         "pin": action("pin", run_pin, "keep an adapter on the device"),
         "unpin": action("unpin", run_unpin, "let an adapter leave the device"),
@@ -63,17 +67,19 @@ def add_to(commands: Any) -> None:
         if name in ("register", "upload"):
             under = "under the server's adapters.root" if name == "register" else "on this machine"
             sub.add_argument("directory", metavar="DIR", help=f"the PEFT directory, {under}")
-            _add_card(sub)
+            _add_card(sub, "when given, it takes the place of the card in the directory")
             sub.add_argument(
-                "--replace", action="store_true", help="make a new version if the name is in use"
+                "--replace",
+                action="store_true",
+                help="if the name is in use, make a new version, or give the same content the card",
             )
+        elif name == "update":
+            _add_card(sub, "the whole new card: what is not given becomes empty")
         shared.add_connection(sub)
 
 
-def _add_card(parser: argparse.ArgumentParser) -> None:
-    card = parser.add_argument_group(
-        "routing card", "when given, it takes the place of the card in the directory"
-    )
+def _add_card(parser: argparse.ArgumentParser, text: str) -> None:
+    card = parser.add_argument_group("routing card", text)
     card.add_argument(
         "--task", action="append", default=[], help="a task that it does, for hints (repeat)"
     )
@@ -111,7 +117,7 @@ def run_register(args: argparse.Namespace) -> int:
     card = _card(args)
     with shared.connect(args) as client:
         adapter = client.register_adapter(args.name, args.directory, replace=args.replace, **card)
-    return _show(adapter, args)
+        return _show(_carded(client, adapter, card, args), args)
 
 
 def run_upload(args: argparse.Namespace) -> int:
@@ -124,7 +130,16 @@ def run_upload(args: argparse.Namespace) -> int:
     card = _card(args)
     with shared.connect(args) as client:
         adapter = client.upload_adapter(args.name, directory, replace=args.replace, **card)
-    return _show(adapter, args)
+        return _show(_carded(client, adapter, card, args), args)
+
+
+def run_update(args: argparse.Namespace) -> int:
+    """Replace an adapter's routing card."""
+    card = _card(args)
+    if not any(card.values()):
+        raise ConfigError("card: nothing of it is given; give it whole, e.g. --task and --prompts")
+    with shared.connect(args) as client:
+        return _show(client.update_adapter(args.name, **card), args)
 
 
 def run_unregister(args: argparse.Namespace) -> int:
@@ -164,6 +179,26 @@ def _card(args: argparse.Namespace) -> CardOptions:
         "description": args.description,
         "group": args.group,
     }
+
+
+def _carded(
+    client: Client, adapter: Adapter, card: CardOptions, args: argparse.Namespace
+) -> Adapter:
+    """The registered adapter with the card that was given: old content keeps its own until told.
+
+    Raises AlreadyExists where the card is another one and --replace was not given.
+    """
+    if not any(card.values()):
+        return adapter
+    if all(getattr(adapter.card, key) == value for key, value in card.items()):
+        return adapter
+    if args.replace:
+        return client.update_adapter(args.name, **card)
+    raise AlreadyExists(
+        f"card: {args.name!r} has this content already, with another card, and nothing has "
+        "changed; change the card by 'mora-serve adapters update', or repeat with --replace",
+        field="card",
+    )
 
 
 def _show(adapter: Adapter, args: argparse.Namespace) -> int:
