@@ -29,14 +29,17 @@ def decide(scores: Scores, calibration: Calibration, max_adapters: int) -> Choic
     adapter with the best cosine runs, and with it those whose probability is above 0.5, best
     first, one of each non-empty group: near ties in a group are ways to do one thing.
     """
-    candidates = ranked(scores, calibration, max(REPORTED, max_adapters))
+    rows = best_rows(scores, max(REPORTED, max_adapters))
+    candidates = tuple(
+        Candidate(scores.names[row], float(scores.cosine[row]), float(probability))
+        for row, probability in zip(rows, gate(scores.relative[rows], calibration), strict=True)
+    )
     if not candidates or scores.normed.max() < calibration.threshold:
         return Choice((), candidates)
-    group_of = dict(zip(scores.names, scores.groups, strict=True))
     chosen: list[str] = []
     groups: set[str] = set()
-    for candidate in candidates:
-        group = group_of[candidate.adapter]
+    for row, candidate in zip(rows, candidates, strict=True):
+        group = scores.groups[row]
         if chosen and (candidate.probability <= 0.5 or group in groups):
             continue
         chosen.append(candidate.adapter)
@@ -53,17 +56,12 @@ def gate(relative: Floats, calibration: Calibration) -> Floats:
     return probability
 
 
-def ranked(scores: Scores, calibration: Calibration, count: int) -> tuple[Candidate, ...]:
-    """The ``count`` best cosines, best first, equal ones by name."""
+def best_rows(scores: Scores, count: int) -> list[int]:
+    """The rows of the ``count`` best cosines, best first, equal ones by name."""
     cosine = scores.cosine
     count = min(count, len(cosine))
     if not count:
-        return ()
+        return []
     least = np.partition(cosine, len(cosine) - count)[len(cosine) - count]
     ties = np.flatnonzero(cosine >= least).tolist()
-    rows = heapq.nsmallest(count, ties, key=lambda i: (-cosine[i], scores.names[i]))
-    probability = gate(scores.relative[rows], calibration)
-    return tuple(
-        Candidate(scores.names[i], float(cosine[i]), float(p))
-        for i, p in zip(rows, probability, strict=True)
-    )
+    return heapq.nsmallest(count, ties, key=lambda i: (-cosine[i], scores.names[i]))

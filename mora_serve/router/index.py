@@ -19,6 +19,7 @@ from mora_serve.router.int8 import Codes, to_int8
 from mora_serve.router.router import AdapterKey
 
 CHUNK = 256  # adapters
+Texts = npt.NDArray[np.object_]  # of str; joined 10 times faster than tuples
 
 
 class Entry(NamedTuple):
@@ -38,12 +39,12 @@ class Entry(NamedTuple):
 class Scores:
     """What a prompt scores with n adapters, in no particular order.
 
-    ``cosine`` with the key, ``normed`` by the impostors' mean and deviation, ``relative``: 0 for
-    an impostor's cosine, 1 for an own prompt's. All [n] float32.
+    ``names`` and ``groups`` [n]. ``cosine`` with the key, ``normed`` by the impostors' mean and
+    deviation, ``relative``: 0 for an impostor's cosine, 1 for an own prompt's; all [n] float32.
     """
 
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
+    names: Texts
+    groups: Texts
     cosine: Floats
     normed: Floats
     relative: Floats
@@ -51,8 +52,8 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
+    names: Texts  # [n]
+    groups: Texts  # [n]
     listed: npt.NDArray[np.bool_]  # [n]
     codes: Codes  # [n, K]: times the scale, the keys
     stats: Floats  # [n, 4]: scale, impostor mean, impostor deviation, own
@@ -61,23 +62,22 @@ class _Chunk:
     @classmethod
     def of(cls, entries: Collection[Entry]) -> Self:
         keys = [e.key for e in entries]
-        names = tuple(e.name for e in entries)
         codes, scales = to_int8(np.stack([k.prototype for k in keys]))
         stats = [(k.impostor_mean, k.impostor_std, k.own) for k in keys]
         return cls(
-            names,
-            tuple(e.group for e in entries),
+            np.array([e.name for e in entries], object),
+            np.array([e.group for e in entries], object),
             np.array([e.listed for e in entries]),
             codes,
             np.column_stack((scales, np.array(stats, np.float32))),
-            {name: row for row, name in enumerate(names)},
+            {e.name: row for row, e in enumerate(entries)},
         )
 
     def select(self, rows: Indices) -> Self:
-        names = tuple(self.names[row] for row in rows)
+        names = self.names[rows]
         return type(self)(
             names,
-            tuple(self.groups[row] for row in rows),
+            self.groups[rows],
             self.listed[rows],
             self.codes[rows],
             self.stats[rows],
@@ -85,13 +85,14 @@ class _Chunk:
         )
 
     def __add__(self, other: Self) -> Self:
+        names = np.concatenate((self.names, other.names))
         return type(self)(
-            self.names + other.names,
-            self.groups + other.groups,
+            names,
+            np.concatenate((self.groups, other.groups)),
             np.concatenate((self.listed, other.listed)),
             np.concatenate((self.codes, other.codes)),
             np.concatenate((self.stats, other.stats)),
-            {name: row for row, name in enumerate(self.names + other.names)},
+            {name: row for row, name in enumerate(names)},
         )
 
     def score(self, z: Floats) -> Scores:
@@ -158,11 +159,11 @@ class Index:
         """
         parts = [chunk.score(z) for chunk in self._candidates(tenant, names)]
         if not parts:
-            none = np.zeros(0, np.float32)
-            return Scores((), (), none, none, none)
+            none, nobody = np.zeros(0, np.float32), np.zeros(0, object)
+            return Scores(nobody, nobody, none, none, none)
         return Scores(
-            tuple(name for part in parts for name in part.names),
-            tuple(group for part in parts for group in part.groups),
+            np.concatenate([part.names for part in parts]),
+            np.concatenate([part.groups for part in parts]),
             np.concatenate([part.cosine for part in parts]),
             np.concatenate([part.normed for part in parts]),
             np.concatenate([part.relative for part in parts]),

@@ -18,9 +18,8 @@ def scores(*rows: tuple[str, float, float, str]) -> Scores:
     """From (name, cosine, relative, group); normed is 10 times the cosine."""
     cosine = np.array([r[1] for r in rows], np.float32)
     relative = np.array([r[2] for r in rows], np.float32)
-    return Scores(
-        tuple(r[0] for r in rows), tuple(r[3] for r in rows), cosine, 10 * cosine, relative
-    )
+    names, groups = (np.array([r[i] for r in rows], object) for i in (0, 3))
+    return Scores(names, groups, cosine, 10 * cosine, relative)
 
 
 def chosen(*rows: tuple[str, float, float, str], most: int = 4) -> tuple[str, ...]:
