@@ -4,8 +4,9 @@ One batch holds every kind of adapter and mixture at once. Unquantised fp32: the
 logits relative to how far the adapters move them, and 64 greedy tokens through the engine. As
 DoRA switches the batched form of the adapters' products off, the cases without it run once more
 in that form; and once more through scheduler and pages, prompts in several chunks beside the
-others' decode steps, where the logits of every sampled position are compared. NF4: logits
-against transformers + bitsandbytes. bf16 (one family): logits against the fp32 reference.
+others' decode steps, where the logits of every sampled position are compared. Prompts are three
+times as long as Mistral's sliding window, so that its masks cut. NF4: logits against
+transformers + bitsandbytes. bf16 (one family): logits against the fp32 reference.
 
     python -m benchmarks.exactness --json
 """
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--families", nargs="*", default=sorted(families.FAMILIES))
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=24)
+    parser.add_argument("--prompt", type=int, default=72, help="tokens; beyond Mistral's window")
     args = parser.parse_args()
     rows = {}
     for family in args.families:
