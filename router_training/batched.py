@@ -82,7 +82,8 @@ def train_adapters(
     for step in range(1, recipe.steps + 1):
         optimizer.zero_grad()
         loss = 0.0
-        for part in chunks(next(batches)):
+        # Side by side, rows of one adapter leave the others out of the product.
+        for part in chunks(sorted(next(batches), key=lambda row: row.mixture)):
             share = row_losses(decoder, adapters, part).sum() / recipe.rows
             torch.autograd.backward(share)
             loss += share.item()

@@ -29,10 +29,13 @@ ROW_TILE = 16
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, in] -> x @ weight.T [rows, out]; equal rows of x give equal bits, wherever."""
+    """x [rows, in] -> x @ weight.T [rows, out]; equal rows of x give equal bits, wherever.
+
+    Except in training, where nobody compares bits and a copy of x would cost.
+    """
     rows = x.shape[0]
     missing = -rows % ROW_TILE
-    if x.is_cuda or rows == 1 or not missing:
+    if x.is_cuda or x.requires_grad or rows == 1 or not missing:
         return F.linear(x, weight)
     return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mora_serve.model.lora import (
     AdapterSlots,
@@ -13,7 +15,7 @@ from mora_serve.model.lora import (
     dora_scale,
     plan_mixtures,
 )
-from mora_serve.model.shape import SITES, ModelShape
+from mora_serve.model.shape import PROJECTIONS, SITES, ModelShape
 
 SHAPE = ModelShape("llama", 32, 16, 24, 1, 4, 2, 4, 64, 1e-6)
 SLOTS, MAX_RANK = 6, 5
@@ -126,3 +128,39 @@ def test_the_trainable_form_equals_the_served_form():
     assert gradient is not None
     assert gradient[2:4].abs().max() == 0
     assert gradient[:2].abs().max() > 0
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["weights learned", "given"])
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("gate_proj",), ("up_proj",), ("q_proj",)])
+def test_gradients_are_those_of_the_formula(targets, learned):
+    """Of inputs, base outputs, weights, A and B, as autograd finds them step by step."""
+    torch.manual_seed(0)
+    stacked = StackedAdapters(SHAPE, count=3, rank=2, alpha=4, targets=targets).double()
+    for b in stacked.b.values():
+        torch.nn.init.normal_(b)
+    x, y = (torch.randn(4, n, dtype=torch.float64) for n in (16, 48))
+    weights = torch.tensor([[1.0, 0, -0.5], [0.3, 0, 0]], dtype=torch.float64)
+    inputs = [x, y, weights] if learned else [x, y]
+    wanted = [t.requires_grad_() for t in inputs] + list(stacked.parameters())
+
+    def formula() -> Tensor:
+        factors = (2.0 * weights).repeat_interleave(2, 1).repeat_interleave(2, 0)
+        parts = y.chunk(2, 1)
+        names = ("0/gate_proj", "0/up_proj")
+        return torch.cat(
+            [
+                part + (x @ stacked.a[n].T * factors) @ stacked.b[n] if n in stacked.a else part
+                for part, n in zip(parts, names, strict=True)
+            ],
+            1,
+        )
+
+    def gradients(out: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad(out.sin().sum(), wanted, allow_unused=True))
+
+    ours, want = stacked.mix(weights, length=2).apply(0, "gate_up", x, y), formula()
+    torch.testing.assert_close(ours, want)
+    for mine, theirs in zip(gradients(ours), gradients(want), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs)

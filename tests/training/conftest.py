@@ -11,13 +11,17 @@ from router_training.demo.base import build_model
 from router_training.demo.nf4 import save_nf4
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Small products are slower on several threads, and their sums differ."""
+@pytest.fixture(scope="package", autouse=True)
+def process_settings():
+    """One thread: small products are slower on several, and their sums differ.
+
+    What a build sets for the whole process is taken back: hypothesis needs denormal numbers.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
