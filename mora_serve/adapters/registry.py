@@ -177,6 +177,8 @@ class Registry:
                 weights = self._blobs.map(digest, WEIGHTS)
             except FileNotFoundError:
                 raise _gone(digest) from None
+        if digest in self._unremoved:  # its removal met this hold
+            self._remove_unreferenced([])
         try:
             return read_stored(digest, config, weights, self._shape, self._limits)
         except InvalidArgument as e:

@@ -422,3 +422,21 @@ def test_the_nearest_names_are_sought_among_so_many(
         registry.get("default", "revers")
     with pytest.raises(NotFound, match="did you mean"):
         registry.get("default", "severse")
+
+
+def test_a_content_that_is_being_opened_when_it_is_removed_goes_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry(tmp_path / "state", LIMITS, SHAPE) as registry:
+        given = adapter(1)
+        digest = registry.register("default", "once", given)[0].digest
+        read = registry._blobs.read
+
+        def read_late(digest: str, name: str) -> bytes:
+            if registry.list("default"):
+                registry.unregister("default", "once")
+            return read(digest, name)
+
+        monkeypatch.setattr(registry._blobs, "read", read_late)
+        assert registry.open(digest) == given
+        assert blobs(tmp_path) == set()
