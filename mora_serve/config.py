@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
+
 
 def _doc(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -77,6 +79,12 @@ class RouterConfig:
 
     path: str = _doc("", "router file to load at start; empty takes the registered one")
     max_adapters: int = _doc(2, "adapters the router may mix when the request does not say")
+    feedback: bool = _doc(
+        False,
+        "store the prompts of requests that name their tasks, as training data for the router: "
+        "their text is kept in server.state, and each tenant can export its own",
+    )
+    feedback_bytes: int = _doc(64 << 20, "size of that store in bytes; the oldest prompts go first")
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,9 @@ class ServerConfig:
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
     max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
     drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
-    state: str = _doc("", "directory of the adapter registry; empty keeps it for this run only")
+    state: str = _doc(
+        "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
+    )
 
 
 @dataclass(frozen=True)
@@ -236,6 +246,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "engine.stall_seconds: 0 would abort every stream; it must be above 0",
             field="engine.stall_seconds",
+        )
+    if config.router.feedback_bytes < LEAST_FEEDBACK_BYTES:
+        raise ConfigError(
+            f"router.feedback_bytes: {config.router.feedback_bytes} is out of range; it must be at "
+            f"least {LEAST_FEEDBACK_BYTES}",
+            field="router.feedback_bytes",
         )
     if config.engine.step_tokens < config.engine.max_batch:
         raise ConfigError(

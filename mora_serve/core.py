@@ -54,7 +54,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What the router says of one adapter: cosine score, gate probability."""
+    """What the router says of one adapter: its score, a mean of cosines; its gate's probability."""
 
     adapter: str
     score: float
@@ -192,6 +192,7 @@ class EngineStats:
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    pooled_tokens: int = 0  # read by the base for the router
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # of these, found
     preemptions: int = 0

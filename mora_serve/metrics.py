@@ -7,6 +7,7 @@ it happens; what the engine counts itself is read from its snapshot when Prometh
 from __future__ import annotations
 
 import contextlib
+import enum
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ _REQUEST_SECONDS = (
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0),
 )
 _WORK_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_LAG_SECONDS = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.02),
+    *(0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5),
+)
 _SCORES = tuple(round(-0.2 + 0.1 * i, 1) for i in range(12))
 
 # EngineStats field -> (name, help): gauges as they are now, counters since the start.
@@ -48,6 +53,7 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "steps": ("mora_engine_steps", "Steps of the engine."),
     "prompt_tokens": ("mora_prompt_tokens", "Prompt tokens processed, cached ones included."),
     "generation_tokens": ("mora_generation_tokens", "Tokens sampled."),
+    "pooled_tokens": ("mora_router_pooled_tokens", "Tokens that the base read for the router."),
     "prefix_queries": ("mora_prefix_cache_queries", "Prompt tokens sought in the prefix cache."),
     "prefix_hits": ("mora_prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     "preemptions": ("mora_num_preemptions", "Requests preempted for want of cache pages."),
@@ -57,6 +63,15 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
 }
 
 M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+class Dropped(enum.Enum):
+    """Why a row of feedback was not kept."""
+
+    QUEUE = "queue"  # too much waits for the disk
+    DISK = "disk"  # the disk is full, or refuses
+    SIZE = "size"  # the prompt is too long
+    ERROR = "error"  # a fault of the server, which its log tells
 
 
 class AdapterLabels:
@@ -188,6 +203,26 @@ class Metrics:
         self._decision_seconds = self._histogram(
             "mora_router_decision_seconds", "Deciding a mixture.", _WORK_SECONDS
         )
+        self._feedback = self._make(
+            Counter, "mora_feedback_rows_written", "Labelled prompts written to feedback."
+        )
+        dropped = self._make(
+            Counter,
+            "mora_feedback_rows_dropped",
+            "Labelled prompts that feedback could not keep, by why.",
+            ("reason",),
+        )
+        self._feedback_dropped = {d: dropped.labels(d.value) for d in Dropped}
+        self._lag = self._histogram(
+            "mora_event_loop_lag_seconds",
+            "How much too late a timer of the event loop that serves gRPC ran.",
+            _LAG_SECONDS,
+        )
+        self._state_seconds = self._histogram(
+            "mora_router_state_seconds",
+            "Waiting for the base's hidden state of a prompt to route.",
+            _WORK_SECONDS,
+        )
 
     def watch(
         self,
@@ -216,6 +251,22 @@ class Metrics:
             self._abstentions.inc()
         if decision.candidates and decision.source in (Source.ROUTER, Source.ABSTAINED):
             self._scores.observe(max(c.score for c in decision.candidates))
+
+    def feedback_written(self, count: int) -> None:
+        """Labelled prompts are on the disk."""
+        self._feedback.inc(count)
+
+    def feedback_dropped(self, why: Dropped, count: int) -> None:
+        """Labelled prompts were not kept."""
+        self._feedback_dropped[why].inc(count)
+
+    def lag(self, seconds: float) -> None:
+        """A timer of the event loop ran so much too late."""
+        self._lag.observe(seconds)
+
+    def pooled(self, seconds: float) -> None:
+        """The base's hidden state of a prompt to route came after ``seconds``."""
+        self._state_seconds.observe(seconds)
 
     def queued(self, mixture: Mixture) -> None:
         """A request with a resolved mixture is in the engine's queue."""

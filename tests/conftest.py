@@ -1,8 +1,12 @@
-"""Tests marked ``gpu`` are skipped where torch sees no CUDA device."""
+"""Tests marked ``gpu`` are skipped where torch sees no CUDA device; no example has a deadline."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # nothing here asserts on time
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

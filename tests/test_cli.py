@@ -24,6 +24,8 @@ COMMANDS = (
         for a in ("list", "show", "register", "upload", "update", "unregister", "pin")
     ),
     ["route"],
+    ["feedback"],
+    ["feedback", "export"],
     ["info"],
 )
 
@@ -53,6 +55,8 @@ def test_without_a_command_the_help_is_shown_and_the_status_says_usage(
     assert "first steps" in capsys.readouterr().out
     assert status_of("adapters") == 2
     assert "register" in capsys.readouterr().out
+    assert status_of("feedback") == 2
+    assert "export" in capsys.readouterr().out
 
 
 def test_the_module_is_the_command() -> None:
@@ -96,6 +100,8 @@ def test_serve_has_a_flag_for_every_key_of_the_configuration() -> None:
         (("adapters", "register", "a", "b", "--prompts", "no-such-file"), "cannot be read"),
         (("adapters", "upload", "a", "no-such-directory"), "adapter_config.json"),
         (("adapters", "update", "a"), "card: nothing of it is given"),
+        (("feedback", "export"), "required: FILE.jsonl"),
+        (("feedback", "export", "f", "--since", "soon"), "'soon' is no time"),
     ],
 )
 def test_a_wrong_command_line_exits_with_two_and_says_what_is_wrong(

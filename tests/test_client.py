@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import socket
+from datetime import datetime, timedelta, timezone
 
 import grpc
 import pytest
@@ -183,6 +184,15 @@ class TestRequests:
         fields = {f.name for f in adapters_pb2.RoutingCard.DESCRIPTOR.fields}
         assert fields == set(requests._CARD)
 
+    def test_feedback_is_asked_for_from_a_cursor_or_a_time_on(self):
+        kind = router_pb2.ExportFeedbackRequest
+        assert requests.export_feedback("", None) == kind()
+        noon = datetime(2026, 11, 24, 12, tzinfo=timezone(timedelta(hours=1)))
+        asked = requests.export_feedback("1.2", noon)
+        assert (asked.cursor, asked.since.ToDatetime()) == ("1.2", datetime(2026, 11, 24, 11))
+        with pytest.raises(errors.InvalidArgument, match="since: 5 cannot be sent; give a datet"):
+            requests.export_feedback("", 5)
+
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 names = st.text("abc-1", min_size=1, max_size=5)
@@ -322,6 +332,7 @@ class TestUnknownArguments:
             ("upload_adapter", {"prompt": ["x"]}, "'prompts'"),
             ("update_adapter", {"task": "t"}, "'tasks'"),
             ("list_adapters", {"time_out": 1}, "'timeout'"),
+            ("export_feedback", {"since_time": 1}, "'since'"),
         ],
     )
     def test_the_nearest_known_one_is_named(self, blocking, method, given, near):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mora_serve.config import Config, keys, load_config
+from mora_serve.config import LEAST_FEEDBACK_BYTES, Config, keys, load_config
 from mora_serve.errors import ConfigError
 
 
@@ -93,6 +93,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_key_and_value(
         ("adapters.slots", 0),
         ("router.max_adapters", -1),
         ("engine.kv_bytes", -1),
+        ("router.feedback_bytes", LEAST_FEEDBACK_BYTES - 1),
         ("engine.stall_seconds", float("nan")),
         ("engine.stall_seconds", float("inf")),
         ("server.port", 65536),

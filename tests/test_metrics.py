@@ -23,7 +23,7 @@ from mora_serve.core import (
     Source,
     Usage,
 )
-from mora_serve.metrics import OTHER, AdapterLabels, Metrics
+from mora_serve.metrics import OTHER, AdapterLabels, Dropped, Metrics
 
 ONE = Mixture((AdapterWeight("json", 1.0, "d1"), AdapterWeight("upper", 0.5, "d2")))
 USAGE = Usage(
@@ -73,6 +73,7 @@ def busy(world):
     metrics.rpc("/mora_serve.v1.GenerationService/Generate", "OK", 0.5)
     metrics.decided(Decision(ONE, Source.ROUTER, (Candidate("json", 0.7, 0.9),)), 0.001)
     metrics.decided(Decision(Mixture(), Source.ABSTAINED, (Candidate("json", 0.1, 0.2),)), 0.001)
+    metrics.pooled(0.02)
     metrics.tokens(3, 0.03)
     metrics.finished(Finish.STOP, USAGE, ONE)
     metrics.finished(Finish.CANCELLED, None, ONE)
@@ -89,6 +90,7 @@ def busy(world):
         slot_hits=4,
         slot_misses=3,
         slot_evictions=1,
+        pooled_tokens=30,
         prefix_queries=50,
         prefix_hits=20,
     )
@@ -121,7 +123,9 @@ def test_no_label_is_a_tenant_or_a_request(busy):
     labels = {label for f in busy.families() for s in f.samples for label in s.labels}
     lora = {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
     assert (
-        labels == {"version", "method", "code", "finished_reason", "adapter", "source", "le"} | lora
+        labels
+        == {"version", "method", "code", "finished_reason", "adapter", "source", "reason", "le"}
+        | lora
     )
 
 
@@ -166,6 +170,26 @@ def test_decisions_are_counted_by_who_chose(busy):
     assert busy("mora_router_decisions_total", source="explicit") == 0
     assert busy("mora_router_abstentions_total") == 1
     assert busy("mora_router_score_count") == 2
+
+
+def test_feedback_is_counted_by_what_became_of_it(busy):
+    busy.metrics.feedback_written(3)
+    busy.metrics.feedback_dropped(Dropped.DISK, 2)
+    assert busy("mora_feedback_rows_written_total") == 3
+    assert busy("mora_feedback_rows_dropped_total", reason="disk") == 2
+    assert busy("mora_feedback_rows_dropped_total", reason="queue") == 0
+
+
+def test_the_lag_of_the_event_loop_is_a_histogram(busy):
+    busy.metrics.lag(0.003)
+    busy.metrics.lag(0.3)
+    assert busy("mora_event_loop_lag_seconds_count") == 2
+    assert busy("mora_event_loop_lag_seconds_bucket", le="0.02") == 1
+
+
+def test_what_routing_asks_of_the_base_is_counted(busy):
+    assert busy("mora_router_state_seconds_sum") == 0.02
+    assert busy("mora_router_pooled_tokens_total") == 30
 
 
 def test_loads_and_failed_loads_are_apart(busy):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from mora_serve.adapters.card import RoutingCard
 
 Key = tuple[str, str]  # tenant, name
+
+K = TypeVar("K")
+V = TypeVar("V", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +95,33 @@ class Change:
 
 @dataclass(frozen=True)
 class State:
-    """All records after change number ``revision``. Never changed, only succeeded."""
+    """All records after change number ``revision``. Never changed, only succeeded.
+
+    ``by_tenant`` has them by tenant and name, ``by_task`` by (tenant, task), both with the names
+    in order. A change touches its own part of them: with thousands of adapters, deriving them
+    anew would keep other threads waiting for milliseconds.
+    """
 
     revision: int = 0
     adapters: Mapping[Key, AdapterRecord] = field(default_factory=dict)
     router: RouterRecord | None = None
+    by_tenant: Mapping[str, Mapping[str, AdapterRecord]] = field(default_factory=dict)
+    by_task: Mapping[Key, tuple[AdapterRecord, ...]] = field(default_factory=dict)
 
-    @functools.cached_property
-    def by_tenant(self) -> Mapping[str, Mapping[str, AdapterRecord]]:
-        """Records by tenant and name, names in order."""
+    @classmethod
+    def of(
+        cls, revision: int, records: Iterable[AdapterRecord], router: RouterRecord | None
+    ) -> State:
+        """The state of some records, each with a key of its own."""
+        adapters = {record.key: record for record in records}
         tenants: dict[str, dict[str, AdapterRecord]] = {}
-        for (tenant, name), record in sorted(self.adapters.items()):
+        tasks: dict[Key, list[AdapterRecord]] = {}
+        for (tenant, name), record in sorted(adapters.items()):
             tenants.setdefault(tenant, {})[name] = record
-        return tenants
-
-    @functools.cached_property
-    def by_task(self) -> Mapping[Key, tuple[AdapterRecord, ...]]:
-        """Records by (tenant, task), names in order."""
-        tasks: dict[Key, tuple[AdapterRecord, ...]] = {}
-        for (tenant, _), record in sorted(self.adapters.items()):
             for task in dict.fromkeys(record.tasks):
-                tasks[tenant, task] = (*tasks.get((tenant, task), ()), record)
-        return tasks
+                tasks.setdefault((tenant, task), []).append(record)
+        by_task = {key: tuple(found) for key, found in tasks.items()}
+        return cls(revision, adapters, router, tenants, by_task)
 
     @functools.cached_property
     def digests(self) -> frozenset[str]:
@@ -124,13 +132,22 @@ class State:
     def after(self, change: Change) -> State:
         """The state that a change leads to."""
         if change.router is not None:
-            return State(change.revision, self.adapters, change.router)
-        adapters = dict(self.adapters)
-        if change.before is not None:
-            adapters.pop(change.before.key, None)
-        if change.after is not None:
-            adapters[change.after.key] = change.after
-        return State(change.revision, adapters, self.router)
+            return replace(self, revision=change.revision, router=change.router)
+        before, after = change.before, change.after
+        if (record := after or before) is None:
+            return replace(self, revision=change.revision)
+        tenant, name = record.key
+        adapters, by_tenant = dict(self.adapters), dict(self.by_tenant)
+        by_task = dict(self.by_task)
+        adapters.pop(record.key, None)
+        if after is not None:
+            adapters[record.key] = after
+        _put(by_tenant, tenant, _with(by_tenant.get(tenant, {}), name, after))
+        for task in {t for r in (before, after) if r is not None for t in r.tasks}:
+            own = {r.name: r for r in by_task.get((tenant, task), ())}
+            now = after if after is not None and task in after.tasks else None
+            _put(by_task, (tenant, task), tuple(_with(own, name, now).values()))
+        return State(change.revision, adapters, self.router, by_tenant, by_task)
 
     def change_from_json(self, values: Mapping[str, Any]) -> Change:
         """The next change, as the log has it."""
@@ -165,7 +182,24 @@ class State:
         """The inverse of ``to_json`` after a way through JSON."""
         records = [AdapterRecord.from_json(r) for r in values["adapters"]]
         router = _router(values["router"]) if values["router"] else None
-        return cls(revision, {r.key: r for r in records}, router)
+        return cls.of(revision, records, router)
+
+
+def _with(
+    records: Mapping[str, AdapterRecord], name: str, record: AdapterRecord | None
+) -> dict[str, AdapterRecord]:
+    """Records by name, in order, with this one under its name, or (None) without one."""
+    if record is None:
+        return {n: r for n, r in records.items() if n != name}
+    changed = {**records, name: record}
+    return changed if name in records else {n: changed[n] for n in sorted(changed)}
+
+
+def _put(parts: dict[K, V], key: K, part: V) -> None:
+    """A part under its key; an empty one is left out."""
+    parts[key] = part
+    if not part:
+        del parts[key]
 
 
 def _router(values: Mapping[str, Any]) -> RouterRecord:

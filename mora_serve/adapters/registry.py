@@ -142,7 +142,8 @@ class Registry:
 
     def all(self) -> tuple[AdapterRecord, ...]:
         """All tenants' adapters that this base can serve, by tenant and name."""
-        return tuple(r for _, r in sorted(self._state.adapters.items()) if self._fits(r))
+        tenants = sorted(self._state.by_tenant.items())
+        return tuple(r for _, own in tenants for r in own.values() if self._fits(r))
 
     def tasks(self, tenant: str) -> tuple[str, ...]:
         """The tasks that ``by_task`` knows for the tenant, in order."""

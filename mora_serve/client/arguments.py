@@ -25,6 +25,7 @@ _WANTED = {
     FieldDescriptor.CPPTYPE_FLOAT: "number",
     FieldDescriptor.CPPTYPE_BOOL: "truth value",
     FieldDescriptor.CPPTYPE_STRING: "text",
+    FieldDescriptor.CPPTYPE_MESSAGE: "datetime",  # the only one that is given as a value
 }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -180,6 +181,25 @@ class AsyncClient(Stubs):
             await self._run(self.router.GetRouter, request, options)
         ).router
         return router
+
+    @strict
+    async def export_feedback(
+        self, cursor: str = "", *, since: datetime | None = None, **options: Unpack[CallOptions]
+    ) -> AsyncIterator[router_pb2.ExportFeedbackResponse]:
+        """The labelled prompts of the tenant, part by part, oldest first.
+
+        Only those that follow ``cursor``, which is that of an earlier part, and only from
+        ``since`` on; a time without a zone is one of UTC.
+        """
+        request = requests.export_feedback(cursor, since)
+        call = self.router.ExportFeedback(request, **self.carry(options))
+        try:
+            async for part in call:
+                yield part
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None
+        finally:
+            call.cancel()
 
     @strict
     async def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -167,6 +168,24 @@ class Client(Stubs):
         request = router_pb2.GetRouterRequest()
         router: router_pb2.Router = self._run(self.router.GetRouter, request, options).router
         return router
+
+    @strict
+    def export_feedback(
+        self, cursor: str = "", *, since: datetime | None = None, **options: Unpack[CallOptions]
+    ) -> Iterator[router_pb2.ExportFeedbackResponse]:
+        """The labelled prompts of the tenant, part by part, oldest first.
+
+        Only those that follow ``cursor``, which is that of an earlier part, and only from
+        ``since`` on; a time without a zone is one of UTC.
+        """
+        request = requests.export_feedback(cursor, since)
+        call = self.router.ExportFeedback(request, **self.carry(options))
+        try:
+            yield from call
+        except grpc.RpcError as e:
+            raise connection.error_of(e, self.address) from None
+        finally:
+            call.cancel()
 
     @strict
     def server_info(self, **options: Unpack[CallOptions]) -> server_pb2.GetServerInfoResponse:

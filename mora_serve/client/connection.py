@@ -32,7 +32,7 @@ _REPEATABLE = {
     "AdapterService": (
         *("RegisterAdapter", "UpdateAdapter", "ListAdapters", "GetAdapter", "PinAdapter"),
     ),
-    "RouterService": ("Route", "LoadRouter", "GetRouter"),
+    "RouterService": ("Route", "LoadRouter", "GetRouter", "ExportFeedback"),
     "ServerService": ("GetServerInfo",),
 }
 _SERVICE_CONFIG = {

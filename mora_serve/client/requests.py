@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -123,6 +124,11 @@ def load_router(path: str | None, data: bytes | None) -> router_pb2.LoadRouterRe
     if path is not None:
         return filled(router_pb2.LoadRouterRequest, "", path=path)
     return router_pb2.LoadRouterRequest(data=data)
+
+
+def export_feedback(cursor: str, since: datetime | None) -> router_pb2.ExportFeedbackRequest:
+    """A request of ExportFeedback; a time without a zone is one of UTC."""
+    return filled(router_pb2.ExportFeedbackRequest, "", cursor=cursor, since=since)
 
 
 def upload(

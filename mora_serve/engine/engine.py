@@ -2,6 +2,7 @@
 
 ``step()`` is the whole story: take in messages, schedule, run, hand out events. Everything that
 crosses between threads is a plain message: requests and aborts in, one list of events a step out.
+The router's questions come in too; each is answered by a future.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 
 import torch
 
@@ -29,6 +31,7 @@ from mora_serve.core import (
 )
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.kv_cache import KVCache
+from mora_serve.engine.pool_queue import PoolJob, PoolQueue
 from mora_serve.engine.runner import Runner, kv_page_count
 from mora_serve.engine.scheduler import Batch, Scheduler
 from mora_serve.engine.sequence import Sequence
@@ -42,6 +45,7 @@ from mora_serve.errors import (
 )
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.pooling import States, pool_tokens
 from mora_serve.model.shape import PROJECTIONS
 
 log = logging.getLogger(__name__)
@@ -79,7 +83,7 @@ class Engine:
             decoder.device,
         )
         self._wake = threading.Condition()
-        self._inbox: deque[Request | tuple[str, Finish]] = deque()
+        self._inbox: deque[Request | PoolJob | tuple[str, Finish]] = deque()
         self._signalled = False
         self._stopping = False
         self.pool = AdapterPool(
@@ -88,6 +92,7 @@ class Engine:
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
         self.runner = Runner(decoder, self.pool, pages, config.engine.page_size)
+        self.pool_queue = PoolQueue(decoder, config.engine)
         self._sequences: dict[str, Sequence] = {}
         self._events: list[Event | AdapterLoad] = []  # of the step under way
         self._steps = self._prompt_tokens = self._generation_tokens = 0
@@ -138,17 +143,48 @@ class Engine:
             )
         with self._wake:
             if self._stopping:
-                raise Unavailable("the server is shutting down; retry elsewhere", retry_after=1.0)
-            queued = self.scheduler.waiting_count + len(self._inbox)
-            if queued >= self.config.max_queue:
-                raise ResourceExhausted(
-                    f"queue: it holds {queued} requests, as many as engine.max_queue allows; "
-                    "retry later",
-                    reason="QUEUE_FULL",
-                    retry_after=1.0,
-                )
+                raise _stopped()
+            self._check_queue(self.scheduler.waiting_count)
             self._inbox.append(request)
             self._notify()
+
+    def pooled_hidden(
+        self, texts: Seq[str], depth: int, max_tokens: int, *, background: bool = False
+    ) -> Future[States]:
+        """The pooled hidden states [texts, hidden] of the base (see model/pooling.py), in a while.
+
+        Computed between two steps, those in the ``background`` at a slower pace; before ``start``
+        at once, on the caller's thread. Texts are tokenised on the caller's thread. The future
+        fails with Unavailable when the engine stops first, and with Internal.
+
+        Raises ResourceExhausted when the queue is full, Unavailable when the engine is stopping.
+        """
+        tokenizer, vocab_size = self.base.tokenizer, self.base.shape.vocab_size
+        tokens = [pool_tokens(tokenizer, text, max_tokens, vocab_size) for text in texts]
+        job = PoolJob(tokens, depth, background)
+        with self._wake:
+            if self._stopping:
+                raise _stopped()
+            if not background:
+                self._check_queue(self.pool_queue.urgent)
+            if self._thread is not None:
+                self._inbox.append(job)
+                self._notify()
+                return job.done
+        self.pool_queue.add(job)
+        while self.pool_queue:
+            self.pool_queue.run(busy=False)
+        return job.done
+
+    def _check_queue(self, waiting: int) -> None:
+        queued = waiting + len(self._inbox)
+        if queued >= self.config.max_queue:
+            raise ResourceExhausted(
+                f"queue: it holds {queued} requests, as many as engine.max_queue allows; "
+                "retry later",
+                reason="QUEUE_FULL",
+                retry_after=1.0,
+            )
 
     def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
         """End a request early; unknown and finished ids are ignored."""
@@ -182,6 +218,7 @@ class Engine:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            pooled_tokens=self.pool_queue.tokens,
             prefix_queries=self.cache.prefix_queries,
             prefix_hits=self.cache.prefix_hits,
             preemptions=self.scheduler.preemptions,
@@ -200,13 +237,14 @@ class Engine:
         self.pool.close()
 
     def step(self) -> list[Event | AdapterLoad]:
-        """One turn of the engine: messages, loads, one batch, its events."""
+        """One turn of the engine: messages, loads, states to pool, one batch, its events."""
         events: list[Event | AdapterLoad] = []
         self._events = events
         self._receive(events)
         self._settle_loads(events)
         self._expire(events)
-        batch = self.scheduler.schedule(time.monotonic())
+        spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
+        batch = self.scheduler.schedule(time.monotonic(), spent)
         if batch:
             self._run(batch, events)
         now = time.monotonic()
@@ -221,7 +259,8 @@ class Engine:
             with self._wake:
                 # Waiting requests are looked at again soon: their adapters may be loading.
                 timeout = 0.05 if self._sequences else None
-                if not self._signalled and not self.scheduler.running_count:
+                idle = not self.scheduler.running_count and not self.pool_queue
+                if not self._signalled and idle:
                     self._wake.wait(timeout)
                 self._signalled = False
                 if self._stopping:
@@ -236,6 +275,7 @@ class Engine:
         self._receive(events)
         for sequence in list(self._sequences.values()):
             self._finish(sequence, Finish.CANCELLED, events)
+        self.pool_queue.fail(_stopped())
         self._hand_over(events)
 
     def _fail(self) -> None:
@@ -243,6 +283,9 @@ class Engine:
         with self._wake:
             self._stopping = True
             waiting = [m.id for m in self._inbox if isinstance(m, Request)]
+            for job in (m for m in self._inbox if isinstance(m, PoolJob)):
+                self.pool_queue.add(job)
+        self.pool_queue.fail(_stopped())
         usage = Usage(0, 0, 0, 0.0, 0.0, 0.0)
         try:
             # What the step had done comes first: a request that it ended is in no list any more.
@@ -274,6 +317,8 @@ class Engine:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 self._accept(message, events)
+            elif isinstance(message, PoolJob):
+                self.pool_queue.add(message)
             elif (found := self._sequences.get(message[0])) is not None:
                 self._finish(found, message[1], events)
 
@@ -381,6 +426,10 @@ class Engine:
         self.scheduler.add(sequence := Sequence(request, TextStream(self.base.tokenizer.decode)))
         self.runner.run(self.scheduler.schedule(time.monotonic()))
         self.scheduler.remove(sequence)
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the server is shutting down; retry elsewhere", retry_after=1.0)
 
 
 def _not_finite(sequence: Sequence) -> Failure:

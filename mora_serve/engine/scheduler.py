@@ -114,10 +114,14 @@ class Scheduler:
         if sequence is self._claimant:
             self._claimant = None
 
-    def schedule(self, now: float) -> Batch:
-        """Plan one step: decodes and other single tokens first, then longer prompt chunks."""
+    def schedule(self, now: float, spent: int = 0) -> Batch:
+        """Plan one step: decodes and other single tokens first, then longer prompt chunks.
+
+        ``spent`` tokens of its budget are used up, but never those of decodes, nor more than half.
+        """
         decodes: list[Chunk] = []
-        budget = self._limits.step_tokens
+        most = self._limits.step_tokens
+        budget = max(most - spent, most // 2, self.running_count)
         short = False
         for sequence in self.running:
             if sequence not in self._running or sequence.pending != 1 or not budget:

@@ -1,4 +1,4 @@
-"""Attention over a flat batch of tokens: dense for training, paged for serving.
+"""Attention over a flat batch of tokens: dense for training, packed for pooling, paged for serving.
 
 The decoder calls ``attention(layer, q, k, v)`` with q [tokens, heads, dim] and k, v
 [tokens, kv_heads, dim], already rotated, and gets [tokens, heads * dim]. Query groups are folded
@@ -47,6 +47,64 @@ class DenseCausal:
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.transpose(1, 2).reshape(q.shape[0], -1)
+
+
+class SomeQueries:
+    """DenseCausal for the queries of some tokens: [n] of [batch * length], ascending."""
+
+    def __init__(self, tokens: Tensor, batch: int, length: int, window: int | None = None) -> None:
+        self.batch, self.length = batch, length
+        row, at = tokens // length, tokens % length
+        first = torch.searchsorted(row, torch.arange(batch, device=row.device))
+        place = torch.arange(len(row), device=row.device) - first[row]
+        # Queries of one row side by side; places that a row does not fill repeat a real query.
+        width = int(place.max()) + 1 if len(place) else 0
+        self.padded = torch.zeros(batch, width, dtype=torch.long, device=row.device)
+        self.padded[row, place] = torch.arange(len(row), device=row.device)
+        self.valid = row * width + place
+        back = at[self.padded][..., None] - torch.arange(length, device=row.device)
+        seen = back >= 0
+        if window is not None:
+            seen &= back < window
+        self.mask = seen[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [n, heads, dim], k and v [batch * length, kv_heads, dim] -> [n, heads * dim]."""
+        rows = (self.batch, self.length)
+        out = F.scaled_dot_product_attention(
+            q[self.padded].transpose(1, 2),
+            k.view(*rows, *k.shape[1:]).transpose(1, 2),
+            v.view(*rows, *v.shape[1:]).transpose(1, 2),
+            attn_mask=self.mask,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2).flatten(0, 1)[self.valid].flatten(1)
+
+
+class PackedCausal:
+    """Causal attention of texts laid end to end, ``lengths`` their tokens; each sees itself alone.
+
+    A text's result depends on its own tokens only: nothing is padded to another's length. Tokens
+    after the last text are padding and get zeros.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], group: int, window: int | None, device: torch.device
+    ) -> None:
+        masks = {n: prefill_mask(0, n, group, window, device) for n in set(lengths)}
+        self.spans: list[tuple[slice, Tensor]] = []
+        start = 0
+        for n in lengths:
+            self.spans.append((slice(start, start + n), masks[n]))
+            start += n
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See Attention."""
+        out = torch.zeros_like(q)
+        for rows, mask in self.spans:
+            keys, values = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
+            out[rows] = _folded(q[rows], keys, values, mask)
+        return out.flatten(1)
 
 
 class KVPages:
@@ -137,17 +195,22 @@ class PagedAttention:
         return torch.matmul(weights.to(v.dtype), v).transpose(0, 1).reshape(n, heads, dim)
 
     def _prefill(self, keys: Tensor, values: Tensor, q: Tensor, chunk: Prefill) -> Tensor:
-        n, heads, dim = q.shape
-        kv_heads = keys.shape[0]
-        length = chunk.context + n
+        length = chunk.context + len(q)
         k = keys[:, chunk.table].flatten(1, 2)[:, :length]
         v = values[:, chunk.table].flatten(1, 2)[:, :length]
-        grouped = q.view(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-        # Four dimensions: the fused CPU kernel takes no other number.
-        out = F.scaled_dot_product_attention(
-            grouped.flatten(1, 2)[None], k[None], v[None], attn_mask=chunk.mask
-        )
-        return out[0].view(kv_heads, -1, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
+        return _folded(q, k, v, chunk.mask)
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [n, heads, dim], k and v [kv_heads, length, dim], mask [group * n, length] -> like q."""
+    n, heads, dim = q.shape
+    kv_heads = k.shape[0]
+    grouped = q.view(n, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    # Four dimensions: the fused CPU kernel takes no other number.
+    out = F.scaled_dot_product_attention(
+        grouped.flatten(1, 2)[None], k[None], v[None], attn_mask=mask
+    )
+    return out[0].view(kv_heads, -1, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
 
 
 def prefill_mask(

@@ -6,7 +6,8 @@ scaling variants, grouped-query attention, SwiGLU, optional biases and q/k norms
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_serve.model.attention import Attention
+from mora_serve.model.passes import rms_norm, rotate, swiglu
 from mora_serve.model.quant import Linear, product
 from mora_serve.model.shape import ModelShape
 
@@ -38,6 +40,19 @@ class Layer:
     sites: dict[str, Linear]
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens whose last hidden states somebody reads: the last layer leaves the others out.
+
+    ``tokens`` [n] int64, ascending; ``attention`` takes the q of these tokens, k and v of all;
+    ``adapters`` are those of these tokens.
+    """
+
+    tokens: Tensor
+    attention: Attention
+    adapters: Adapters | None = None
 
 
 class Decoder:
@@ -73,23 +88,60 @@ class Decoder:
         positions: Tensor,
         attention: Attention,
         adapters: Adapters | None = None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        """tokens and positions [T] int64 -> normalised last hidden state [T, hidden]."""
+        """tokens and positions [T] int64 -> normalised last hidden state [T, hidden].
+
+        With ``wanted`` it is [n, hidden], of these tokens alone.
+        """
+        h = self.residual(tokens, positions, attention, adapters, wanted=wanted)
+        return self._norm(h, self.norm)
+
+    def residual(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        adapters: Adapters | None = None,
+        depth: int | None = None,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        """The residual stream [T, hidden] after the first ``depth`` layers, or after all.
+
+        Not normalised; at depth 0 it is the tokens' embeddings. With ``wanted``, after all layers,
+        it is [n, hidden], of these tokens alone.
+        """
         s = self.shape
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         h = F.embedding(tokens, self.embedding)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:depth]):
             x = self._norm(h, layer.input_norm)
             qkv = self._site(i, "qkv", x, adapters).view(len(x), -1, s.head_dim)
             q, k, v = qkv.tensor_split((s.heads, s.heads + s.kv_heads), dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-            a = attention(i, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if wanted is not None and i == s.layers - 1:
+                q, h = q[wanted.tokens], h[wanted.tokens]
+                attention, adapters = wanted.attention, wanted.adapters
+            a = attention(i, q, k, v)
             h = h + self._site(i, "o", a, adapters)
             x = self._norm(h, layer.post_norm)
-            gate, up = self._site(i, "gate_up", x, adapters).chunk(2, dim=-1)
-            h = h + self._site(i, "down", F.silu(gate) * up, adapters)
-        return self._norm(h, self.norm)
+            x = swiglu(self._site(i, "gate_up", x, adapters))
+            h = h + self._site(i, "down", x, adapters)
+        return h
+
+    def dense(self) -> Decoder:
+        """The same numbers with every 4-bit weight dequantised once, for training in few steps.
+
+        Takes ``shape.linear_parameters`` elements of memory.
+        """
+        out = copy.copy(self)
+        out.layers = [
+            replace(layer, sites={n: s.dense(self.dtype) for n, s in layer.sites.items()})
+            for layer in self.layers
+        ]
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden [T, hidden] -> logits [T, vocabulary] in float32."""
@@ -103,10 +155,4 @@ class Decoder:
         return y if linear.bias is None else y + linear.bias
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.shape.rms_norm_eps)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+        return rms_norm(x, weight, self.shape.rms_norm_eps)

@@ -6,22 +6,20 @@ computed on activations, so it equals PEFT's ``cat`` combination and needs no me
 DoRA (arXiv 2402.09353) adds, with c = m / ||W + s B A|| per output row, the delta
 (c - 1) * (W x) + c * s B (A x). c is near 1, so c - 1 is what is kept: bfloat16 would round it off.
 
-Two forms of one layer: ``PooledAdapters`` reads the server's slots, ``StackedAdapters`` holds
-trainable parameters. A projection's A is [rank, in] and its B is kept transposed, [rank, out], so
-that both products read rows of one rank.
+``PooledAdapters`` is the form that reads the server's slots; the trainable form of the same layer
+is in stacked.py. A projection's A is [rank, in] and its B is kept transposed, [rank, out], so that
+both products read rows of one rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mora_serve.model.shape import PROJECTIONS, SITES, ModelShape, projection_path
+from mora_serve.model.shape import SITES, ModelShape
 
 
 @dataclass(slots=True)
@@ -226,126 +224,3 @@ def dora_scale(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tenso
     merged = torch.addmm(weight.float(), b.float().T, a.float())
     norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
     return magnitude.float() / norm
-
-
-class StackedAdapters(nn.Module):
-    """``count`` trainable adapters of one rank, stacked along the rank.
-
-    All rows go through one dense product with every adapter that one of them uses; a weight per
-    row and adapter then selects, so that one pass trains all of them (a product a row is three
-    times slower).
-    """
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        count: int,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str] = PROJECTIONS,
-    ) -> None:
-        super().__init__()
-        self.shape, self.count, self.rank, self.alpha = shape, count, rank, alpha
-        self.targets = tuple(targets)
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
-        for layer in range(shape.layers):
-            for projection in self.targets:
-                rows, columns = shape.projection(projection)
-                key = f"{layer}/{projection}"
-                bound = 1 / math.sqrt(columns)  # PEFT's kaiming_uniform_(a=sqrt(5))
-                a = torch.empty(count * rank, columns).uniform_(-bound, bound)
-                self.a[key] = nn.Parameter(a)
-                self.b[key] = nn.Parameter(torch.zeros(count * rank, rows))
-
-    def mix(self, weights: Tensor, length: int) -> StackedMixture:
-        """The adapters argument for [batch * length] tokens; weights [batch, count].
-
-        Adapters that no row weighs are left out, unless the weights themselves are learned.
-        """
-        used = weights.any(0).nonzero().flatten()
-        rows = None
-        if len(used) < self.count and not weights.requires_grad:
-            weights = weights[:, used]
-            rows = (used[:, None] * self.rank + torch.arange(self.rank)).flatten()
-        factors = (weights * (self.alpha / self.rank)).repeat_interleave(self.rank, dim=1)
-        return StackedMixture(self, factors.repeat_interleave(length, dim=0), rows)
-
-    def export(self, index: int) -> dict[str, Tensor]:
-        """One adapter under PEFT's key names, ready for adapter_model.safetensors."""
-        rows = slice(index * self.rank, (index + 1) * self.rank)
-        out = {}
-        for key in self.a:
-            layer, projection = key.split("/")
-            prefix = f"base_model.model.{projection_path(int(layer), projection)}"
-            out[f"{prefix}.lora_A.weight"] = self.a[key].detach()[rows].contiguous()
-            out[f"{prefix}.lora_B.weight"] = self.b[key].detach()[rows].T.contiguous()
-        return out
-
-
-class StackedMixture:
-    """A StackedAdapters module with one batch's factors [tokens, n].
-
-    ``rows`` [n] are those of the stack that they are for; None stands for all.
-    """
-
-    def __init__(self, adapters: StackedAdapters, factors: Tensor, rows: Tensor | None) -> None:
-        self.adapters, self.factors, self.rows = adapters, factors, rows
-
-    def apply(self, layer: int, site: str, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the mixture's delta, differentiable; see decoder.Adapters."""
-        ranges, a, b, start = [], [], [], 0
-        for projection in SITES[site]:
-            end = start + self.adapters.shape.projection(projection)[0]
-            if projection in self.adapters.targets:
-                ranges.append(slice(start, end))
-                a.append(self._used(self.adapters.a[f"{layer}/{projection}"]))
-                b.append(self._used(self.adapters.b[f"{layer}/{projection}"]))
-            start = end
-        if not ranges:
-            return y
-        out: Tensor = _LowRank.apply(x, y, self.factors, ranges, torch.cat(a), *b)  # type: ignore[no-untyped-call]
-        return out
-
-    def _used(self, stack: Tensor) -> Tensor:
-        return stack if self.rows is None else stack.index_select(0, self.rows)
-
-
-class _LowRank(torch.autograd.Function):
-    """y[:, r] + ((x @ a_r.T) * factors) @ b_r for the projections r of one site.
-
-    Their a are one matrix, so that x is read once, and its gradient written once. The same in
-    autograd's own steps takes half as long again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        factors: Tensor,
-        ranges: Sequence[slice],
-        a: Tensor,
-        *b: Tensor,
-    ) -> Tensor:
-        inner = (x @ a.T).view(len(x), len(b), -1)
-        mixed = inner * factors[:, None]
-        out = y.clone()
-        for i, (part, own) in enumerate(zip(ranges, b, strict=True)):
-            out[:, part].addmm_(mixed[:, i], own)
-        ctx.ranges = ranges
-        ctx.save_for_backward(x, factors, inner, a, *b)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, factors, inner, a, *b = ctx.saved_tensors
-        through = torch.empty_like(inner)
-        mixed = inner * factors[:, None]
-        grads = []
-        for i, (part, own) in enumerate(zip(ctx.ranges, b, strict=True)):
-            torch.mm(grad[:, part], own.T, out=through[:, i])
-            grads.append(mixed[:, i].T @ grad[:, part])
-        of_factors = (through * inner).sum(1) if ctx.needs_input_grad[2] else None
-        through = (through * factors[:, None]).flatten(1)
-        of_x = through @ a if ctx.needs_input_grad[0] else None
-        return of_x, grad, of_factors, None, through.T @ x, *grads

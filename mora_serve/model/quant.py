@@ -131,9 +131,15 @@ class Linear:
             return self.parts[0].matmul(x)
         return torch.cat([p.matmul(x) for p in self.parts], dim=-1)
 
-    def dequantise(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Linear:
+        """The same layer as one dense matrix in ``dtype``."""
+        return Linear((DenseWeight(self.dequantise(dtype)),), self.bias)
+
+    def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Output rows start..stop of the whole matrix in ``dtype``."""
         pieces, offset = [], 0
+        if stop is None:
+            stop = sum(part.shape[0] for part in self.parts)
         for part in self.parts:
             rows = part.shape[0]
             low, high = max(start - offset, 0), min(stop - offset, rows)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a Hugging Face fast tokenizer behind four methods."""
+"""Text to token ids and back: a Hugging Face fast tokenizer behind a few methods."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids with the special tokens that the tokenizer adds to a plain prompt."""
         return list(self._hf.encode(text, verbose=False))  # the engine tells what is too long
+
+    def row(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, as a chat's only turn where there is a template, and of its answer.
+
+        The answer ends in the tokenizer's own end token: that of a turn in models that chat.
+        """
+        asked = self.chat([("user", prompt)]) if self.has_chat_template else self.encode(prompt)
+        own = self._hf.eos_token_id
+        end = min(self.eos_ids) if own is None else int(own)
+        return asked, [*self.plain(answer), end]
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of the text alone, without special tokens."""
+        return list(self._hf.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; an incomplete character ends in U+FFFD."""

@@ -1,16 +1,13 @@
-"""From scores to a decision: abstain, or run the adapters that the prompt asks for."""
+"""From evidence to a decision: abstain, or run the adapters that the prompt asks for."""
 
 from __future__ import annotations
 
-import heapq
 from typing import NamedTuple
 
-import numpy as np
-
 from mora_serve.core import Candidate
-from mora_serve.router.features import Floats
+from mora_serve.router.evidence import Evidence
 from mora_serve.router.format import Calibration
-from mora_serve.router.index import Scores
+from mora_serve.router.gate import probabilities
 
 REPORTED = 16  # candidates in a decision, unless more adapters may run
 
@@ -22,24 +19,25 @@ class Choice(NamedTuple):
     candidates: tuple[Candidate, ...]
 
 
-def decide(scores: Scores, calibration: Calibration, max_adapters: int) -> Choice:
-    """Pick at most ``max_adapters`` adapters; the order of ``scores`` does not matter.
+def decide(seen: Evidence | None, calibration: Calibration, max_adapters: int) -> Choice:
+    """Pick at most ``max_adapters`` adapters.
 
-    It abstains where no adapter's impostor-normed score reaches the threshold. Otherwise the
-    adapter with the best cosine runs, and with it those whose probability is above 0.5, best
-    first, one of each non-empty group: near ties in a group are ways to do one thing.
+    It abstains where the best candidate's probability is below the threshold. Otherwise that one
+    runs, and with it others whose probability is above 0.5, likeliest first, one of each
+    non-empty group: near ties in a group are ways to do one thing.
     """
-    rows = best_rows(scores, max(REPORTED, max_adapters))
-    candidates = tuple(
-        Candidate(scores.names[row], float(scores.cosine[row]), float(probability))
-        for row, probability in zip(rows, gate(scores.relative[rows], calibration), strict=True)
-    )
-    if not candidates or scores.normed.max() < calibration.threshold:
+    if seen is None:
+        return Choice((), ())
+    rows = zip(seen.names, seen.score, probabilities(seen, calibration), seen.groups, strict=True)
+    first, *others = [(Candidate(n, float(s), float(p)), group) for n, s, p, group in rows]
+    others.sort(key=lambda row: (-row[0].probability, -row[0].score, row[0].adapter))
+    ranked = [first, *others]
+    candidates = tuple(c for c, _ in ranked[: max(REPORTED, max_adapters)])
+    if first[0].probability < calibration.threshold:
         return Choice((), candidates)
     chosen: list[str] = []
     groups: set[str] = set()
-    for row, candidate in zip(rows, candidates, strict=True):
-        group = scores.groups[row]
+    for candidate, group in ranked:
         if chosen and (candidate.probability <= 0.5 or group in groups):
             continue
         chosen.append(candidate.adapter)
@@ -47,21 +45,3 @@ def decide(scores: Scores, calibration: Calibration, max_adapters: int) -> Choic
         if len(chosen) == max_adapters:
             break
     return Choice(tuple(chosen), candidates)
-
-
-def gate(relative: Floats, calibration: Calibration) -> Floats:
-    """Probabilities [...] that a prompt is for an adapter: independent, they need not sum to 1."""
-    x = (relative - calibration.gate_position) / calibration.gate_width
-    probability: Floats = 0.5 * (1 + np.tanh(0.5 * x))  # the logistic function, never overflowing
-    return probability
-
-
-def best_rows(scores: Scores, count: int) -> list[int]:
-    """The rows of the ``count`` best cosines, best first, equal ones by name."""
-    cosine = scores.cosine
-    count = min(count, len(cosine))
-    if not count:
-        return []
-    least = np.partition(cosine, len(cosine) - count)[len(cosine) - count]
-    ties = np.flatnonzero(cosine >= least).tolist()
-    return heapq.nsmallest(count, ties, key=lambda i: (-cosine[i], scores.names[i]))

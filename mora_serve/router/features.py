@@ -1,17 +1,17 @@
-"""What the router sees of a prompt: a sparse, L2-normalised vector.
+"""What the router sees of a prompt: hashed n-grams of its text, and how the base reads it.
 
 The features a router was fitted on are described in its file (``kind``, ``version`` and the
-kind's own settings), so that another kind, such as a pooled hidden state, can be added without
-a change to the files that exist.
+kind's own settings). N-grams need nothing but the text. A pooled hidden state needs the base: it
+is computed elsewhere (``mora_serve.model.pooling``) and comes here as an array.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,18 @@ from mora_serve.errors import InvalidArgument
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
+_Hashes = npt.NDArray[np.uint64]
+Pool = Callable[[Sequence[str]], Floats]  # n texts -> pooled hidden states [n, hidden size]
 
 MAX_DIM = 1 << 16
+MAX_DEPTH = 1 << 10
+MAX_TOKENS = 1 << 11  # a text is read in one pass, beside which streams wait
+MAX_WEIGHT = 100.0
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz" + bytes(range(0x80, 0x100))
 _TO_SPACE = bytes(c if c in _LETTERS else 0x20 for c in range(256))
 _WORD = re.compile(rb"[^ ]+")
 _QUOTE = re.compile(rb"(?<=(.))(['\"`])\2*(?=(.))", re.DOTALL)
+_QUOTED, _END = np.uint64(1 << 40), np.uint64(1 << 41)  # beyond the hash of any word
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
 
 
@@ -36,7 +42,9 @@ class NGrams:
     Needs no model and no fitted vocabulary. The text is UTF-8 with ASCII letters lowered, so a
     capital at a sentence's start changes nothing; a word is a run of letters, digits or bytes
     beyond ASCII, and its n-grams include the space before and after it. A quoted span counts
-    ``quoted`` times: it is the data to work on more often than the instruction.
+    ``quoted`` times: it is the data to work on more often than the instruction. Neighbouring
+    words count as ``pairs`` more, a quoted span being one word and the text's ends another:
+    "left of" is not "to left".
 
     A prompt longer than ``max_bytes`` counts by its first and last halves of that length:
     instructions stand at the ends of long prompts, documents in the middle. The hash is fixed
@@ -48,9 +56,10 @@ class NGrams:
     longest: int = 5
     max_bytes: int = 4096
     quoted: float = 0.3
+    pairs: float = 0.5
 
     KIND = "ngrams"
-    VERSION = 1
+    VERSION = 2
 
     def describe(self) -> dict[str, Any]:
         """The JSON object that ``features_from`` reads back."""
@@ -61,30 +70,35 @@ class NGrams:
             "shortest": self.shortest,
             "longest": self.longest,
             "max_bytes": self.max_bytes,
-            "quoted": self.quoted,
+            "quoted": float(self.quoted),
+            "pairs": float(self.pairs),
         }
 
-    def sparse(self, text: str) -> tuple[Indices, Floats]:
+    def sparse(self, text: str, without: Collection[int] | None = None) -> tuple[Indices, Floats]:
         """Features of one text: distinct sorted indices [n] below ``dim`` and values [n].
 
-        n is 0 for a text without any word or n-gram, such as the empty one.
+        n is 0 for a text without any word or n-gram, such as the empty one. ``without``: what is
+        left of the text when words of these hashes (see ``words``) are taken out; n is 0 then
+        where no word outside quotations is left.
         """
-        half = self.max_bytes // 2
-        if len(text) > self.max_bytes:
-            text = f"{text[:half]} {text[-half:]}"
-        data = text.encode("utf-8", "replace").lower()
-        if len(data) > self.max_bytes:
-            data = data[:half] + b" " + data[-half:]
-        data = b" " + data + b" "
-        weight = np.ones(len(data))
-        for start, end in _quoted_spans(data):
-            weight[start:end] = self.quoted
-        data = data.translate(_TO_SPACE)
-        words = list(_WORD.finditer(data))
+        data, weight = self._read(text)
+        words = _split(data)
+        if without is not None:
+            kept = [w for w in words if weight[w.start] < 1 or w.hash not in without]
+            if all(weight[w.start] < 1 for w in kept):
+                return np.zeros(0, np.intp), np.zeros(0, np.float32)
+            blank = bytearray(b" " * len(data))
+            for w in kept:
+                blank[w.start : w.end] = data[w.start : w.end]
+            data, words = bytes(blank), kept
+        starts = [w.start for w in words]
         codes = np.frombuffer(data, np.uint8).astype(np.uint64)
         space = codes == 0x20
-        hashes = [np.fromiter((zlib.crc32(w.group()) for w in words), np.uint64, len(words))]
-        weights = [weight[[w.start() for w in words]]]
+        hashes = [np.array([w.hash for w in words], np.uint64)]
+        weights = [weight[starts]]
+        if self.pairs and words:
+            hashes.append(_neighbours(hashes[0], weights[0] < 1))
+            weights.append(np.full(len(hashes[1]), self.pairs))
         rolling, broken = codes, np.zeros(len(codes), bool)
         for n in range(2, self.longest + 1):
             rolling = rolling[:-1] * _MIX[0] + codes[n - 1 :]
@@ -102,13 +116,180 @@ class NGrams:
         norm = float(np.sqrt(values @ values)) or 1.0
         return index, (values / norm).astype(np.float32)
 
-    def dense(self, texts: list[str]) -> Floats:
+    def words(self, text: str) -> list[int]:
+        """Hashes of a text's words in order, those in quotations left out."""
+        data, weight = self._read(text)
+        return [w.hash for w in _split(data) if weight[w.start] == 1]
+
+    def _read(self, text: str) -> tuple[bytes, npt.NDArray[np.float64]]:
+        """A text as words apart by spaces, and what each byte counts."""
+        half = self.max_bytes // 2
+        if len(text) > self.max_bytes:
+            text = f"{text[:half]} {text[-half:]}"
+        data = text.encode("utf-8", "replace").lower()
+        if len(data) > self.max_bytes:
+            data = data[:half] + b" " + data[-half:]
+        data = b" " + data + b" "
+        weight = np.ones(len(data))
+        for start, end in _quoted_spans(data):
+            weight[start:end] = self.quoted
+        return data.translate(_TO_SPACE), weight
+
+    def dense(self, texts: Sequence[str]) -> Floats:
         """Features of many texts: [len(texts), dim] float32."""
+        return Features(self).dense(texts)
+
+
+@dataclass(frozen=True)
+class PooledHidden:
+    """How the base reads a prompt: the mean of its residual stream over the prompt's tokens.
+
+    Taken after ``depth`` layers without adapters, 0 being the mean input embedding; ``dim`` is
+    the base's hidden size. The tokens are those of the text alone, without special ones and
+    without a chat template; of more than ``max_tokens`` the first and last halves count. The
+    state is L2-normalised, then multiplied by ``weight``.
+    """
+
+    depth: int
+    dim: int
+    max_tokens: int = 512
+    weight: float = 1.0
+
+    KIND = "hidden"
+    VERSION = 1
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON object that ``features_from`` reads back."""
+        return {
+            "kind": self.KIND,
+            "version": self.VERSION,
+            "depth": self.depth,
+            "dim": self.dim,
+            "max_tokens": self.max_tokens,
+            "weight": float(self.weight),
+        }
+
+    def values(self, pooled: Floats) -> Floats:
+        """Features [..., dim] of pooled states [..., dim].
+
+        Zeros for a state of zeros (a text without tokens) and for one that is not finite.
+        Raises InvalidArgument for states of another size.
+        """
+        if pooled.shape[-1] != self.dim:
+            raise InvalidArgument(
+                f"pooled: states of {pooled.shape[-1]} numbers, the features have {self.dim}; give "
+                "those of the base that the router was fitted for",
+                field="pooled",
+            )
+        # In float64, whose squares neither overflow nor vanish.
+        states = pooled.astype(np.float64)
+        norms = np.sqrt(np.einsum("...d,...d->...", states, states))[..., None]
+        usable = (norms > 0) & np.isfinite(norms)
+        out = np.divide(states * self.weight, norms, out=np.zeros_like(states), where=usable)
+        features: Floats = out.astype(np.float32)
+        return features
+
+
+@dataclass(frozen=True)
+class Features:
+    """N-grams, a pooled hidden state, or both side by side, n-grams first."""
+
+    ngrams: NGrams | None
+    hidden: PooledHidden | None = None
+
+    KIND = "both"
+    VERSION = 1
+
+    def __post_init__(self) -> None:
+        if self.ngrams is None and self.hidden is None:
+            raise InvalidArgument(
+                "features: there are none; give n-grams, a hidden state or both", field="features"
+            )
+
+    @property
+    def kind(self) -> str:
+        """``ngrams``, ``hidden`` or ``both``."""
+        kind: str = self.describe()["kind"]
+        return kind
+
+    @property
+    def dim(self) -> int:
+        """Length of a prompt's vector."""
+        return (self.ngrams.dim if self.ngrams else 0) + (self.hidden.dim if self.hidden else 0)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest value that a feature can have."""
+        if self.hidden is None:
+            return 0.0, 1.0
+        return -self.hidden.weight, max(self.hidden.weight, 1.0 if self.ngrams else 0.0)
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON object that ``features_from`` reads back; of one part it is the part's own."""
+        if self.hidden is None and self.ngrams is not None:
+            return self.ngrams.describe()
+        if self.ngrams is None and self.hidden is not None:
+            return self.hidden.describe()
+        parts = {p.KIND: p.describe() for p in (self.ngrams, self.hidden) if p is not None}
+        return {"kind": self.KIND, "version": self.VERSION, **parts}
+
+    def sparse(self, text: str, pooled: Floats | None = None) -> tuple[Indices, Floats]:
+        """Features of one text: distinct sorted indices [n] below ``dim`` and values [n].
+
+        ``pooled`` [hidden.dim] is the text's state. n is 0 for a text with nothing to go by.
+        Raises InvalidArgument where a state is needed and not given.
+        """
+        index, values = np.zeros(0, np.intp), np.zeros(0, np.float32)
+        if self.ngrams is not None:
+            index, values = self.ngrams.sparse(text)
+        if self.hidden is None:
+            return index, values
+        state = self.hidden.values(_given(pooled))
+        if not state.any():
+            return index, values
+        start = self.ngrams.dim if self.ngrams else 0
+        own = np.arange(start, start + self.hidden.dim)
+        return np.concatenate((index, own)), np.concatenate((values, state))
+
+    def dense(self, texts: Sequence[str], pooled: Floats | None = None) -> Floats:
+        """Features of many texts: [len(texts), dim] float32; ``pooled`` [len(texts), hidden.dim].
+
+        Raises InvalidArgument where states are needed and not given.
+        """
         out = np.zeros((len(texts), self.dim), np.float32)
-        for row, text in zip(out, texts, strict=True):
-            index, values = self.sparse(text)
-            row[index] = values
+        states = None if self.hidden is None else _given(pooled)
+        for i, text in enumerate(texts):
+            index, values = self.sparse(text, None if states is None else states[i])
+            out[i, index] = values
         return out
+
+
+def _given(pooled: Floats | None) -> Floats:
+    if pooled is None:
+        raise InvalidArgument(
+            "pooled: these features need the base's hidden states; give them with the text",
+            field="pooled",
+        )
+    return pooled
+
+
+class _Word(NamedTuple):
+    start: int
+    end: int
+    hash: int
+
+
+def _split(data: bytes) -> list[_Word]:
+    return [_Word(w.start(), w.end(), zlib.crc32(w.group())) for w in _WORD.finditer(data)]
+
+
+def _neighbours(words: _Hashes, quoted: npt.NDArray[np.bool_]) -> _Hashes:
+    """Hashes of neighbouring words, from their own; quoted words in a row are one, always alike."""
+    first = np.append(True, ~(quoted[1:] & quoted[:-1]))
+    ends = np.array([_END])
+    line = np.concatenate((ends, np.where(quoted, _QUOTED, words)[first], ends))
+    hashes: _Hashes = line[:-1] * _MIX[0] + line[1:]
+    return hashes
 
 
 def _quoted_spans(data: bytes) -> Iterator[tuple[int, int]]:
@@ -123,39 +304,86 @@ def _quoted_spans(data: bytes) -> Iterator[tuple[int, int]]:
             opened[quote] = mark.start()
 
 
-def features_from(description: Any) -> NGrams:
+def features_from(description: Any) -> Features:
     """The features that a router file describes.
 
     Raises InvalidArgument for a kind or version that this server does not have, or for a
     setting out of range.
     """
+    field = "router.features"
+    kind = description.get("kind") if isinstance(description, Mapping) else None
+    if kind == NGrams.KIND:
+        return Features(_ngrams(description, field))
+    if kind == PooledHidden.KIND:
+        return Features(None, _hidden(description, field))
+    both = _versioned(description, Features.KIND, field)
+    return Features(
+        _ngrams(both.get(NGrams.KIND), f"{field}.{NGrams.KIND}"),
+        _hidden(both.get(PooledHidden.KIND), f"{field}.{PooledHidden.KIND}"),
+    )
+
+
+def _ngrams(description: Any, field: str) -> NGrams:
+    values = _versioned(description, NGrams.KIND, field)
+    shortest = _setting(values, field, "shortest", 2, 8)
+    return NGrams(
+        dim=_setting(values, field, "dim", 64, MAX_DIM),
+        shortest=shortest,
+        longest=_setting(values, field, "longest", shortest, 8),
+        max_bytes=_setting(values, field, "max_bytes", 64, 1 << 16),
+        quoted=_fraction(values, field, "quoted", 1.0),
+        pairs=_number(values, field, "pairs", 10.0),
+    )
+
+
+def _hidden(description: Any, field: str) -> PooledHidden:
+    values = _versioned(description, PooledHidden.KIND, field)
+    return PooledHidden(
+        depth=_setting(values, field, "depth", 0, MAX_DEPTH),
+        dim=_setting(values, field, "dim", 1, MAX_DIM),
+        max_tokens=_setting(values, field, "max_tokens", 2, MAX_TOKENS),
+        weight=_fraction(values, field, "weight", MAX_WEIGHT),
+    )
+
+
+_VERSIONS = {part.KIND: part.VERSION for part in (NGrams, PooledHidden, Features)}
+
+
+def _versioned(description: Any, kind: str, field: str) -> Mapping[str, Any]:
+    """A description, if it is one of this kind in the version that this code computes."""
     if not isinstance(description, Mapping):
-        raise InvalidArgument("router.features: must be a JSON object", field="router.features")
-    kind, version = description.get("kind"), description.get("version")
-    if kind != NGrams.KIND or version != NGrams.VERSION:
+        raise InvalidArgument(f"{field}: must be a JSON object", field=field)
+    given, version = description.get("kind"), description.get("version")
+    if given != kind or version != _VERSIONS[kind]:
+        known = ", ".join(f"{name!r} version {number}" for name, number in _VERSIONS.items())
         raise InvalidArgument(
-            f"router.features: kind {str(kind)[:40]!r} version {str(version)[:40]!r} is not "
-            f"supported; fit the router on {NGrams.KIND!r} version {NGrams.VERSION}",
-            field="router.features",
+            f"{field}: kind {str(given)[:40]!r} version {str(version)[:40]!r} is not supported; "
+            f"fit the router on one of {known}",
+            field=field,
         )
-    dim = _setting(description, "dim", 64, MAX_DIM)
-    shortest = _setting(description, "shortest", 2, 8)
-    longest = _setting(description, "longest", shortest, 8)
-    max_bytes = _setting(description, "max_bytes", 64, 1 << 16)
-    quoted = description.get("quoted")
-    if type(quoted) is not float or not 0.0 < quoted <= 1.0:
-        raise InvalidArgument(
-            "router.features.quoted: must be a number above 0 and at most 1",
-            field="router.features.quoted",
-        )
-    return NGrams(dim, shortest, longest, max_bytes, quoted)
+    return description
 
 
-def _setting(description: Mapping[str, Any], key: str, low: int, high: int) -> int:
-    value = description.get(key)
+def _setting(values: Mapping[str, Any], field: str, key: str, low: int, high: int) -> int:
+    value = values.get(key)
     if type(value) is not int or not low <= value <= high:
         raise InvalidArgument(
-            f"router.features.{key}: must be an integer from {low} to {high}",
-            field=f"router.features.{key}",
+            f"{field}.{key}: must be an integer from {low} to {high}", field=f"{field}.{key}"
+        )
+    return value
+
+
+def _fraction(values: Mapping[str, Any], field: str, key: str, most: float) -> float:
+    value = _number(values, field, key, most)
+    if value == 0.0:
+        raise InvalidArgument(f"{field}.{key}: must be above 0", field=f"{field}.{key}")
+    return value
+
+
+def _number(values: Mapping[str, Any], field: str, key: str, most: float) -> float:
+    value = values.get(key)
+    if type(value) is not float or not 0.0 <= value <= most:
+        raise InvalidArgument(
+            f"{field}.{key}: must be a number from 0 to {most:g}", field=f"{field}.{key}"
         )
     return value

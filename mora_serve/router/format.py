@@ -1,9 +1,8 @@
 """The router's file: one safetensors file, its metadata in JSON under ``mora_router``.
 
 Tensors: ``mean`` [D] F32 (of the features), ``scales`` [K] F32 and ``codes`` [K, D] I8 (whitening
-and projection: a row of codes times its scale is a column of the projection), ``impostors`` [M, K]
-F16 (fixed prompts that belong to no adapter, embedded). A file comes from outside: everything is
-checked before it is used.
+and projection: a row of codes times its scale is a column of the projection). A file comes from
+outside: everything is checked before it is used.
 """
 
 from __future__ import annotations
@@ -22,55 +21,65 @@ import numpy.typing as npt
 
 from mora_serve.adapters.untrusted import load_json, quoted
 from mora_serve.errors import InvalidArgument
-from mora_serve.router.features import Floats, NGrams, features_from
+from mora_serve.router.features import Features, Floats, features_from
 from mora_serve.router.int8 import Codes
 
 MAX_BYTES = 64 << 20
 MAX_HEADER = 1 << 20
 MAX_DIMS = 1024
-MAX_IMPOSTORS = 4096
-FORMAT = 1
+MAX_PROTOTYPES = 16
+FORMAT = 2
+
+FIRST_INPUTS, FURTHER_INPUTS = 1, 2  # of the gates, see mora_serve.router.evidence
 
 _METADATA_KEY = "mora_router"
 _TENSORS: Mapping[str, tuple[str, npt.DTypeLike]] = {
     "mean": ("F32", "<f4"),
     "scales": ("F32", "<f4"),
     "codes": ("I8", "i1"),
-    "impostors": ("F16", "<f2"),
 }
-_RANGES = {"mean": (0, 1), "scales": (0, 1e4), "codes": (-127, 127), "impostors": (-2, 2)}
+_RANGES = {"scales": (0, 1e4), "codes": (-127, 127)}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A logistic gate: its probability is σ(weights · inputs + bias)."""
+
+    weights: tuple[float, ...]
+    bias: float
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What turns cosines into decisions, the same for every adapter.
 
-    ``threshold``: a prompt whose best impostor-normed score is below it gets the base.
-    ``gate_position`` and ``gate_width``: where between an impostor's score (0) and an own
-    prompt's (1) the gate opens, and how softly. ``coherence``: the expected cosine of two
-    prompts of one adapter, which stands for a new adapter's own until its prompts say better.
+    ``blend``: how much of a candidate's score is the cosine with its nearest prototype, the rest
+    being that with its centre. ``first``: the gate of the best candidate, ``further``: that of
+    the others (their inputs: ``mora_serve.router.gate``). ``threshold``: where the best one's
+    probability is below it, the base answers.
     """
 
     threshold: float
-    gate_position: float
-    gate_width: float
-    coherence: float
+    blend: float
+    first: Gate
+    further: Gate
 
 
 @dataclass(frozen=True)
 class RouterFile:
-    """The content of a router's file; ``impostors`` in float32.
+    """The content of a router's file.
 
-    ``fingerprint`` is the base's, empty for a router that fits any. ``known`` names the adapters
-    that it was fitted on, ``report`` holds what the fit measured.
+    ``prototypes`` is how many a key has at most. ``fingerprint`` is the base's, empty for a
+    router that fits any. ``known`` names the adapters that it was fitted on, ``report`` holds
+    what the fit measured.
     """
 
-    features: NGrams
+    features: Features
     mean: Floats
     scales: Floats
     codes: Codes
-    impostors: Floats
     calibration: Calibration
+    prototypes: int = 8
     fingerprint: str = ""
     known: tuple[str, ...] = ()
     report: Mapping[str, float] = field(default_factory=dict)
@@ -92,6 +101,7 @@ class RouterFile:
             "features": self.features.describe(),
             "fingerprint": self.fingerprint,
             "calibration": dataclasses.asdict(self.calibration),
+            "prototypes": self.prototypes,
             "known": list(self.known),
             "report": dict(self.report),
         }
@@ -130,12 +140,13 @@ def read_router(data: bytes) -> tuple[RouterFile, str]:
             f"{quoted(metadata.get('format'))} is not supported; this server reads {FORMAT}",
         )
     features = features_from(metadata.get("features"))
-    tensors = _tensors(header, memoryview(data)[8 + size :], features.dim)
+    tensors = _tensors(header, memoryview(data)[8 + size :], features)
     return (
         RouterFile(
             features=features,
             **tensors,
             calibration=_calibration(metadata.get("calibration")),
+            prototypes=_prototypes(metadata.get("prototypes")),
             fingerprint=_string(metadata.get("fingerprint"), "fingerprint"),
             known=_strings(metadata.get("known"), "known"),
             report=_numbers(metadata.get("report"), "report"),
@@ -144,16 +155,18 @@ def read_router(data: bytes) -> tuple[RouterFile, str]:
     )
 
 
-def _tensors(header: Mapping[str, Any], body: memoryview, dim: int) -> dict[str, Any]:
+def _tensors(header: Mapping[str, Any], body: memoryview, features: Features) -> dict[str, Any]:
     if set(header) != set(_TENSORS):
         raise _invalid("tensors", f"they have to be {', '.join(_TENSORS)}")
     dims = _shape(header["scales"], "scales", 1)[0]
-    rows = _shape(header["impostors"], "impostors", 2)[0]
     if not 1 <= dims <= MAX_DIMS:
         raise _invalid("scales", f"{dims} are not between 1 and {MAX_DIMS}")
-    if not 2 <= rows <= MAX_IMPOSTORS:
-        raise _invalid("impostors", f"{rows} rows are not between 2 and {MAX_IMPOSTORS}")
-    shapes = {"mean": (dim,), "scales": (dims,), "codes": (dims, dim), "impostors": (rows, dims)}
+    shapes = {
+        "mean": (features.dim,),
+        "scales": (dims,),
+        "codes": (dims, features.dim),
+    }
+    ranges = {"mean": features.bounds, **_RANGES}
     out: dict[str, npt.NDArray[Any]] = {}
     start = 0
     for name, (dtype, np_dtype) in _TENSORS.items():
@@ -165,9 +178,9 @@ def _tensors(header: Mapping[str, Any], body: memoryview, dim: int) -> dict[str,
             raise _invalid(name, f"its data have to be at bytes {start} to {end}")
         tensor = np.frombuffer(body[start:end], np_dtype).reshape(shape)
         out[name] = tensor.astype(np.int8 if name == "codes" else np.float32)
-        low, high = _RANGES[name]
+        low, high = ranges[name]
         if not ((out[name] >= low) & (out[name] <= high)).all():
-            raise _invalid(name, f"a value is not between {low} and {high}")
+            raise _invalid(name, f"a value is not between {low:g} and {high:g}")
         start = end
     if start != len(body):
         raise _invalid("tensors", f"{len(body) - start} bytes follow the last tensor")
@@ -182,19 +195,37 @@ def _shape(entry: Any, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _calibration(value: Any) -> Calibration:
-    numbers = _numbers(value, "calibration")
     names = [f.name for f in dataclasses.fields(Calibration)]
-    if set(numbers) != set(names):
-        raise _invalid("calibration", f"it has to hold {', '.join(names)}")
-    calibration = Calibration(**numbers)
-    if not 1e-6 <= calibration.gate_width <= 1e6:
-        raise _invalid("calibration.gate_width", "it has to be between 1e-6 and 1e6")
-    if not 0.0 < calibration.coherence < 1.0:
-        raise _invalid("calibration.coherence", "it has to be between 0 and 1")
-    for name in ("threshold", "gate_position"):
-        if abs(numbers[name]) > 1e6:
-            raise _invalid(f"calibration.{name}", "it has to be between -1e6 and 1e6")
-    return calibration
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise _invalid("calibration", f"it has to be an object of {', '.join(names)}")
+    shares = _numbers({k: value[k] for k in ("threshold", "blend")}, "calibration")
+    for name, number in shares.items():
+        if not 0.0 <= number <= 1.0:
+            raise _invalid(f"calibration.{name}", "it has to be between 0 and 1")
+    first, further = (
+        _gate(value[name], f"calibration.{name}", inputs)
+        for name, inputs in (("first", FIRST_INPUTS), ("further", FURTHER_INPUTS))
+    )
+    return Calibration(**shares, first=first, further=further)
+
+
+def _gate(value: Any, name: str, inputs: int) -> Gate:
+    if not isinstance(value, dict) or set(value) != {"weights", "bias"}:
+        raise _invalid(name, "it has to be an object of weights, bias")
+    weights = value["weights"]
+    if not isinstance(weights, list) or len(weights) != inputs:
+        raise _invalid(f"{name}.weights", f"it has to be a list of {inputs} numbers")
+    named = {f"weights[{i}]": w for i, w in enumerate(weights)} | {"bias": value["bias"]}
+    for key, number in _numbers(named, name).items():
+        if abs(number) > 1e6:
+            raise _invalid(f"{name}.{key}", "it has to be between -1e6 and 1e6")
+    return Gate(tuple(float(w) for w in weights), float(value["bias"]))
+
+
+def _prototypes(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_PROTOTYPES:
+        raise _invalid("prototypes", f"it has to be an integer from 1 to {MAX_PROTOTYPES}")
+    return value
 
 
 def _json(data: bytes, name: str) -> dict[str, Any]:

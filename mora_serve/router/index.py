@@ -1,192 +1,194 @@
 """The keys of all adapters: immutable, so that readers never lock.
 
 Rows live in chunks by tenant. A change copies one chunk and the lists of chunks, nothing else;
-scoring touches the chunks of the caller's tenant alone. A key takes a byte a dimension, so 10,000
-adapters with keys of 512 fit in 6 MB.
+a search touches the chunks of the caller's tenant alone. A key takes a byte a dimension for its
+centre and for each prototype. A search narrows down: a part of each centre for many adapters, the
+whole centre for the better ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from mora_serve.router.features import Floats, Indices
-from mora_serve.router.int8 import Codes, to_int8
-from mora_serve.router.router import AdapterKey
+from mora_serve.router.int8 import Codes
+from mora_serve.router.rows import Entry, Objects, Rows
 
 CHUNK = 256  # adapters
-Texts = npt.NDArray[np.object_]  # of str; joined 10 times faster than tuples
-
-
-class Entry(NamedTuple):
-    """One adapter as it enters the index.
-
-    ``listed``: the router may pick it unasked, otherwise only where it is named. At most one
-    adapter of a non-empty ``group`` runs in a mixture.
-    """
-
-    name: str
-    key: AdapterKey
-    group: str = ""
-    listed: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a prompt scores with n adapters, in no particular order.
-
-    ``names`` and ``groups`` [n]. ``cosine`` with the key, ``normed`` by the impostors' mean and
-    deviation, ``relative``: 0 for an impostor's cosine, 1 for an own prompt's; all [n] float32.
-    """
-
-    names: Texts
-    groups: Texts
-    cosine: Floats
-    normed: Floats
-    relative: Floats
+COARSE = 256  # dimensions of a centre that many adapters are searched by
+LIKELY = 256  # adapters of which the whole centre counts
+FOUND = 24  # candidates
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    names: Texts  # [n]
-    groups: Texts  # [n]
-    listed: npt.NDArray[np.bool_]  # [n]
-    codes: Codes  # [n, K]: times the scale, the keys
-    stats: Floats  # [n, 4]: scale, impostor mean, impostor deviation, own
-    rows: Mapping[str, int]
+    rows: Rows
+    by_name: Mapping[str, int]
 
     @classmethod
-    def of(cls, entries: Collection[Entry]) -> Self:
-        keys = [e.key for e in entries]
-        codes, scales = to_int8(np.stack([k.prototype for k in keys]))
-        stats = [(k.impostor_mean, k.impostor_std, k.own) for k in keys]
-        return cls(
-            np.array([e.name for e in entries], object),
-            np.array([e.group for e in entries], object),
-            np.array([e.listed for e in entries]),
-            codes,
-            np.column_stack((scales, np.array(stats, np.float32))),
-            {e.name: row for row, e in enumerate(entries)},
+    def of(cls, rows: Rows) -> Self:
+        return cls(rows, {name: row for row, name in enumerate(rows.names)})
+
+    def __len__(self) -> int:
+        return len(self.rows.names)
+
+
+class _Coarse(NamedTuple):
+    codes: Codes  # [n, COARSE]
+    scales: Floats  # [n]
+    listed: Indices  # where, sorted
+
+
+@dataclass(frozen=True, eq=False)
+class _Tenant:
+    """A tenant's chunks; a position counts adapters through all of them."""
+
+    chunks: tuple[_Chunk, ...]
+
+    @cached_property
+    def ends(self) -> Indices:
+        return np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.intp)
+
+    @cached_property
+    def coarse(self) -> _Coarse:
+        """Side by side: one product over all is three times as fast as one a chunk."""
+        rows = [chunk.rows for chunk in self.chunks]
+        return _Coarse(
+            np.concatenate([r.centres[:, :COARSE] for r in rows]),
+            np.concatenate([r.scales[:, 0] for r in rows]),
+            np.flatnonzero(np.concatenate([r.listed for r in rows])),
         )
 
-    def select(self, rows: Indices) -> Self:
-        names = self.names[rows]
-        return type(self)(
-            names,
-            self.groups[rows],
-            self.listed[rows],
-            self.codes[rows],
-            self.stats[rows],
-            {name: row for row, name in enumerate(names)},
-        )
+    def positions(self, names: Collection[str] | None) -> Indices:
+        """Of the listed adapters, or of those named, sorted."""
+        if names is None:
+            return self.coarse.listed
+        asked, found = set(names), []
+        for chunk, end in zip(self.chunks, self.ends, strict=True):
+            known = asked & chunk.by_name.keys()
+            found += [int(end) - len(chunk) + chunk.by_name[name] for name in known]
+        return np.array(sorted(found), np.intp)
 
-    def __add__(self, other: Self) -> Self:
-        names = np.concatenate((self.names, other.names))
-        return type(self)(
-            names,
-            np.concatenate((self.groups, other.groups)),
-            np.concatenate((self.listed, other.listed)),
-            np.concatenate((self.codes, other.codes)),
-            np.concatenate((self.stats, other.stats)),
-            {name: row for row, name in enumerate(names)},
-        )
+    def likely(self, z: Floats, positions: Indices, count: int) -> Indices:
+        """Of many those ``count`` that a part of each centre speaks for, equals included."""
+        if len(positions) <= count:
+            return positions
+        codes, scales, _ = self.coarse
+        if len(positions) < len(codes):
+            codes, scales = codes[positions], scales[positions]
+        found = np.einsum("nk,k->n", codes.astype(np.float32), z[: codes.shape[1]]) * scales
+        likely: Indices = positions[found >= -np.partition(-found, count - 1)[count - 1]]
+        return likely
 
-    def score(self, z: Floats) -> Scores:
-        # einsum without BLAS: a row's sum has the same bits whatever rows stand beside it.
-        scale, low, deviation, own = self.stats.T
-        cosine = np.einsum("nk,k->n", self.codes.astype(np.float32), z) * scale
-        above = cosine - low
-        return Scores(self.names, self.groups, cosine, above / deviation, above / (own - low))
+    def pieces(self, positions: Indices) -> Iterator[tuple[Rows, Indices]]:
+        """The rows at sorted positions, chunk by chunk."""
+        cuts = np.searchsorted(positions, self.ends)
+        start = 0
+        for chunk, end, cut in zip(self.chunks, self.ends, cuts, strict=True):
+            if cut > start:
+                yield chunk.rows, positions[start:cut] - (end - len(chunk))
+            start = cut
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
     """Adapters by (tenant, name); ``put`` and ``remove`` give a new index."""
 
-    chunks: Mapping[str, tuple[_Chunk, ...]] = field(default_factory=dict)
+    tenants: Mapping[str, _Tenant] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entries: Iterable[tuple[str, Entry]]) -> Self:
         """An index of (tenant, entry) pairs; of two with one name the later counts."""
-        tenants: dict[str, dict[str, Entry]] = {}
+        named: dict[str, dict[str, Entry]] = {}
         for tenant, entry in entries:
-            tenants.setdefault(tenant, {})[entry.name] = entry
-        chunks = {}
-        for tenant, by_name in tenants.items():
+            named.setdefault(tenant, {})[entry.name] = entry
+        tenants = {}
+        for tenant, by_name in named.items():
             rows = list(by_name.values())
             starts = range(0, len(rows), CHUNK)
-            chunks[tenant] = tuple(_Chunk.of(rows[i : i + CHUNK]) for i in starts)
-        return cls(chunks)
+            parts = tuple(_Chunk.of(Rows.of(rows[i : i + CHUNK])) for i in starts)
+            tenants[tenant] = _Tenant(parts)
+        return cls(tenants)
 
     def put(self, tenant: str, entry: Entry) -> Self:
         """With the entry, in place of one of its name."""
-        chunks = self.remove(tenant, entry.name).chunks
-        own = list(chunks.get(tenant, ()))
-        new = _Chunk.of([entry])
+        rest = self.remove(tenant, entry.name)
+        own = list(rest._chunks(tenant))
+        new = Rows.of([entry])
         for i, chunk in enumerate(own):
-            if len(chunk.names) < CHUNK:
-                own[i] = chunk + new
+            if len(chunk) < CHUNK:
+                own[i] = _Chunk.of(Rows.join((chunk.rows, new)))
                 break
         else:
-            own.append(new)
-        return type(self)({**chunks, tenant: tuple(own)})
+            own.append(_Chunk.of(new))
+        return type(self)({**rest.tenants, tenant: _Tenant(tuple(own))})
 
     def remove(self, tenant: str, name: str) -> Self:
         """Without the adapter, if it is there."""
         if (tenant, name) not in self:
             return self
         rest = []
-        for chunk in self.chunks[tenant]:
-            if name not in chunk.rows:
+        for chunk in self._chunks(tenant):
+            if name not in chunk.by_name:
                 rest.append(chunk)
-            elif len(chunk.names) > 1:
-                kept = np.delete(np.arange(len(chunk.names)), chunk.rows[name])
-                rest.append(chunk.select(kept))
-        chunks = {**self.chunks, tenant: tuple(rest)}
+            elif len(chunk) > 1:
+                kept = np.delete(np.arange(len(chunk)), chunk.by_name[name])
+                rest.append(_Chunk.of(chunk.rows.take(kept)))
+        tenants = {**self.tenants, tenant: _Tenant(tuple(rest))}
         if not rest:
-            del chunks[tenant]
-        return type(self)(chunks)
+            del tenants[tenant]
+        return type(self)(tenants)
 
-    def score(self, tenant: str, z: Floats, names: Collection[str] | None = None) -> Scores:
-        """Score z [K] with the tenant's listed adapters, or with those of ``names``.
+    def candidates(
+        self,
+        tenant: str,
+        z: Floats,
+        names: Collection[str] | None = None,
+        count: int = FOUND,
+    ) -> Rows | None:
+        """The ``count`` adapters whose centres are nearest to z [K], equal ones by name.
 
-        Another tenant's keys are not looked at, nor are the tenant's other ones where names are
-        given. Names that are not in the index are left out.
+        In no particular order. Of the tenant's listed ones, or of those of ``names``. Another
+        tenant's keys are not looked at, nor are the tenant's other ones where names are given.
+        Names that are not in the index are left out. None where nobody is left.
         """
-        parts = [chunk.score(z) for chunk in self._candidates(tenant, names)]
-        if not parts:
-            none, nobody = np.zeros(0, np.float32), np.zeros(0, object)
-            return Scores(nobody, nobody, none, none, none)
-        return Scores(
-            np.concatenate([part.names for part in parts]),
-            np.concatenate([part.groups for part in parts]),
-            np.concatenate([part.cosine for part in parts]),
-            np.concatenate([part.normed for part in parts]),
-            np.concatenate([part.relative for part in parts]),
-        )
+        own = self.tenants.get(tenant)
+        if own is None or not len(asked := own.positions(names)):
+            return None
+        asked = own.likely(z, asked, max(LIKELY, count))
+        pieces = list(own.pieces(asked))
+        cosines = np.concatenate([rows.cosines(z, chosen) for rows, chosen in pieces])
+        called = np.concatenate([rows.names[chosen] for rows, chosen in pieces])
+        best = asked[np.sort(_best(cosines, called, count))]
+        return Rows.join(rows.take(chosen) for rows, chosen in own.pieces(best))
 
-    def _candidates(self, tenant: str, names: Collection[str] | None) -> Iterator[_Chunk]:
-        for chunk in self.chunks.get(tenant, ()):
-            if names is None:
-                rows = np.flatnonzero(chunk.listed)
-            else:
-                rows = np.array([chunk.rows[n] for n in set(names) if n in chunk.rows], np.intp)
-            if len(rows):
-                yield chunk if len(rows) == len(chunk.names) else chunk.select(rows)
+    def _chunks(self, tenant: str) -> tuple[_Chunk, ...]:
+        own = self.tenants.get(tenant)
+        return () if own is None else own.chunks
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         tenant, name = key
-        return any(name in chunk.rows for chunk in self.chunks.get(tenant, ()))
+        return any(name in chunk.by_name for chunk in self._chunks(tenant))
 
     def __len__(self) -> int:
-        return sum(len(chunk.names) for own in self.chunks.values() for chunk in own)
+        return sum(len(chunk) for own in self.tenants.values() for chunk in own.chunks)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the keys and their statistics."""
-        chunks = [chunk for own in self.chunks.values() for chunk in own]
-        return sum(c.codes.nbytes + c.stats.nbytes + c.listed.nbytes for c in chunks)
+        """Memory of the keys, names and words apart."""
+        chunks = [chunk for own in self.tenants.values() for chunk in own.chunks]
+        dims = [min(COARSE, chunk.rows.centres.shape[1]) for chunk in chunks]
+        searched: int = sum(n * len(chunk) for n, chunk in zip(dims, chunks, strict=True))
+        return searched + sum(chunk.rows.nbytes for chunk in chunks)
+
+
+def _best(values: Floats, names: Objects, count: int) -> Indices:
+    """Where the ``count`` largest values are, largest first, equal ones by name."""
+    count = min(count, len(values))
+    ties = np.flatnonzero(values >= -np.partition(-values, count - 1)[count - 1])
+    return ties[np.lexsort((names[ties].astype(str), -values[ties]))][:count]

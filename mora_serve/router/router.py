@@ -1,35 +1,42 @@
-"""The router: a prompt becomes a vector, an adapter a key, and their cosine a decision."""
+"""The router: a prompt becomes a vector and an adapter a key."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import heapq
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.features import Floats
+from mora_serve.router.features import Floats, PooledHidden
 from mora_serve.router.format import RouterFile, read_router
+from mora_serve.router.prototypes import prototypes, unit
 
-PRIOR_PROMPTS = 4.0  # how many prompts of its own outweigh the fitted coherence
-_LEAST_SPREAD = 0.02  # between an impostor's and an own prompt's score
+MAX_WORDS = 1024  # of a key, the commonest
+_SAME = 1e-2  # what is left of a unit vector that others span
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterKey:
     """What the router keeps of one adapter.
 
-    ``prototype`` [K] is a unit vector. ``impostor_mean`` and ``impostor_std`` are of its cosines
-    with the router's impostors, the latter at least a random direction's, 1/√K: a smaller one
-    would make the score of a known adapter large for anything unforeseen. ``own`` is the cosine
-    expected of a prompt that is its own.
+    ``centre`` [K] is the mean direction of its example prompts, ``prototypes`` [P, K] a few of
+    their directions; all are unit vectors. ``words`` are hashes of the words that the prompts
+    use, those in quotations left out.
     """
 
-    prototype: Floats
-    impostor_mean: float
-    impostor_std: float
-    own: float
+    centre: Floats
+    prototypes: Floats
+    words: frozenset[int] = frozenset()
+
+
+def _beside(axes: Iterable[Floats], vector: Floats) -> Floats:
+    """A vector [K] without what orthogonal unit vectors span."""
+    for axis in axes:
+        vector = vector - np.einsum("k,k->", vector, axis) * axis
+    return vector
 
 
 class Router:
@@ -44,16 +51,25 @@ class Router:
         self.calibration = content.calibration
         self._projection = content.projection
         self._offset = content.mean @ self._projection
-        self._impostors = unit(content.impostors)
+        self._ngrams = content.features.ngrams
+        size = self._ngrams.dim if self._ngrams else 0
+        self._ngrams_offset = content.mean[:size] @ self._projection[:size]
 
     @classmethod
     def load(cls, data: bytes, fingerprint: str = "") -> Router:
         """Read a router's file for the base of the given fingerprint.
 
         Raises InvalidArgument for a file that is not sound, and FailedPrecondition for a router
-        that was fitted for another base.
+        that was fitted for another base, or on hidden states without saying of which base.
         """
         content, digest = read_router(data)
+        if content.features.hidden is not None and not content.fingerprint:
+            raise FailedPrecondition(
+                "router: it was fitted on hidden states, but does not say of which base; fit it "
+                "again with the base's fingerprint",
+                field="router.fingerprint",
+                reason="NO_BASE",
+            )
         if content.fingerprint and fingerprint and content.fingerprint != fingerprint:
             raise FailedPrecondition(
                 f"router: it was fitted for base {content.fingerprint}, this server runs "
@@ -68,56 +84,66 @@ class Router:
         """K, the length of embedded prompts and keys."""
         return self.content.dims
 
-    def embed(self, text: str) -> Floats:
+    @property
+    def hidden(self) -> PooledHidden | None:
+        """The hidden state that prompts have to come with, or None."""
+        return self.content.features.hidden
+
+    def embed(self, text: str, pooled: Floats | None = None) -> Floats:
         """A prompt as a unit vector [K]; zeros for a text without a single feature.
 
-        Sums rows instead of calling BLAS: no thread pool to wait for, and the same bits
-        whatever else is embedded.
+        ``pooled`` [hidden size] is the prompt's state where ``hidden`` asks for one. Sums rows
+        instead of calling BLAS: no thread pool to wait for, and the same bits whatever else is
+        embedded. Raises InvalidArgument for a state that is missing or of another size.
         """
-        index, values = self.content.features.sparse(text)
+        index, values = self.content.features.sparse(text, pooled)
         if not len(index):
             return np.zeros(self.dims, np.float32)
         rows = self._projection[index]
         return unit(np.einsum("n,nk->k", values, rows) - self._offset)
 
-    def key(self, prompts: Iterable[str]) -> AdapterKey | None:
+    def rest(self, text: str, z: Floats, words: Collection[int], known: Floats) -> Floats:
+        """What is left of an embedded prompt once an adapter has taken its part: [K], or zeros.
+
+        By n-grams, the text without the ``words`` of that adapter's examples, hidden states left
+        out; of a router without n-grams, z without what the adapter's prototypes span
+        (``known`` [P, K]).
+        """
+        if self._ngrams is None:
+            axes: list[Floats] = []
+            for row in known:
+                new = _beside(axes, row)
+                if np.einsum("k,k->", new, new) > _SAME**2:
+                    axes.append(unit(new))
+            return unit(_beside(axes, z))
+        index, values = self._ngrams.sparse(text, words)
+        if not len(index):
+            return np.zeros(self.dims, np.float32)
+        left = np.einsum("n,nk->k", values, self._projection[index])
+        return unit(left - self._ngrams_offset)
+
+    def key(
+        self, prompts: Iterable[str], pooled: Iterable[Floats] | None = None
+    ) -> AdapterKey | None:
         """The key of an adapter that answers these prompts, whatever their order.
 
-        None where no prompt has a feature to go by.
+        ``pooled`` are their states, as for ``embed``. None where no prompt has a feature to go
+        by. Raises what ``embed`` raises.
         """
-        embedded = [self.embed(text) for text in sorted(set(prompts))]
+        texts = list(prompts)
+        states = [None] * len(texts) if pooled is None else list(pooled)
+        by_text = dict(zip(texts, states, strict=True))
+        embedded = [self.embed(text, by_text[text]) for text in sorted(by_text)]
         embedded = [z for z in embedded if z.any()]
-        return self.key_of(np.stack(embedded)) if embedded else None
+        return self.key_of(np.stack(embedded), self._words(texts)) if embedded else None
 
-    def key_of(self, embedded: Floats) -> AdapterKey:
-        """The key of an adapter from its embedded prompts [n, K], n at least 1.
+    def _words(self, texts: Iterable[str]) -> frozenset[int]:
+        if self._ngrams is None:
+            return frozenset()
+        found = Counter(word for text in set(texts) for word in set(self._ngrams.words(text)))
+        return frozenset(heapq.nsmallest(MAX_WORDS, found, key=lambda w: (-found[w], w)))
 
-        ``own`` follows one rule for every adapter: the mean of its prompts' leave-one-out
-        cosines, drawn towards what the fitted coherence predicts for n prompts by the weight
-        of ``PRIOR_PROMPTS`` prompts.
-        """
-        n = len(embedded)
-        total = embedded.sum(0, dtype=np.float64)
-        prototype = unit(total.astype(np.float32))
-        coherence = self.calibration.coherence
-        expected = coherence * math.sqrt(n / (1 + (n - 1) * coherence))
-        own = expected
-        if n > 1:
-            left_out = unit((total - embedded).astype(np.float32))
-            mean = float(np.einsum("nk,nk->n", left_out, embedded).mean())
-            own = (n * mean + PRIOR_PROMPTS * expected) / (n + PRIOR_PROMPTS)
-        scores = np.einsum("nk,k->n", self._impostors, prototype)
-        low = float(scores.mean())
-        return AdapterKey(
-            prototype=prototype,
-            impostor_mean=low,
-            impostor_std=max(float(scores.std()), self.dims**-0.5),
-            own=max(own, low + _LEAST_SPREAD),
-        )
-
-
-def unit(vectors: Floats) -> Floats:
-    """Vectors [..., K] divided by their norms; zeros stay zeros."""
-    norms = np.sqrt(np.einsum("...k,...k->...", vectors, vectors))[..., None]
-    out: Floats = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return out
+    def key_of(self, embedded: Floats, words: frozenset[int] = frozenset()) -> AdapterKey:
+        """The key of an adapter from its embedded prompts [n, K], n at least 1, and its words."""
+        found = prototypes(embedded, self.content.prototypes)
+        return AdapterKey(unit(embedded.sum(0)), found, words)

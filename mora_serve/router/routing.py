@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mora_serve.adapters.record import AdapterRecord, Change, Key
 from mora_serve.adapters.registry import Registry
-from mora_serve.errors import MoraError
+from mora_serve.errors import MoraError, Unavailable
 from mora_serve.router.decide import Choice, decide
-from mora_serve.router.index import Entry, Index
+from mora_serve.router.evidence import gather
+from mora_serve.router.features import PooledHidden
+from mora_serve.router.index import Index
+from mora_serve.router.keys import TOGETHER, entries, entry_of, needed
 from mora_serve.router.router import Router
+from mora_serve.router.rows import Entry
+from mora_serve.router.states import Asked, State, States
 
 log = logging.getLogger(__name__)
 
@@ -44,119 +50,286 @@ class _Prepared:
     entries: Mapping[Key, tuple[AdapterRecord, Entry | None]]
 
 
+def _running() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()  # several may wait for it: none can cancel it
+    return future
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """An adapter that is to get a key; ``done`` ends when it has one, or none is wanted."""
+
+    record: AdapterRecord
+    done: Future[None] = field(default_factory=_running)
+
+
 class Routing:
     """Routes prompts among the registered adapters that this base can serve.
 
     The registry's stored router is taken in at once and whenever it is replaced, by whichever
-    process. An adapter can be routed to when its registration returns. Any thread may call any
-    method; decisions read one immutable snapshot and never lock.
+    process. Any thread may call any method; decisions read one immutable snapshot and never lock.
+
+    With a router on n-grams an adapter can be routed to when its registration returns. Keys of a
+    router on hidden states need the base (``states``), and nobody may wait for it while the
+    registry makes a change known. They are made by threads of their own; ``expected`` tells
+    whether an adapter's is still to come. Until then the adapter keeps the key that it had.
     """
 
-    def __init__(self, registry: Registry, fingerprint: str) -> None:
+    def __init__(self, registry: Registry, fingerprint: str, states: States | None = None) -> None:
         self._registry = registry
         self._fingerprint = fingerprint
-        self._lock = threading.Lock()
+        self._states = states
+        self._loading = threading.Lock()
+        self._lock = threading.Lock()  # for what follows
         self._snapshot: Snapshot | None = None
         self._prepared: _Prepared | None = None
+        self._replaced = 0  # the revision that brought the newest router
+        self._expected: dict[Key, _Expected] = {}
+        self._working = self._closed = False
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="keys")  # one takes in routers
         registry.subscribe(self._changed)
         self._take_stored()
+
+    def close(self) -> None:
+        """Make no more keys; whoever expects one gets Unavailable."""
+        with self._lock:
+            self._closed = True
+            for expected in self._expected.values():
+                if not expected.done.done():
+                    expected.done.set_exception(Unavailable("the server is shutting down"))
+            self._expected.clear()
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def snapshot(self) -> Snapshot | None:
         """The router in use with its keys, or None."""
         return self._snapshot
 
+    @property
+    def hidden(self) -> PooledHidden | None:
+        """The hidden state that the router in use needs of a prompt, or None."""
+        snapshot = self._snapshot
+        return None if snapshot is None else snapshot.router.hidden
+
     def load(self, data: bytes) -> Router:
         """Put a router's file in the place of the one in use, and store it.
 
         All adapters get new keys from their stored prompts, at less than a millisecond a
-        prompt; until all are there the old router decides. Raises InvalidArgument for a file
-        that is not sound, FailedPrecondition for a router that was fitted for another base; the
+        prompt, or at the base's pace for a router on hidden states; until all are there the old
+        router decides. Raises InvalidArgument for a file that is not sound, FailedPrecondition
+        for a router that was fitted for another base, and what ``States.submit`` raises; the
         router in use then stays.
         """
-        router = Router.load(data, self._fingerprint)
-        entries = {r.key: (r, entry_of(router, r)) for r in self._registry.all()}
-        self._prepared = _Prepared(router, entries)
-        try:
-            self._registry.set_router({ROUTER_FILE: data})
-        finally:
-            self._prepared = None
+        with self._loading:
+            router = self._open(data)
+            prepared = self._prepared = self._prepare(router)
+            replaced = self._replaced
+            try:
+                self._registry.set_router({ROUTER_FILE: data})
+            finally:
+                self._prepared = None
+            if self._replaced == replaced:  # it was stored, if perhaps not in use
+                self._put_in_use(prepared, replaced)
+        with self._lock:
+            late = [expected.done for expected in self._expected.values()]
+        for done in late:
+            done.result()
         return router
 
+    def ask(self, text: str) -> Asked | None:
+        """Ask the base for the state that ``route`` needs of a text; None where it needs none.
+
+        Raises what ``States.submit`` raises.
+        """
+        hidden = self.hidden
+        if hidden is None:
+            return None
+        return Asked(text, hidden, needed(self._states).submit([text], hidden))
+
     def route(
-        self, tenant: str, text: str, names: Collection[str] | None, max_adapters: int
+        self,
+        tenant: str,
+        text: str,
+        names: Collection[str] | None,
+        max_adapters: int,
+        state: State | None = None,
     ) -> Routed:
         """Pick adapters of the tenant for a text, among ``names`` where given.
 
-        Without a router, and for a text that none of them fits, nothing is picked.
+        Without a router, and for a text that none of them fits, nothing is picked. ``state`` is
+        what ``ask`` gave. Where the router in use needs another one, being new, this waits for
+        the base, and raises what ``States.submit`` raises.
         """
         snapshot = self._snapshot
         if snapshot is None:
             return Routed(Choice((), ()), "")
-        scores = snapshot.index.score(tenant, snapshot.router.embed(text), names)
-        choice = decide(scores, snapshot.router.calibration, max_adapters)
-        return Routed(choice, snapshot.router.digest)
+        router, pooled = snapshot.router, None
+        if router.hidden is not None:
+            if state is not None and (state.text, state.hidden) == (text, router.hidden):
+                pooled = state.pooled
+            else:
+                pooled = needed(self._states).submit([text], router.hidden).result()[0]
+        seen = gather(router, snapshot.index, tenant, text, pooled, names)
+        return Routed(decide(seen, router.calibration, max_adapters), router.digest)
 
-    def _take_stored(self) -> None:
-        files = self._registry.router()
+    def expected(self, key: Key) -> Future[None] | None:
+        """Ends when the adapter's key is there, or no longer wanted; None where none is to come.
+
+        Ask again then: something may have changed meanwhile. It fails with what
+        ``States.submit`` raises; the adapter then keeps the key that it had, and whoever asks
+        again has it tried again.
+        """
+        if not self._expected:  # as with any router on n-grams: the caller need not wait
+            return None
+        with self._lock:
+            expected = self._expected.get(key)
+            if expected is not None and expected.done.done():
+                self._expect(expected.record)
+                expected = self._expected.get(key)
+            return None if expected is None else expected.done
+
+    # Routers
+
+    def _open(self, data: bytes) -> Router:
+        router = Router.load(data, self._fingerprint)
+        if router.hidden is not None:
+            needed(self._states).check(router.hidden)
+        return router
+
+    def _prepare(self, router: Router) -> _Prepared:
+        made = entries(router, self._registry.all(), self._states)
+        return _Prepared(router, {record.key: (record, entry) for record, entry in made})
+
+    def _take_stored(self, *, wait: bool = True) -> None:
+        """Put the stored router in use; later, where it takes the base and must not ``wait``."""
+        replaced, files = self._replaced, self._registry.router()
         if files is None or ROUTER_FILE not in files:
             return
         data, prepared = files[ROUTER_FILE], self._prepared
         if prepared is None or prepared.router.digest != hashlib.sha256(data).hexdigest():
             try:
-                prepared = _Prepared(Router.load(data, self._fingerprint), {})
+                router = self._open(data)
+                if router.hidden is not None and not wait:
+                    with self._lock:
+                        if not self._closed:
+                            self._workers.submit(self._take_stored)
+                    return
+                prepared = self._prepare(router)
             except MoraError as e:  # stored under another base: the one in use stays
                 log.warning("the stored router cannot be used: %s", e.message)
                 return
+        self._put_in_use(prepared, replaced)
+
+    def _put_in_use(self, prepared: _Prepared, replaced: int) -> None:
+        """With keys for exactly the records that there are, unless there is a newer router.
+
+        Prepared keys count where the record is the same still; others follow.
+        """
+        router = prepared.router
         while True:
             revision = self._registry.revision
-            snapshot = _keyed(prepared, self._registry.all())
+            made: list[tuple[str, Entry]] = []
+            late: list[AdapterRecord] = []
+            for record in self._registry.all():
+                source, entry = prepared.entries.get(record.key, (None, None))
+                if source is not record and router.hidden is not None:
+                    late.append(record)
+                    continue
+                if source is not record:
+                    entry = entry_of(router, record)
+                if entry is not None:
+                    made.append((record.tenant, entry))
+            index = Index.of(made)
             with self._lock:
-                if self._registry.revision == revision:
-                    self._snapshot = snapshot
+                if self._replaced != replaced:
                     return
+                if self._registry.revision != revision:
+                    continue
+                self._snapshot = Snapshot(router, index)
+                for key in list(self._expected):
+                    self._settle(key)
+                for record in late:
+                    self._expect(record)
+                return
+
+    # Keys
 
     def _changed(self, change: Change) -> None:
         if change.router is not None:
-            self._take_stored()
+            self._replaced = change.revision
+            self._take_stored(wait=False)
             return
         with self._lock:
             snapshot, before, after = self._snapshot, change.before, change.after
             if snapshot is None or (before and after and before.card == after.card):
                 return
+            if after is not None and not self._fits(after):
+                after = None
+            if before is not None:
+                self._settle(before.key)
+            if after is not None and snapshot.router.hidden is not None:
+                self._expect(after)
+                return
             index = snapshot.index
             if before is not None:
                 index = index.remove(*before.key)
-            if after is not None and self._fits(after):
+            if after is not None:
                 entry = entry_of(snapshot.router, after)
                 if entry is not None:
                     index = index.put(after.tenant, entry)
             self._snapshot = Snapshot(snapshot.router, index)
 
+    def _expect(self, record: AdapterRecord) -> None:
+        """Have an adapter's key made; with the lock held."""
+        self._settle(record.key)  # a new router may have seen a change before it is made known
+        if self._closed:
+            return
+        self._expected[record.key] = _Expected(record)
+        if not self._working:
+            self._working = True
+            self._workers.submit(self._make_keys)
+
+    def _settle(self, key: Key) -> None:
+        """Expect an adapter's key no longer; with the lock held."""
+        expected = self._expected.pop(key, None)
+        if expected is not None and not expected.done.done():
+            expected.done.set_result(None)
+
+    def _make_keys(self) -> None:
+        """Make the keys that are expected, until none is."""
+        while True:
+            with self._lock:
+                snapshot = self._snapshot
+                batch = [e for e in self._expected.values() if not e.done.done()][:TOGETHER]
+                if snapshot is None or not batch:
+                    self._working = False
+                    return
+            made: list[tuple[AdapterRecord, Entry | None]] = []
+            error: Exception | None = None
+            try:
+                made = list(entries(snapshot.router, [e.record for e in batch], self._states))
+            except Exception as e:  # whatever it is: somebody waits for each of them
+                log.warning("%d adapters have no key: %s", len(batch), e)
+                error = e
+            with self._lock:
+                newest = self._snapshot
+                if newest is None or newest.router is not snapshot.router:
+                    continue
+                index = newest.index
+                batch = [e for e in batch if self._expected.get(e.record.key) is e]
+                wanted = {e.record.key for e in batch}
+                for record, entry in made:
+                    if record.key in wanted and entry is not None:
+                        index = index.put(record.tenant, entry)
+                    elif record.key in wanted:
+                        index = index.remove(*record.key)
+                self._snapshot = Snapshot(snapshot.router, index)
+                for expected in batch:
+                    if error is None:
+                        self._settle(expected.record.key)
+                    else:
+                        expected.done.set_exception(error)
+
     def _fits(self, record: AdapterRecord) -> bool:
         return not self._fingerprint or record.card.base_fingerprint in ("", self._fingerprint)
-
-
-def entry_of(router: Router, record: AdapterRecord) -> Entry | None:
-    """An adapter's key from its example prompts.
-
-    Without any, from its description; the router then picks it only where it is named. None
-    where neither has anything to go by.
-    """
-    card = record.card
-    key = router.key(card.prompts)
-    if key is not None:
-        return Entry(record.name, key, card.group)
-    key = router.key((card.description,))
-    return None if key is None else Entry(record.name, key, card.group, listed=False)
-
-
-def _keyed(prepared: _Prepared, records: Iterable[AdapterRecord]) -> Snapshot:
-    """Keys for exactly these records: the prepared ones where the record is the same still."""
-
-    def entry(record: AdapterRecord) -> Entry | None:
-        source, entry = prepared.entries.get(record.key, (None, None))
-        return entry if source is record else entry_of(prepared.router, record)
-
-    pairs = ((r.tenant, entry(r)) for r in records)
-    return Snapshot(prepared.router, Index.of((t, e) for t, e in pairs if e is not None))

@@ -13,6 +13,7 @@ from mora_serve.core import AdapterWeight, Candidate, Decision, Mixture, Source
 from mora_serve.errors import FailedPrecondition, InvalidArgument, NotFound
 from mora_serve.router.decide import REPORTED
 from mora_serve.router.routing import Routing
+from mora_serve.router.states import Asked, State
 
 MAX_WEIGHT = 3.4028234663852886e38  # the largest 32-bit float
 
@@ -58,23 +59,45 @@ class Selector:
         self._max_mixture = config.adapters.max_mixture
         self._max_routed = min(config.router.max_adapters, config.adapters.max_mixture)
 
-    def decide(self, tenant: str, selection: Selection, text: str) -> Decision:
+    @property
+    def asks_the_base(self) -> bool:
+        """Whether the router in use needs the base's state of a prompt."""
+        return self._routing.hidden is not None
+
+    def ask(self, tenant: str, selection: Selection, text: str) -> Asked | None:
+        """Ask the base for the state that ``decide`` needs of a prompt; None where it needs none.
+
+        Raises what ``Routing.ask`` raises.
+        """
+        if isinstance(selection, AutoRoute):
+            return self._routing.ask(selection.text or text)
+        if not isinstance(selection, TaskHint):
+            return None
+        try:
+            ranked = any(len(self._registry.by_task(tenant, t)) > 1 for t in selection.tasks)
+        except NotFound:
+            ranked = selection.fallback_to_router
+        return self._routing.ask(text) if ranked else None
+
+    def decide(
+        self, tenant: str, selection: Selection, text: str, state: State | None = None
+    ) -> Decision:
         """The decision for a prompt whose text to route by is ``text``; all weights have digests.
 
         An empty mixture is the base. AutoRoute abstains where no adapter fits, and where no
-        router is loaded: the decision then has no router digest.
+        router is loaded: the decision then has no router digest. ``state`` is what ``ask`` gave.
 
         Raises InvalidArgument for a weight that is not a finite 32-bit number, an adapter named
         twice, no task, or more adapters than ``adapters.max_mixture``; NotFound, with the nearest
         names, for an adapter, version or task that the tenant does not have; FailedPrecondition
-        for an adapter of another base.
+        for an adapter of another base; and what ``Routing.route`` raises.
         """
         if isinstance(selection, Mixture):
             return self._explicit(tenant, selection)
         if isinstance(selection, TaskHint):
-            return self._by_task(tenant, selection, text)
+            return self._by_task(tenant, selection, text, state)
         if isinstance(selection, AutoRoute):
-            return self._routed(tenant, selection, text)
+            return self._routed(tenant, selection, text, state)
         return Decision(Mixture(), Source.BASE)
 
     def _explicit(self, tenant: str, mixture: Mixture) -> Decision:
@@ -107,7 +130,7 @@ class Selector:
                 )
         return Decision(whole, Source.EXPLICIT if resolved else Source.BASE)
 
-    def _by_task(self, tenant: str, hint: TaskHint, text: str) -> Decision:
+    def _by_task(self, tenant: str, hint: TaskHint, text: str, state: State | None) -> Decision:
         tasks = tuple(dict.fromkeys(hint.tasks))
         if not tasks:
             raise InvalidArgument("task.tasks: it is empty; name a task", field="task.tasks")
@@ -120,11 +143,11 @@ class Selector:
                 records = {r.name: r for r in self._registry.by_task(tenant, task)}
             except NotFound as e:
                 if hint.fallback_to_router:
-                    return self._routed(tenant, AutoRoute(), text)
+                    return self._routed(tenant, AutoRoute(), text, state)
                 raise e.at(f"task.tasks[{i}]") from None
             names = list(records)
             if len(names) > 1:
-                routed = self._routing.route(tenant, text, names, 1)
+                routed = self._routing.route(tenant, text, names, 1, state)
                 ranked = routed.choice.candidates
                 candidates |= set(ranked)
                 digest = routed.router_digest
@@ -133,7 +156,7 @@ class Selector:
         best = sorted(candidates, key=lambda c: (-c.score, c.adapter))[:REPORTED]
         return Decision(_at_weight_one(chosen), Source.TASK, tuple(best), digest)
 
-    def _routed(self, tenant: str, auto: AutoRoute, text: str) -> Decision:
+    def _routed(self, tenant: str, auto: AutoRoute, text: str, state: State | None) -> Decision:
         most = auto.max_adapters or self._max_routed
         if not 1 <= most <= self._max_mixture:
             raise InvalidArgument(
@@ -144,7 +167,7 @@ class Selector:
         for i, name in enumerate(auto.candidates):
             self._get(tenant, name, f"auto.candidates[{i}]")
         names = frozenset(auto.candidates) or None
-        choice, digest = self._routing.route(tenant, auto.text or text, names, most)
+        choice, digest = self._routing.route(tenant, auto.text or text, names, most, state)
         # The index masks by tenant and by name; the registry has the last word on both.
         present = {c.adapter: self._present(tenant, c.adapter, names) for c in choice.candidates}
         chosen = [record for name in choice.adapters if (record := present[name]) is not None]

@@ -19,6 +19,7 @@ from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_
 from mora_serve.config import Config
 from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.shape import ModelShape
+from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.follow import Pins
@@ -50,6 +51,7 @@ class AdapterServicer(AdapterServiceServicer):
     def __init__(
         self,
         registry: Registry,
+        routing: Routing,
         pins: Pins,
         resident: Callable[[], Collection[str]],
         config: Config,
@@ -59,6 +61,7 @@ class AdapterServicer(AdapterServiceServicer):
         short: Executor,
     ) -> None:
         self._registry = registry
+        self._routing = routing
         self._pins = pins
         self._resident = resident
         self._limits = config.adapters
@@ -129,6 +132,7 @@ class AdapterServicer(AdapterServiceServicer):
                 return self._registry.update(tenant, name, card=card)
 
         record = await self._run(update)
+        await self._keyed(record)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
 
     async def UnregisterAdapter(
@@ -210,7 +214,14 @@ class AdapterServicer(AdapterServiceServicer):
                 tenant, request.name, read(), card=card, replace=request.replace
             )
 
-        return await self._run(register)
+        record, created = await self._run(register)
+        await self._keyed(record)
+        return record, created
+
+    async def _keyed(self, record: AdapterRecord) -> None:
+        """Return when the router knows the adapter; no thread waits where that takes the base."""
+        while (key := self._routing.expected(record.key)) is not None:
+            await asyncio.wrap_future(key)
 
     def _card(self, message: pb.RoutingCard, field: str) -> RoutingCard:
         """The card of a message, checked; ``field`` is where it stands in the request."""

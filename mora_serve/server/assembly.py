@@ -12,15 +12,17 @@ from mora_serve.config import Config
 from mora_serve.engine.engine import Engine
 from mora_serve.errors import ConfigError, MoraError
 from mora_serve.model.loading import Base, Progress, load_base
+from mora_serve.router.feedback import FeedbackStore
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import Selector
+from mora_serve.server.states import EngineStates
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts that outlive a call. ``engine`` is not started yet."""
+    """The parts that outlive a call. ``engine`` is not started yet; ``feedback`` may be off."""
 
     config: Config
     base: Base
@@ -28,11 +30,15 @@ class Assembly:
     routing: Routing
     selector: Selector
     engine: Engine
+    feedback: FeedbackStore | None
 
     def close(self) -> None:
-        """Stop the engine and let go of the registry."""
+        """Stop the engine and let go of the registry and of feedback."""
         self.engine.stop()
+        self.routing.close()
         self.registry.close()
+        if self.feedback is not None:
+            self.feedback.close()
 
 
 def assemble(config: Config) -> Assembly:
@@ -53,6 +59,7 @@ def assemble(config: Config) -> Assembly:
     )
     state = Path(config.server.state) if config.server.state else None
     registry = Registry(state, config.adapters, base.shape, base.fingerprint)
+    feedback = _feedback(config, state)
     if config.base.model == "demo":
         from mora_serve.demo.bundle import register_bundle
 
@@ -64,13 +71,21 @@ def assemble(config: Config) -> Assembly:
                 "raise its limits, or serve another base",
                 field="base.model",
             ) from e
-    routing = Routing(registry, base.fingerprint)
-    if config.router.path:
-        _load_router(routing, Path(config.router.path))
     engine = Engine(base, config, registry.open)
     engine.warm_up()
+    # The engine does not run yet: states for the stored adapters' keys are computed right here.
+    routing = Routing(registry, base.fingerprint, EngineStates(engine))
+    if config.router.path:
+        _load_router(routing, Path(config.router.path))
     selector = Selector(registry, routing, config)
-    return Assembly(config, base, registry, routing, selector, engine)
+    return Assembly(config, base, registry, routing, selector, engine, feedback)
+
+
+def _feedback(config: Config, state: Path | None) -> FeedbackStore | None:
+    if not config.router.feedback:
+        return None
+    log.info("feedback is on: the prompts of task hints are stored")
+    return FeedbackStore(state / "feedback" if state else None, config.router.feedback_bytes)
 
 
 def _load_router(routing: Routing, path: Path) -> None:

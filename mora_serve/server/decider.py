@@ -15,6 +15,7 @@ from mora_serve.errors import MoraError, NotFound
 from mora_serve.messages import mixture_of
 from mora_serve.metrics import Metrics
 from mora_serve.router.selection import AutoRoute, BaseOnly, Selection, Selector, TaskHint
+from mora_serve.router.states import Asked, State
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.prompts import Prompts
@@ -46,7 +47,7 @@ class Decider:
     async def decided(self, selection: pb.Selection, prompt: pb.Prompt) -> AsyncIterator[Decision]:
         """The decision for a checked prompt, its versions readable inside the context.
 
-        Raises what ``selection_of`` and ``Selector.decide`` raise.
+        Raises what ``selection_of``, ``Selector.ask`` and ``Selector.decide`` raise.
         """
         tenant = calls.current().tenant
         chosen = selection_of(selection, self._limits)
@@ -54,7 +55,10 @@ class Decider:
             decision = self._decide(tenant, chosen, prompt)
             yield decision
             return
-        future = self._executor.submit(self._decide_and_hold, tenant, chosen, prompt)
+        state = None
+        if self._selector.asks_the_base:
+            state = await self._state(tenant, chosen, prompt)
+        future = self._executor.submit(self._decide_and_hold, tenant, chosen, prompt, state)
         try:
             decision = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -65,20 +69,40 @@ class Decider:
         finally:
             self._executor.submit(self._release, digests(decision))
 
-    def _decide(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> Decision:
+    async def _state(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> State | None:
+        """The base's state of a prompt, if the router needs it; no thread waits for the engine."""
         start = time.monotonic()
-        routed = isinstance(selection, TaskHint | AutoRoute)
-        text = self._prompts.text(prompt) if routed else ""
+
+        def ask() -> Asked | None:
+            return self._selector.ask(tenant, selection, self._text(selection, prompt))
+
+        asked = await asyncio.get_running_loop().run_in_executor(self._executor, ask)
+        if asked is None:
+            return None
+        pooled = await asyncio.wrap_future(asked.states)
+        self._metrics.pooled(time.monotonic() - start)
+        return State(asked.text, asked.hidden, pooled[0])
+
+    def _text(self, selection: Selection, prompt: pb.Prompt) -> str:
+        return self._prompts.text(prompt) if isinstance(selection, TaskHint | AutoRoute) else ""
+
+    def _decide(
+        self, tenant: str, selection: Selection, prompt: pb.Prompt, state: State | None = None
+    ) -> Decision:
+        start = time.monotonic()
+        text = self._text(selection, prompt)
         try:
-            decision = self._selector.decide(tenant, selection, text)
+            decision = self._selector.decide(tenant, selection, text, state)
         except MoraError as e:  # the selector's fields lie in the request's selection
-            raise e.at(f"selection.{e.field}") from None
+            raise (e.at(f"selection.{e.field}") if e.field else e) from None
         self._metrics.decided(decision, time.monotonic() - start)
         return decision
 
-    def _decide_and_hold(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> Decision:
+    def _decide_and_hold(
+        self, tenant: str, selection: Selection, prompt: pb.Prompt, state: State | None
+    ) -> Decision:
         for attempt in range(_ATTEMPTS):
-            decision = self._decide(tenant, selection, prompt)
+            decision = self._decide(tenant, selection, prompt, state)
             held: list[str] = []
             try:
                 for digest in digests(decision):

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from mora_serve import messages
 from mora_serve.config import Config
-from mora_serve.core import Decision, Event, Finish, Request, TokenOut, Usage
+from mora_serve.core import Decision, Event, Finish, Request, Source, TokenOut, Usage
 from mora_serve.errors import DeadlineExceeded, Internal, Unavailable
 from mora_serve.server import call as calls
 from mora_serve.server.bridge import Bridge, Generation
 from mora_serve.server.convert import sampling_of
 from mora_serve.server.decider import Decider
+from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import generation_pb2 as pb
 from mora_serve.v1.generation_pb2_grpc import GenerationServiceServicer
@@ -37,16 +38,23 @@ class _Running:
 
 
 class GenerationServicer(GenerationServiceServicer):
-    """Generate and GenerateStream."""
+    """Generate and GenerateStream; ``feedback`` takes the prompts of task hints, where it is on."""
 
     def __init__(
-        self, prompts: Prompts, decider: Decider, bridge: Bridge, config: Config, vocab_size: int
+        self,
+        prompts: Prompts,
+        decider: Decider,
+        bridge: Bridge,
+        config: Config,
+        vocab_size: int,
+        feedback: FeedbackRecorder | None,
     ) -> None:
         self._prompts = prompts
         self._decider = decider
         self._bridge = bridge
         self._config = config
         self._vocab_size = vocab_size
+        self._feedback = feedback
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Answer when the whole text is ready."""
@@ -117,6 +125,10 @@ class GenerationServicer(GenerationServiceServicer):
                 deadline=_deadline(context),
             )
             async with self._bridge.submit(submitted) as generation:
+                # Not where the router took the place of an unknown task: it would teach itself.
+                if self._feedback is not None and decision.source is Source.TASK:
+                    tasks = request.selection.task.tasks
+                    self._feedback.add(call.tenant, tasks, request.prompt, decision)
                 yield _Running(decision, generation)
 
 

@@ -111,13 +111,7 @@ class Prompts:
 
     def text(self, prompt: pb.Prompt) -> str:
         """What a checked prompt is routed by: of a chat the last user turn."""
-        kind = prompt.WhichOneof("kind")
-        if kind == "text":
-            return prompt.text
-        if kind == "token_ids":
-            return self._tokenizer.decode(list(prompt.token_ids.ids))
-        turns = [m.content for m in prompt.chat.messages if m.role == "user"]
-        return turns[-1] if turns else prompt.chat.messages[-1].content
+        return text_of(prompt, self._tokenizer)
 
     def _check_length(self, field: str, size: int, most: int, unit: str) -> None:
         if size > most:
@@ -126,3 +120,14 @@ class Prompts:
                 f"{size} {unit} cannot fit the context of {self._max_context} tokens; shorten it",
                 "PROMPT_TOO_LONG",
             )
+
+
+def text_of(prompt: pb.Prompt, tokenizer: Tokenizer) -> str:
+    """What a checked prompt is routed by: of a chat the last user turn."""
+    kind = prompt.WhichOneof("kind")
+    if kind == "text":
+        return prompt.text
+    if kind == "token_ids":
+        return tokenizer.decode(list(prompt.token_ids.ids))
+    turns = [m.content for m in prompt.chat.messages if m.role == "user"]
+    return turns[-1] if turns else prompt.chat.messages[-1].content

@@ -5,19 +5,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mora_serve.adapters.files import open_directory, read_regular
 from mora_serve.adapters.registry import Registry
-from mora_serve.errors import NotFound
+from mora_serve.errors import FailedPrecondition, NotFound
 from mora_serve.messages import decision_message
+from mora_serve.router.feedback import FeedbackRow, Position
 from mora_serve.router.format import MAX_BYTES
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.decider import Decider
+from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import router_pb2 as pb
 from mora_serve.v1.router_pb2_grpc import RouterServiceServicer
@@ -28,11 +32,14 @@ if TYPE_CHECKING:
     Context = ServicerContext[Any, Any]
 
 
+_TIMES = range(-62_135_596_800, 253_402_300_800)  # seconds of the years 1 to 9999, a Timestamp's
+
+
 class RouterServicer(RouterServiceServicer):
-    """Route, LoadRouter, GetRouter.
+    """Route, LoadRouter, GetRouter, ExportFeedback.
 
     ``root`` is the adapter root, empty where paths are refused. ``max_adapters`` is how many the
-    router mixes when a request does not say.
+    router mixes when a request does not say. ``feedback`` is None where it is off.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class RouterServicer(RouterServiceServicer):
         root: str,
         max_adapters: int,
         executor: Executor,
+        feedback: FeedbackRecorder | None,
     ) -> None:
         self._prompts = prompts
         self._decider = decider
@@ -52,6 +60,7 @@ class RouterServicer(RouterServiceServicer):
         self._root = root
         self._max_adapters = max_adapters
         self._executor = executor
+        self._feedback = feedback
 
     async def Route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         """Decide as Generate would."""
@@ -80,6 +89,22 @@ class RouterServicer(RouterServiceServicer):
         """Describe the router."""
         return pb.GetRouterResponse(router=self._describe())
 
+    async def ExportFeedback(
+        self, request: pb.ExportFeedbackRequest, context: Context
+    ) -> AsyncIterator[pb.ExportFeedbackResponse]:
+        """Give the caller's labelled prompts."""
+        start, since = Position.of(request.cursor), _since(request)
+        if (feedback := self._feedback) is None:
+            raise FailedPrecondition(
+                "router.feedback: this server keeps no feedback; set router.feedback = true to "
+                "keep the prompts of task hints from then on",
+                field="router.feedback",
+                reason="FEEDBACK_OFF",
+            )
+        async for page in feedback.pages(calls.current().tenant, start, since):
+            rows = [row_message(row) for row in page.rows]
+            yield pb.ExportFeedbackResponse(rows=rows, cursor=page.end.cursor())
+
     def _describe(self) -> pb.Router | None:
         snapshot = self._routing.snapshot
         if snapshot is None:
@@ -91,6 +116,7 @@ class RouterServicer(RouterServiceServicer):
             max_adapters=self._max_adapters,
             dims=snapshot.router.dims,
             base_fingerprint=snapshot.router.content.fingerprint,
+            features=snapshot.router.content.features.kind,
         )
 
 
@@ -114,6 +140,30 @@ def read_file(root: str, path: str) -> bytes:
             reason="NO_FILE",
         )
     return data
+
+
+def row_message(row: FeedbackRow) -> pb.FeedbackRow:
+    """A labelled prompt as the API says it."""
+    message = pb.FeedbackRow(
+        prompt=row.prompt,
+        tasks=row.tasks,
+        adapters=row.adapters,
+        routed_adapters=row.routed,
+        router_digest=row.router_digest,
+        base_fingerprint=row.base_fingerprint,
+    )
+    message.accept_time.FromNanoseconds(int(row.time * 1e9))
+    return message
+
+
+def _since(request: pb.ExportFeedbackRequest) -> float:
+    """The earliest time asked for, in unix seconds; minus infinity where none is."""
+    if not request.HasField("since"):
+        return -math.inf
+    time = request.since
+    if time.seconds not in _TIMES or not 0 <= time.nanos < 1e9:
+        raise invalid("since", "it is no time; give a protobuf Timestamp, or leave it out")
+    return time.seconds + time.nanos / 1e9
 
 
 def _check_size(size: int) -> None:

@@ -13,6 +13,7 @@ from mora_serve.metrics import Metrics
 from mora_serve.server.adapters import AdapterServicer
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.decider import Decider
+from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.follow import Names, Pins
 from mora_serve.server.generation import GenerationServicer
 from mora_serve.server.info import ServerServicer, describe
@@ -62,21 +63,28 @@ class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic
 class Threads:
     """Threads for what would block the event loop, by kind, so that none waits for another.
 
-    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk.
+    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk, ``load``
+    for new routers.
     """
 
     tokenize: ThreadPoolExecutor
     route: ThreadPoolExecutor
     registry: ThreadPoolExecutor
+    load: ThreadPoolExecutor
 
     def shutdown(self) -> None:
         """Drop what waits; what runs goes on to its end."""
-        for executor in (self.tokenize, self.route, self.registry):
+        for executor in (self.tokenize, self.route, self.registry, self.load):
             executor.shutdown(wait=False, cancel_futures=True)
 
 
 def add_services(
-    server: LateServices, assembly: Assembly, bridge: Bridge, metrics: Metrics, threads: Threads
+    server: LateServices,
+    assembly: Assembly,
+    bridge: Bridge,
+    metrics: Metrics,
+    threads: Threads,
+    feedback: FeedbackRecorder | None,
 ) -> None:
     """Add the services to a grpc server, and let metrics and pins follow the registry."""
     config, base, registry = assembly.config, assembly.base, assembly.registry
@@ -87,11 +95,12 @@ def add_services(
     prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
     decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        GenerationServicer(prompts, decider, bridge, config, vocab_size), server
+        GenerationServicer(prompts, decider, bridge, config, vocab_size, feedback), server
     )
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
         AdapterServicer(
             registry,
+            routing,
             Pins(engine, registry),
             lambda: engine.stats().resident,
             config,
@@ -110,7 +119,8 @@ def add_services(
             registry,
             config.adapters.root,
             config.router.max_adapters,
-            threads.registry,
+            threads.load,
+            feedback,
         ),
         server,
     )

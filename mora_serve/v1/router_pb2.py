@@ -22,30 +22,37 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mora_serve.v1 import generation_pb2 as mora__serve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amora_serve/v1/router.proto\x12\rmora_serve.v1\x1a\x1emora_serve/v1/generation.proto\"b\n\x0cRouteRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Prompt\x12+\n\tselection\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.Selection\":\n\rRouteResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.mora_serve.v1.Decision\"=\n\x11LoadRouterRequest\x12\x0e\n\x04path\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\";\n\x12LoadRouterResponse\x12%\n\x06router\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Router\"\x12\n\x10GetRouterRequest\":\n\x11GetRouterResponse\x12%\n\x06router\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Router\"q\n\x06Router\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x19\n\x11routable_adapters\x18\x02 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x03 \x01(\r\x12\x0c\n\x04\x64ims\x18\x04 \x01(\r\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t2\xf6\x01\n\rRouterService\x12\x42\n\x05Route\x12\x1b.mora_serve.v1.RouteRequest\x1a\x1c.mora_serve.v1.RouteResponse\x12Q\n\nLoadRouter\x12 .mora_serve.v1.LoadRouterRequest\x1a!.mora_serve.v1.LoadRouterResponse\x12N\n\tGetRouter\x12\x1f.mora_serve.v1.GetRouterRequest\x1a .mora_serve.v1.GetRouterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amora_serve/v1/router.proto\x12\rmora_serve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1emora_serve/v1/generation.proto\"b\n\x0cRouteRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Prompt\x12+\n\tselection\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.Selection\":\n\rRouteResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.mora_serve.v1.Decision\"=\n\x11LoadRouterRequest\x12\x0e\n\x04path\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\";\n\x12LoadRouterResponse\x12%\n\x06router\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Router\"\x12\n\x10GetRouterRequest\":\n\x11GetRouterResponse\x12%\n\x06router\x18\x01 \x01(\x0b\x32\x15.mora_serve.v1.Router\"\x83\x01\n\x06Router\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x19\n\x11routable_adapters\x18\x02 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x03 \x01(\r\x12\x0c\n\x04\x64ims\x18\x04 \x01(\r\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x01(\t\"R\n\x15\x45xportFeedbackRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"R\n\x16\x45xportFeedbackResponse\x12(\n\x04rows\x18\x01 \x03(\x0b\x32\x1a.mora_serve.v1.FeedbackRow\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xb9\x01\n\x0b\x46\x65\x65\x64\x62\x61\x63kRow\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\t\x12\x17\n\x0frouted_adapters\x18\x04 \x03(\t\x12\x15\n\rrouter_digest\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12/\n\x0b\x61\x63\x63\x65pt_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xd7\x02\n\rRouterService\x12\x42\n\x05Route\x12\x1b.mora_serve.v1.RouteRequest\x1a\x1c.mora_serve.v1.RouteResponse\x12Q\n\nLoadRouter\x12 .mora_serve.v1.LoadRouterRequest\x1a!.mora_serve.v1.LoadRouterResponse\x12N\n\tGetRouter\x12\x1f.mora_serve.v1.GetRouterRequest\x1a .mora_serve.v1.GetRouterResponse\x12_\n\x0e\x45xportFeedback\x12$.mora_serve.v1.ExportFeedbackRequest\x1a%.mora_serve.v1.ExportFeedbackResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mora_serve.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTEREQUEST']._serialized_start=77
-  _globals['_ROUTEREQUEST']._serialized_end=175
-  _globals['_ROUTERESPONSE']._serialized_start=177
-  _globals['_ROUTERESPONSE']._serialized_end=235
-  _globals['_LOADROUTERREQUEST']._serialized_start=237
-  _globals['_LOADROUTERREQUEST']._serialized_end=298
-  _globals['_LOADROUTERRESPONSE']._serialized_start=300
-  _globals['_LOADROUTERRESPONSE']._serialized_end=359
-  _globals['_GETROUTERREQUEST']._serialized_start=361
-  _globals['_GETROUTERREQUEST']._serialized_end=379
-  _globals['_GETROUTERRESPONSE']._serialized_start=381
-  _globals['_GETROUTERRESPONSE']._serialized_end=439
-  _globals['_ROUTER']._serialized_start=441
-  _globals['_ROUTER']._serialized_end=554
-  _globals['_ROUTERSERVICE']._serialized_start=557
-  _globals['_ROUTERSERVICE']._serialized_end=803
+  _globals['_ROUTEREQUEST']._serialized_start=110
+  _globals['_ROUTEREQUEST']._serialized_end=208
+  _globals['_ROUTERESPONSE']._serialized_start=210
+  _globals['_ROUTERESPONSE']._serialized_end=268
+  _globals['_LOADROUTERREQUEST']._serialized_start=270
+  _globals['_LOADROUTERREQUEST']._serialized_end=331
+  _globals['_LOADROUTERRESPONSE']._serialized_start=333
+  _globals['_LOADROUTERRESPONSE']._serialized_end=392
+  _globals['_GETROUTERREQUEST']._serialized_start=394
+  _globals['_GETROUTERREQUEST']._serialized_end=412
+  _globals['_GETROUTERRESPONSE']._serialized_start=414
+  _globals['_GETROUTERRESPONSE']._serialized_end=472
+  _globals['_ROUTER']._serialized_start=475
+  _globals['_ROUTER']._serialized_end=606
+  _globals['_EXPORTFEEDBACKREQUEST']._serialized_start=608
+  _globals['_EXPORTFEEDBACKREQUEST']._serialized_end=690
+  _globals['_EXPORTFEEDBACKRESPONSE']._serialized_start=692
+  _globals['_EXPORTFEEDBACKRESPONSE']._serialized_end=774
+  _globals['_FEEDBACKROW']._serialized_start=777
+  _globals['_FEEDBACKROW']._serialized_end=962
+  _globals['_ROUTERSERVICE']._serialized_start=965
+  _globals['_ROUTERSERVICE']._serialized_end=1308
 # @@protoc_insertion_point(module_scope)

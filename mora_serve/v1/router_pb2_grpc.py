@@ -50,6 +50,11 @@ class RouterServiceStub:
                 request_serializer=mora__serve_dot_v1_dot_router__pb2.GetRouterRequest.SerializeToString,
                 response_deserializer=mora__serve_dot_v1_dot_router__pb2.GetRouterResponse.FromString,
                 _registered_method=True)
+        self.ExportFeedback = channel.unary_stream(
+                '/mora_serve.v1.RouterService/ExportFeedback',
+                request_serializer=mora__serve_dot_v1_dot_router__pb2.ExportFeedbackRequest.SerializeToString,
+                response_deserializer=mora__serve_dot_v1_dot_router__pb2.ExportFeedbackResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -77,6 +82,15 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportFeedback(self, request, context):
+        """ExportFeedback gives the prompts whose tasks the caller's requests have named, oldest first:
+        training data. It ends with what is stored now. A server that does not keep feedback, which
+        is the default, answers FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +108,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.GetRouter,
                     request_deserializer=mora__serve_dot_v1_dot_router__pb2.GetRouterRequest.FromString,
                     response_serializer=mora__serve_dot_v1_dot_router__pb2.GetRouterResponse.SerializeToString,
+            ),
+            'ExportFeedback': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportFeedback,
+                    request_deserializer=mora__serve_dot_v1_dot_router__pb2.ExportFeedbackRequest.FromString,
+                    response_serializer=mora__serve_dot_v1_dot_router__pb2.ExportFeedbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +197,33 @@ class RouterService:
             '/mora_serve.v1.RouterService/GetRouter',
             mora__serve_dot_v1_dot_router__pb2.GetRouterRequest.SerializeToString,
             mora__serve_dot_v1_dot_router__pb2.GetRouterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mora_serve.v1.RouterService/ExportFeedback',
+            mora__serve_dot_v1_dot_router__pb2.ExportFeedbackRequest.SerializeToString,
+            mora__serve_dot_v1_dot_router__pb2.ExportFeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mora_serve.adapters.changelog import ChangeLog
 
@@ -28,6 +30,29 @@ def test_a_number_is_given_once(directory: Path) -> None:
     assert log.append(2, "c")
     assert log.read(0) == (2, None, ["a", "c"])
     assert log.read(1) == (2, None, ["c"])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=3), part),
+    max_leaves=12,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(change=values, state=values)
+def test_any_json_comes_back(tmp_path_factory, change: Any, state: Any) -> None:
+    """From a change as from a snapshot, whatever is nested in it."""
+    directory = tmp_path_factory.mktemp("log")
+    for name in ("log", "snapshots", "tmp"):
+        (directory / name).mkdir()
+    log = changelog(directory)
+    log.append(1, change)
+    if change is not None:
+        assert log.read(0) == (1, None, [change])
+    log.snapshot(1, state)
+    if state is not None:
+        assert log.read(0) == (1, state, [])
 
 
 def test_a_number_that_a_snapshot_covers_is_taken(directory: Path) -> None:

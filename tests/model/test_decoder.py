@@ -10,9 +10,11 @@ import torch
 from benchmarks.families import FAMILIES, make_base
 from mora_serve.config import BaseConfig
 from mora_serve.errors import ConfigError
-from mora_serve.model.attention import DenseCausal
+from mora_serve.model.attention import DenseCausal, SomeQueries
+from mora_serve.model.decoder import Wanted
 from mora_serve.model.loading import load_base
 from mora_serve.model.shape import shape_from_config
+from mora_serve.model.stacked import StackedAdapters
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 24}
 
@@ -81,3 +83,36 @@ def test_biases_of_every_projection_are_applied(tmp_path):
     """A Llama with attention_bias and mlp_bias has one on each of its seven projections."""
     reference = make_base("llama2", tmp_path, attention_bias=True, mlp_bias=True)
     assert difference(reference, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("wanted", [[3, 4, 5, 21, 25], [0], list(range(30)), [29]])
+def test_wanted_tokens_have_the_states_that_all_would_give_them(wanted, window, tmp_path):
+    """The last layer may leave out tokens nobody reads, with a mixture of their own a row."""
+    make_base("qwen3", tmp_path)
+    config = BaseConfig(str(tmp_path), dtype="fp32", device="cpu")
+    base = load_base(config)
+    torch.manual_seed(0)
+    adapters = StackedAdapters(base.shape, 2, rank=2, alpha=4)
+    for b in adapters.b.parameters():
+        torch.nn.init.normal_(b, std=0.1)
+    mixture = adapters.mix(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 1.0]]), length=10)
+    ids, positions = torch.randint(2, 320, (30,)), torch.arange(10).repeat(3)
+    attention, index = DenseCausal(3, 10, window), torch.tensor(wanted)
+    some = Wanted(index, SomeQueries(index, 3, 10, window), mixture.at(index))
+    states = base.decoder.hidden(ids, positions, attention, mixture)
+    torch.testing.assert_close(
+        base.decoder.hidden(ids, positions, attention, mixture, some), states[index]
+    )
+
+
+def test_dense_is_the_quantised_decoder(tmp_path):
+    """Dequantised once, a 4-bit base gives the states that it gives otherwise."""
+    make_base("qwen2", tmp_path)
+    decoder = load_base(BaseConfig(str(tmp_path), dtype="fp32", device="cpu")).decoder
+    ids, positions, attention = torch.arange(2, 22), torch.arange(20), DenseCausal(1, 20)
+    dense = decoder.dense()
+    assert torch.equal(
+        dense.hidden(ids, positions, attention), decoder.hidden(ids, positions, attention)
+    )
+    assert dense.layers[0].sites["qkv"].nbytes > 6 * decoder.layers[0].sites["qkv"].nbytes

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mora_serve.model.lora import (
     AdapterSlots,
     PooledAdapters,
-    StackedAdapters,
     dora_scale,
     plan_mixtures,
 )
-from mora_serve.model.shape import PROJECTIONS, SITES, ModelShape
+from mora_serve.model.shape import SITES, ModelShape
 
 SHAPE = ModelShape("llama", 32, 16, 24, 1, 4, 2, 4, 64, 1e-6)
 SLOTS, MAX_RANK = 6, 5
@@ -100,67 +97,3 @@ def test_dora_scale_is_the_norm_ratio():
     w, a, b, m = torch.randn(6, 4), torch.randn(2, 4), torch.randn(2, 6), torch.rand(6)
     want = m / torch.stack([(w[i] + b[:, i] @ a).norm() for i in range(6)])
     torch.testing.assert_close(dora_scale(w, a, b, m), want)
-
-
-def test_the_trainable_form_equals_the_served_form():
-    """StackedAdapters and the slots give the same sums, and gradients reach only used adapters."""
-    torch.manual_seed(0)
-    stacked = StackedAdapters(SHAPE, count=3, rank=2, alpha=4)
-    for b in stacked.b.values():
-        torch.nn.init.normal_(b)
-    slots = AdapterSlots(SHAPE, 3, 2, torch.float32, torch.device("cpu"))
-    for i in range(3):
-        slots.ranks[i] = 2
-        for name, t in stacked.export(i).items():
-            part = slots.projection(0, name.split(".")[-3])
-            if "lora_A" in name:
-                part.a[i] = t
-            else:
-                part.b[i] = t.T * 2
-    x, y = torch.randn(4, 16), torch.randn(4, 48)
-    weights = torch.tensor([[1.0, 0, 0.5], [0, 0, 0]])
-    plan = plan_mixtures(slots, [((0, 1.0), (2, 0.5)), ()], [2, 2])
-    assert plan is not None
-    got = stacked.mix(weights, length=2).apply(0, "gate_up", x, y)
-    torch.testing.assert_close(got, PooledAdapters(slots, plan).apply(0, "gate_up", x, y.clone()))
-    got.square().sum().backward()
-    gradient = stacked.a["0/up_proj"].grad
-    assert gradient is not None
-    assert gradient[2:4].abs().max() == 0
-    assert gradient[:2].abs().max() > 0
-
-
-@pytest.mark.parametrize("learned", [True, False], ids=["weights learned", "given"])
-@pytest.mark.parametrize("targets", [PROJECTIONS, ("gate_proj",), ("up_proj",), ("q_proj",)])
-def test_gradients_are_those_of_the_formula(targets, learned):
-    """Of inputs, base outputs, weights, A and B, as autograd finds them step by step."""
-    torch.manual_seed(0)
-    stacked = StackedAdapters(SHAPE, count=3, rank=2, alpha=4, targets=targets).double()
-    for b in stacked.b.values():
-        torch.nn.init.normal_(b)
-    x, y = (torch.randn(4, n, dtype=torch.float64) for n in (16, 48))
-    weights = torch.tensor([[1.0, 0, -0.5], [0.3, 0, 0]], dtype=torch.float64)
-    inputs = [x, y, weights] if learned else [x, y]
-    wanted = [t.requires_grad_() for t in inputs] + list(stacked.parameters())
-
-    def formula() -> Tensor:
-        factors = (2.0 * weights).repeat_interleave(2, 1).repeat_interleave(2, 0)
-        parts = y.chunk(2, 1)
-        names = ("0/gate_proj", "0/up_proj")
-        return torch.cat(
-            [
-                part + (x @ stacked.a[n].T * factors) @ stacked.b[n] if n in stacked.a else part
-                for part, n in zip(parts, names, strict=True)
-            ],
-            1,
-        )
-
-    def gradients(out: Tensor) -> list[Tensor | None]:
-        return list(torch.autograd.grad(out.sin().sum(), wanted, allow_unused=True))
-
-    ours, want = stacked.mix(weights, length=2).apply(0, "gate_up", x, y), formula()
-    torch.testing.assert_close(ours, want)
-    for mine, theirs in zip(gradients(ours), gradients(want), strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine, theirs)

@@ -14,12 +14,15 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mora_serve.demo.bundle import bundle_path
 from mora_serve.errors import InvalidArgument, MoraError
 from mora_serve.router import format as router_format
+from mora_serve.router.features import PooledHidden
 from mora_serve.router.format import read_router
 from mora_serve.router.router import Router
 from tests.router.make import tiny
 
+HIDDEN = PooledHidden(depth=1, dim=6)
 SOUND = tiny().to_bytes()
 HEADER_BYTES = int.from_bytes(SOUND[:8], "little")
 
@@ -40,14 +43,22 @@ def with_metadata(**values: Any) -> bytes:
     return repacked(change)
 
 
-def test_a_file_reads_back_as_it_was() -> None:
-    content, digest = read_router(SOUND)
-    expected = tiny()
+@pytest.mark.parametrize("hidden", [None, HIDDEN])
+def test_a_file_reads_back_as_it_was(hidden: PooledHidden | None) -> None:
+    expected = tiny(hidden=hidden)
+    data = expected.to_bytes()
+    content, digest = read_router(data)
     for field in dataclasses.fields(content):
         a, b = getattr(content, field.name), getattr(expected, field.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
-    assert digest == hashlib.sha256(SOUND).hexdigest()
-    assert content.to_bytes() == SOUND
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert content.to_bytes() == data
+
+
+def test_the_bundled_file_is_read_and_written_the_same() -> None:
+    bundled = (bundle_path() / "router/router.safetensors").read_bytes()
+    content, _ = read_router(bundled)
+    assert content.to_bytes() == bundled
 
 
 def test_the_file_is_a_safetensors_file() -> None:
@@ -56,7 +67,6 @@ def test_the_file_is_a_safetensors_file() -> None:
         "mean": (64,),
         "scales": (8,),
         "codes": (8, 64),
-        "impostors": (5, 8),
     }
 
 
@@ -75,7 +85,7 @@ def test_a_changed_byte_gives_a_router_that_works_or_a_refusal(at: int, value: i
         return
     key = router.key(["reverse 'kavo'", "turn it around"])
     assert np.isfinite(router.embed("reverse 'kavo'")).all()
-    assert key is None or np.isfinite([key.impostor_mean, key.impostor_std, key.own]).all()
+    assert key is None or np.isfinite(key.prototypes).all()
 
 
 @given(st.integers(0, len(SOUND) - 1))
@@ -98,7 +108,7 @@ def test_a_file_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"format": 2}, "router.format"),
+        ({"format": 1}, "router.format"),
         ({"format": None}, "router.format"),
         ({"features": None}, "router.features"),
         ({"fingerprint": 7}, "router.fingerprint"),
@@ -109,6 +119,11 @@ def test_a_file_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ({"report": {"known": "high"}}, "router.report.known"),
         ({"calibration": None}, "router.calibration"),
         ({"calibration": {"threshold": 1.0}}, "router.calibration"),
+        ({"calibration": [0.5]}, "router.calibration"),
+        ({"prototypes": 0}, "router.prototypes"),
+        ({"prototypes": 1 << 40}, "router.prototypes"),
+        ({"prototypes": 2.0}, "router.prototypes"),
+        ({"prototypes": None}, "router.prototypes"),
     ],
 )
 def test_metadata_at_fault_are_named(values: dict[str, Any], field: str) -> None:
@@ -121,16 +136,27 @@ def test_metadata_at_fault_are_named(values: dict[str, Any], field: str) -> None
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("threshold", 1e9),
-        ("gate_position", -1e9),
-        ("gate_width", 0.0),
-        ("coherence", 0.0),
-        ("coherence", 1.0),
+        ("threshold", 1.1),
+        ("threshold", -0.1),
         ("threshold", True),
+        ("blend", 1e9),
+        ("blend", "half"),
+        ("first", None),
+        ("first", [1.0, 2.0]),
+        ("first", {"weights": [1.0]}),
+        ("further", {"weights": [1.0, 2.0], "bias": 0.0, "more": 1.0}),
+        ("first.weights", {"weights": [], "bias": 0.0}),
+        ("first.weights", {"weights": "1", "bias": 0.0}),
+        ("further.weights", {"weights": [1.0] * 1000, "bias": 0.0}),
+        ("further.weights[1]", {"weights": [1.0, 1e7], "bias": 0.0}),
+        ("further.weights[0]", {"weights": [None, 1.0], "bias": 0.0}),
+        ("first.bias", {"weights": [1.0], "bias": -1e7}),
+        ("first.bias", {"weights": [1.0], "bias": [0.0]}),
     ],
 )
 def test_a_calibration_out_of_range_is_refused(name: str, value: Any) -> None:
-    calibration = dataclasses.asdict(tiny().calibration) | {name: value}
+    part = name.partition(".")[0]
+    calibration = dataclasses.asdict(tiny().calibration) | {part: value}
     with pytest.raises(InvalidArgument) as e:
         read_router(with_metadata(calibration=calibration))
     assert e.value.field == f"router.calibration.{name}"
@@ -141,7 +167,7 @@ def test_numbers_that_json_does_not_have_are_refused() -> None:
         read_router(with_metadata(report={"known": float("nan")}))
 
 
-@pytest.mark.parametrize("name", ["mean", "scales", "codes", "impostors"])
+@pytest.mark.parametrize("name", ["mean", "scales", "codes"])
 @pytest.mark.parametrize(
     "entry",
     [
@@ -179,8 +205,6 @@ def test_tensors_are_exactly_the_known_ones() -> None:
         ("scales", np.inf),
         ("scales", -0.1),
         ("codes", -128),
-        ("impostors", np.nan),
-        ("impostors", 3.0),
     ],
 )
 def test_a_value_that_no_fit_gives_is_refused(name: str, value: float) -> None:
@@ -190,3 +214,14 @@ def test_a_value_that_no_fit_gives_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidArgument) as e:
         read_router(dataclasses.replace(content, **{name: tensor}).to_bytes())
     assert e.value.field == f"router.{name}"
+
+
+def test_a_mean_may_be_negative_where_a_hidden_state_is() -> None:
+    content = tiny(hidden=HIDDEN)
+    assert content.mean.min() < -0.1
+    for value in (-1.1, 1.1):
+        mean = content.mean.copy()
+        mean[-1] = value
+        with pytest.raises(InvalidArgument) as e:
+            read_router(dataclasses.replace(content, mean=mean).to_bytes())
+        assert e.value.field == "router.mean"

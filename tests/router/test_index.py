@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_serve.router import index as index_module
-from mora_serve.router.index import Entry, Index, Scores
+from mora_serve.router.features import Floats
+from mora_serve.router.index import Index
+from mora_serve.router.prototypes import unit
+from mora_serve.router.rows import Entry
 from tests.router.make import key, vectors
 
 KEYS = vectors(0, 40)
@@ -20,14 +23,17 @@ changes = st.lists(st.tuples(st.booleans(), tenants, names, st.integers(0, 39)),
 
 
 def entry(name: str, row: int, **options: object) -> Entry:
-    return Entry(name, key(KEYS[row]), **options)  # type: ignore[arg-type]
+    return Entry(name, key(KEYS[row], KEYS[(row + 1) % 40]), **options)  # type: ignore[arg-type]
 
 
-def by_name(scores: Scores) -> dict[str, tuple[bytes, bytes, bytes]]:
-    """Scores as bits."""
-    columns = zip(scores.cosine, scores.normed, scores.relative, strict=True)
+def found(index: Index, tenant: str, z: Floats, asked=None, count: int = 100) -> dict[str, tuple]:
+    """What each candidate scores, as bits."""
+    rows = index.candidates(tenant, z, asked, count)
+    if rows is None:
+        return {}
+    columns = zip(rows.cosines(z), rows.nearest(z), strict=True)
     values = (tuple(x.tobytes() for x in row) for row in columns)
-    return dict(zip(scores.names, values, strict=True))  # type: ignore[arg-type]
+    return dict(zip(rows.names, values, strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -47,20 +53,20 @@ def test_any_history_gives_the_adapters_that_it_leaves(history: list) -> None:
             expected.pop((tenant, name), None)
     assert len(index) == len(expected)
     for tenant in ("default", "other", "third"):
-        scores = by_name(index.score(tenant, PROMPT))
+        scores = found(index, tenant, PROMPT)
         assert set(scores) == {n for t, n in expected if t == tenant}
     fresh = Index.of((t, entry(n, row)) for (t, n), row in expected.items())
     for tenant in ("default", "other", "third"):
-        assert by_name(fresh.score(tenant, PROMPT)) == by_name(index.score(tenant, PROMPT))
+        assert found(fresh, tenant, PROMPT) == found(index, tenant, PROMPT)
 
 
 @given(st.integers(0, 30), st.integers(0, 2**32 - 1))
 def test_another_adapter_changes_no_score_by_a_bit(others: int, seed: int) -> None:
     prompt = vectors(seed, 1)[0]
-    alone = by_name(Index().put("default", entry("one", 0)).score("default", prompt))
+    alone = found(Index().put("default", entry("one", 0)), "default", prompt)
     index = Index.of(("default", entry(f"x{i}", i)) for i in range(others))
     index = index.put("default", entry("one", 0)).put("default", entry("last", 39))
-    assert by_name(index.score("default", prompt))["one"] == alone["one"]
+    assert found(index, "default", prompt)["one"] == alone["one"]
 
 
 @settings(max_examples=20)
@@ -69,22 +75,22 @@ def test_masks_are_respected(asked: list[str], owners: list[str]) -> None:
     index = Index.of((t, entry(f"a{i}", i)) for i, t in enumerate(owners))
     for tenant in set(owners):
         own = {f"a{i}" for i, t in enumerate(owners) if t == tenant}
-        assert set(index.score(tenant, PROMPT).names) == own
-        assert set(index.score(tenant, PROMPT, asked).names) == own & set(asked)
-    assert not len(index.score("nobody", PROMPT).names)
+        assert set(found(index, tenant, PROMPT)) == own
+        assert set(found(index, tenant, PROMPT, asked)) == own & set(asked)
+    assert index.candidates("nobody", PROMPT) is None
 
 
 def test_an_adapter_that_is_not_listed_is_seen_only_by_name() -> None:
     index = Index().put("default", entry("shy", 0, listed=False)).put("default", entry("a", 1))
-    assert list(index.score("default", PROMPT).names) == ["a"]
-    assert set(index.score("default", PROMPT, ["shy", "a"]).names) == {"shy", "a"}
+    assert list(found(index, "default", PROMPT)) == ["a"]
+    assert set(found(index, "default", PROMPT, ["shy", "a"])) == {"shy", "a"}
 
 
 def test_an_older_index_stays_as_it_was() -> None:
     old = Index().put("default", entry("a", 0))
-    before = by_name(old.score("default", PROMPT))
+    before = found(old, "default", PROMPT)
     old.put("default", entry("a", 5)).put("default", entry("b", 6)).remove("default", "a")
-    assert by_name(old.score("default", PROMPT)) == before
+    assert found(old, "default", PROMPT) == before
 
 
 def test_a_removal_of_nothing_gives_the_same_index() -> None:
@@ -95,32 +101,66 @@ def test_a_removal_of_nothing_gives_the_same_index() -> None:
     assert ("other", "a") not in index
 
 
-def test_scores_are_cosine_impostor_norm_and_place_between_impostor_and_own() -> None:
-    index = Index().put("default", entry("a", 0, group="g"))
-    scores = index.score("default", KEYS[0])
-    assert list(scores.groups) == ["g"]
-    cosine = scores.cosine[0]
-    assert cosine == pytest.approx(1.0, abs=5e-3)  # keys have 8 bits
-    assert scores.normed[0] == pytest.approx((cosine - 0.01) / 0.0625, rel=1e-5)
-    assert scores.relative[0] == pytest.approx((cosine - 0.01) / (0.6 - 0.01), rel=1e-5)
+def test_a_score_is_the_cosine_with_the_centre_and_with_the_nearest_prototype() -> None:
+    rows = Index().put("default", entry("a", 0, group="g")).candidates("default", KEYS[1])
+    assert rows is not None
+    assert list(rows.groups) == ["g"]
+    assert rows.cosines(KEYS[1])[0] == pytest.approx(KEYS[0] @ KEYS[1], abs=5e-3)  # 8 bits
+    assert rows.nearest(KEYS[1])[0] == pytest.approx(1.0, abs=5e-3)
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_keys_in_eight_bits_score_as_the_keys_do(seed: int) -> None:
     keys, prompt = vectors(seed, 8), vectors(seed + 1, 1)[0]
     index = Index.of(("default", Entry(f"a{i}", key(k))) for i, k in enumerate(keys))
-    scores = index.score("default", prompt)
-    found = dict(zip(scores.names, scores.cosine, strict=True))
-    assert np.allclose([found[f"a{i}"] for i in range(8)], keys @ prompt, atol=3e-3)
+    rows = index.candidates("default", prompt)
+    assert rows is not None
+    cosines = dict(zip(rows.names, rows.cosines(prompt), strict=True))
+    assert np.allclose([cosines[f"a{i}"] for i in range(8)], keys @ prompt, atol=3e-3)
 
 
-def test_ten_thousand_adapters_take_less_than_ten_megabytes(
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+def test_candidates_are_the_nearest_centres(seed: int, count: int) -> None:
+    keys, prompt = vectors(seed, 30), vectors(seed + 1, 1)[0]
+    index = Index.of(("default", Entry(f"a{i:02}", key(k))) for i, k in enumerate(keys))
+    every = index.candidates("default", prompt, count=30)
+    rows = index.candidates("default", prompt, count=count)
+    assert every is not None
+    assert rows is not None
+    ranked = sorted(zip(-every.cosines(prompt), every.names, strict=True))
+    assert set(rows.names) == {name for _, name in ranked[:count]}
+
+
+def test_equal_centres_go_by_name() -> None:
+    index = Index.of(("default", entry(name, 0)) for name in ("d", "b", "a", "c"))
+    assert set(found(index, "default", PROMPT, count=2)) == {"a", "b"}
+    assert set(found(index, "default", PROMPT, ["c", "d"], count=1)) == {"c"}
+
+
+def test_a_search_of_many_finds_whoever_a_part_of_the_centre_speaks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index_module, "LIKELY", 20)
+    monkeypatch.setattr(index_module, "COARSE", 64)
+    others = vectors(5, 400)
+    index = Index.of(("default", Entry(f"x{i}", key(k))) for i, k in enumerate(others))
+    right = 0
+    for i in range(20):
+        own = unit(others[i] + 0.8 * vectors(100 + i, 1)[0])
+        right += f"x{i}" in found(index, "default", own, count=1)
+        named = found(index, "default", own, [f"x{j}" for j in range(i + 30)], count=1)
+        assert set(named) == set(found(index, "default", own, count=1))
+    assert right == 20
+
+
+def test_ten_thousand_adapters_take_less_than_thirty_megabytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    prototype = vectors(0, 1, 512)[0]
-    index = Index.of(("default", Entry(f"a{i}", key(prototype))) for i in range(10_000))
-    assert index.nbytes < 6e6
-    scores = index.score("default", vectors(1, 1, 512)[0])
-    assert len(scores.names) == 10_000
-    assert np.ptp(scores.cosine) == 0
+    same = key(*vectors(0, 4, 512))
+    index = Index.of(("default", Entry(f"a{i}", same)) for i in range(10_000))
+    assert index.nbytes < 30e6
+    rows = index.candidates("default", vectors(1, 1, 512)[0])
+    assert rows is not None
+    assert sorted(rows.names) == sorted(f"a{i}" for i in range(10_000))[: index_module.FOUND]

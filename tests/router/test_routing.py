@@ -28,9 +28,11 @@ def names(routing: Routing, tenant: str = "default") -> set[str]:
     return {c.adapter for c in candidates}
 
 
-def bits(snapshot: Snapshot, text: str) -> dict[str, bytes]:
-    scores = snapshot.index.score("default", snapshot.router.embed(text))
-    return {n: c.tobytes() for n, c in zip(scores.names, scores.cosine, strict=True)}
+def bits(snapshot: Snapshot, text: str, pooled=None, names=None) -> dict[str, bytes]:
+    z = snapshot.router.embed(text, pooled)
+    rows = snapshot.index.candidates("default", z, names, 1000)
+    assert rows is not None
+    return {n: c.tobytes() for n, c in zip(rows.names, rows.cosines(z), strict=True)}
 
 
 def test_without_a_router_nothing_is_picked(registry: Registry) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import grpc
@@ -124,6 +125,18 @@ def test_metrics_follow_what_happens(client, serving):
     assert not any("unknown" in name for name in after)
     client.unregister_adapter("metered")
     assert not any("metered" in name for name in scrape(serving))
+
+
+def test_the_event_loop_is_watched_from_the_start(serving):
+    """Its timers are counted, and a callback that holds it up shows in the histogram."""
+    name = "mora_event_loop_lag_seconds_count"
+    late = "mora_event_loop_lag_seconds_bucket{%s}"
+    before = scrape(serving)
+    serving.loop.call_soon_threadsafe(time.sleep, 0.3)
+    wait_for(lambda: scrape(serving)[name] >= before[name] + 5)
+    after = scrape(serving)
+    slow = after[name] - after[late % "0.1"]
+    assert slow > before[name] - before[late % "0.1"]
 
 
 def test_cancelled_and_late_requests_are_counted(client, serving):

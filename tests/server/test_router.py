@@ -8,8 +8,9 @@ import pytest
 
 from mora_serve import errors
 from mora_serve.core import Mixture, Source
-from mora_serve.router.features import NGrams
-from router_training.router import fit_router
+from mora_serve.router.features import Features, NGrams
+from router_training.router import FitOptions, fit_router
+from router_training.router_data import RouterData
 from tests.server.conftest import PROMPTS, running
 
 WORDS = (
@@ -28,8 +29,8 @@ def router_file() -> bytes:
         "count": [f"how many vowels has {w}" for w in WORDS],
     }
     other = [f"{a} {b} was seen near {c}" for a in WORDS for b in WORDS[:3] for c in WORDS[:3]]
-    data, _ = fit_router(examples, other, features=NGrams(dim=512), dims=32, folds=2)
-    return data
+    options = FitOptions(Features(NGrams(dim=512)), dims=64, folds=2)
+    return fit_router(RouterData.of(examples, other), options=options)[0]
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_an_adapter_is_routable_as_soon_as_it_is_registered(routed):
 def test_a_router_is_described(routed, router_file):
     described = routed.get_router()
     assert described.digest == hashlib.sha256(router_file).hexdigest()
-    assert (described.routable_adapters, described.dims, described.max_adapters) == (2, 32, 2)
+    assert (described.routable_adapters, described.dims, described.max_adapters) == (2, 64, 2)
     assert routed.server_info().router_digest == described.digest
 
 

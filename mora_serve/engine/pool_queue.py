@@ -1,0 +1,150 @@
+"""Texts whose hidden states the router waits for: a pass of some of them between two steps.
+
+A pass is small, so that running streams keep their pace, and takes a text of each job in turn,
+so that one adapter's keys do not wait for those of all that a new router needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mora_serve.config import EngineConfig
+from mora_serve.errors import Internal, MoraError
+from mora_serve.model.decoder import Decoder
+from mora_serve.model.pooling import States, pool_states
+
+log = logging.getLogger(__name__)
+
+# Of a step's tokens, for prompts to route and for keys: a token through a quarter of the layers
+# counts as a quarter of one. While requests run, keys also have a share of the time at most: on a
+# CPU a pass of few tokens still dequantises its layers.
+SHARE, BACKGROUND_SHARE = 1 / 4, 1 / 16
+BACKGROUND_TIME = 1 / 4
+
+
+@dataclass(slots=True, eq=False)
+class PoolJob:
+    """Texts as tokens; ``done`` gets their states [texts, hidden] after ``depth`` layers.
+
+    ``background``: no request waits for it.
+    """
+
+    texts: Sequence[Sequence[int]]
+    depth: int
+    background: bool = False
+    done: Future[States] = field(default_factory=Future)
+    taken: int = 0  # texts in a pass or behind it
+    states: list[States] = field(default_factory=list)
+
+
+class PoolQueue:
+    """Jobs in line, and the passes that work them off. For one thread."""
+
+    def __init__(self, decoder: Decoder, limits: EngineConfig) -> None:
+        self._decoder = decoder
+        self._step_tokens = limits.step_tokens
+        self._urgent: deque[PoolJob] = deque()
+        self._background: deque[PoolJob] = deque()
+        self._rest_until = 0.0
+        self.tokens = 0  # pooled since the start
+
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._background)
+
+    @property
+    def urgent(self) -> int:
+        """Jobs in line that requests wait for."""
+        return len(self._urgent)
+
+    def add(self, job: PoolJob) -> None:
+        """Put a job in line; without texts it is done."""
+        if job.texts:
+            (self._background if job.background else self._urgent).append(job)
+        elif job.done.set_running_or_notify_cancel():
+            job.done.set_result(np.zeros((0, self._decoder.shape.hidden_size), np.float32))
+
+    def run(self, busy: bool) -> int:
+        """One pass for requests and one in the background, where jobs are in line.
+
+        ``busy``: requests run beside. Returns the cost in tokens through all layers.
+        """
+        cost = self._pass(self._urgent, SHARE)
+        start = time.monotonic()
+        if not self._background or (busy and start < self._rest_until):
+            return cost
+        cost += self._pass(self._background, BACKGROUND_SHARE if busy else SHARE)
+        end = time.monotonic()
+        self._rest_until = end + (end - start) * (1 / BACKGROUND_TIME - 1)
+        return cost
+
+    def fail(self, error: MoraError) -> None:
+        """End every job in line with an error."""
+        for jobs in (self._urgent, self._background):
+            while jobs:
+                _end(jobs.popleft(), error)
+
+    def _pass(self, jobs: deque[PoolJob], share: float) -> int:
+        batch = self._take(jobs, share)
+        if not batch:
+            return 0
+        depth, texts = batch[0][0].depth, [text for _, text in batch]
+        try:
+            states = pool_states(self._decoder, texts, depth)
+        except Exception:  # what one text does must not end the thread that serves all
+            log.exception("pooling failed; its %d texts have no state", len(texts))
+            for job in {job for job, _ in batch}:
+                if job in jobs:
+                    jobs.remove(job)
+                _end(job, _failed())
+            return 0
+        for (job, _), state in zip(batch, states, strict=True):
+            job.states.append(state)
+            if len(job.states) == len(job.texts):
+                job.done.set_result(np.stack(job.states))
+        tokens = sum(map(len, texts))
+        self.tokens += tokens
+        return -(-tokens * depth // len(self._decoder.layers))
+
+    def _take(self, jobs: deque[PoolJob], share: float) -> list[tuple[PoolJob, Sequence[int]]]:
+        """Texts of one depth with their jobs: one at least, however long; the rest stay in line."""
+        batch: list[tuple[PoolJob, Sequence[int]]] = []
+        others: list[PoolJob] = []
+        tokens = 0
+        while jobs:
+            job = jobs.popleft()
+            if batch and job.depth != batch[0][0].depth:
+                others.append(job)
+                continue
+            text = job.texts[job.taken]
+            most = share * self._step_tokens * len(self._decoder.layers) / max(job.depth, 1)
+            if batch and tokens + len(text) > most:
+                jobs.appendleft(job)
+                break
+            if not job.taken and not job.done.set_running_or_notify_cancel():
+                continue  # whoever waited has left
+            job.taken += 1
+            tokens += len(text)
+            batch.append((job, text))
+            if job.taken < len(job.texts):
+                jobs.append(job)
+        jobs.extendleft(reversed(others))
+        return batch
+
+
+def _end(job: PoolJob, error: MoraError) -> None:
+    if job.taken or job.done.set_running_or_notify_cancel():
+        job.done.set_exception(error)
+
+
+def _failed() -> MoraError:
+    return Internal(
+        "router: the base's hidden state could not be computed; retry the request",
+        reason="POOLING_FAILED",
+    )
