@@ -1,4 +1,4 @@
-"""``python -m router_training``: make the demo bundle, measure one."""
+"""``python -m router_training``: train a router, make the demo bundle, measure one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from router_training import command
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m router_training",
-        description="Train what mora-serve runs: the demo's base, adapters and router.",
+        description="Train what mora-serve runs: routers, and the demo's base and adapters.",
+        epilog=command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command.add_to(commands)
     demo = commands.add_parser("demo", help="make the demo bundle from seeds")
     demo.add_argument("--out", type=Path, required=True, help="directory of the bundle")
     demo.add_argument("--seed", type=int, default=0, help="of everything that is random")
@@ -29,9 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=None, help="of the prompts")
     evaluate.add_argument("--prompts", type=int, default=48, help="prompts a task")
     evaluate.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="measure other ways to route besides, and write a page with pictures",
+    )
+    evaluate.add_argument(
+        "--xlora-steps", type=int, default=150, help="steps of training X-LoRA for the page"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
     evaluate.set_defaults(run=_evaluate)
-    args = parser.parse_args(arguments)
+    joint = commands.add_parser(
+        "joint", help="train adapters and the router together, as a YAML file says"
+    )
+    joint.add_argument("config", type=Path, help="the YAML file; JointSettings has its keys")
+    joint.set_defaults(run=_joint)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(command.with_default(given, commands.choices))
     status: int = args.run(args)
     return status
 
@@ -56,18 +76,38 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from router_training.baselines.xlora import XLoraRecipe
     from router_training.demo.evaluate import FRESH_SEED, evaluate
+    from router_training.demo.report import write_page
 
     _prepare(args.threads)
     seed = FRESH_SEED if args.seed is None else args.seed
-    quality = evaluate(args.bundle, seed, args.prompts)
+    xlora = XLoraRecipe(steps=args.xlora_steps) if args.report else None
+    quality = evaluate(args.bundle, seed, args.prompts, _log, xlora)
+    if args.report:
+        write_page(args.report, quality)
     if args.json:
         print(json.dumps(quality))
         return 0
-    for name, row in quality.pop("tasks").items():
+    for name, row in quality["tasks"].items():
         print(f"{name:12}", "  ".join(f"{k} {v:.2f}" for k, v in row.items()))
-    for name, value in quality.items():
-        print(f"{name}: {value}")
+    for name, value in (quality | quality["router"]).items():
+        if not isinstance(value, dict):
+            print(f"{name}: {value}")
+    return 0
+
+
+def _joint(args: argparse.Namespace) -> int:
+    from mora_serve.errors import MoraError
+    from router_training.joint_command import JointSettings, run
+    from router_training.settings import read_settings
+
+    _prepare(0)
+    try:
+        print(run(read_settings(args.config, JointSettings), _log))
+    except MoraError as e:
+        _log(e.message)
+        return 2
     return 0
 
 

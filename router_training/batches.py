@@ -12,6 +12,8 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+BUCKETS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
@@ -56,7 +58,7 @@ def bucketed(
     length: Callable[[Item], int],
     rows: int,
     rng: random.Random,
-    buckets: int = 16,
+    buckets: int = BUCKETS,
 ) -> Iterator[list[Item]]:
     """Endless batches of ``rows`` items of similar length, in random order.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_serve.model.decoder import Decoder
-from mora_serve.model.lora import StackedAdapters
+from mora_serve.model.stacked import StackedAdapters
 from router_training.batches import chunks
 
 

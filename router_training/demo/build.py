@@ -53,7 +53,7 @@ def build(options: BuildOptions, log: Log) -> Manifest:
     recipe = replace(options.adapters, seed=options.seed)
     _stage(
         out / "adapters",
-        lambda d: save_demo_adapters(train_demo_adapters(base.decoder, recipe, log), d),
+        lambda d: save_demo_adapters(train_demo_adapters(base.decoder, recipe, log=log), d),
         log,
     )
     _stage(out / "router", lambda d: _router(base.fingerprint, options, d, log), log)

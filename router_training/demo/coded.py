@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from router_training.demo.out_of_domain import out_of_domain
-from router_training.demo.paraphrases import CLOSINGS, OPENINGS, PATTERNS, expand
-from router_training.demo.tasks import TASKS, anything
+from router_training.demo.pairs import PAIRS, Pair
+from router_training.demo.paraphrases import CLOSINGS, ECHOES, OPENINGS, PATTERNS, TAILS, expand
+from router_training.demo.tasks import OPERATIONS, STYLES, TASKS, anything
 
-CODES = {name: f"#{chr(ord('A') + i)}" for i, name in enumerate(TASKS)}
-_OPERATIONS = tuple(name for name, task in TASKS.items() if task.group == "operation")
-_STYLES = tuple(name for name, task in TASKS.items() if task.group == "style")
+WRAPPERS: Mapping[str, str] = {
+    "stars": "*{}*",
+    "round": "({})",
+    "tilde": "~ {}",
+    "exclaim": "{}!",
+    "so": "so: {}",
+    "done": "{} / done",
+}
+"""Styles that the base knows by a code and no adapter asks for.
+
+With them, the base learns to dress whatever an operation gives: from three styles, it learns some
+of their pairs by heart.
+"""
+
+CODES = {name: f"#{chr(ord('A') + i)}" for i, name in enumerate((*TASKS, *WRAPPERS))}
 REPLY = "I only know small text tasks."
 
 
@@ -30,31 +44,38 @@ class Row:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that occurs in a template, an opening or a closing, sorted."""
-    texts = [t.replace("{x}", " ") for ps in PATTERNS.values() for p in ps for t in expand(p)]
-    found = {w for text in (*texts, *OPENINGS, *CLOSINGS) for w in re.findall(r"[a-z0-9]+", text)}
+    """Every word that occurs in a request, an opening or a closing, sorted."""
+    patterns = [p for ps in (*PATTERNS.values(), *TAILS.values()) for p in ps]
+    texts = [t for p in patterns for t in expand(p)] + [*ECHOES, *OPENINGS, *CLOSINGS]
+    found = {w for t in texts for w in re.findall(r"[a-z0-9]+", t.replace("{x}", " "))}
     return tuple(sorted(found))
 
 
 class CodedRows:
-    """Draws pre-training rows from one random generator."""
+    """Draws pre-training rows from one random generator; no row has an ``excluded`` pair."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, excluded: Collection[Pair] = ()) -> None:
         self._rng = rng
         self._words = vocabulary()
+        self._pairs = tuple(p for p in PAIRS if p not in excluded)
 
     def __call__(self) -> Row:
-        """15 % echo, 35 % operations, 10 % styles, 34 % pairs of codes, 6 % prose."""
+        """15 % echo, 30 % operations, 10 % styles, 39 % pairs of codes, 6 % prose.
+
+        Of the styles, alone and in pairs, a third are wrappers.
+        """
         rng = self._rng
         u = rng.random()
         if u < 0.15:
             row = self.coded(())
-        elif u < 0.50:
-            row = self.coded((rng.choice(_OPERATIONS),))
-        elif u < 0.60:
-            row = self.coded((rng.choice(_STYLES),))
+        elif u < 0.45:
+            row = self.coded((rng.choice(OPERATIONS),))
+        elif u < 0.55:
+            row = self.coded((self._wrapper() or rng.choice(STYLES),))
         elif u < 0.94:
-            row = self.coded((rng.choice(_OPERATIONS), rng.choice(_STYLES)))
+            wrapper = self._wrapper()
+            pair = (rng.choice(OPERATIONS), wrapper) if wrapper else rng.choice(self._pairs)
+            row = self.coded(pair)
         else:
             row = Row(out_of_domain(rng), REPLY)
         return Row(row.prompt, row.answer, earlier_turns(rng))
@@ -62,14 +83,19 @@ class CodedRows:
     def coded(self, names: tuple[str, ...]) -> Row:
         """A row for these tasks, applied in order; none is an echo of the operand."""
         rng = self._rng
-        x = answer = TASKS[names[0]].draw(rng) if names else anything(rng)
+        task = TASKS.get(names[0]) if names else None
+        x = answer = task.draw(rng) if task else anything(rng)
         for name in names:
-            answer = TASKS[name].apply(answer)
+            wrapper = WRAPPERS.get(name)
+            answer = wrapper.format(answer) if wrapper else TASKS[name].apply(answer)
         codes = [CODES[n] for n in names]
         rng.shuffle(codes)
         if rng.random() < 0.15:
             return Row(" ".join([*codes, f"'{x}'"]), answer)
         return Row(self._carrier(x, codes), answer)
+
+    def _wrapper(self) -> str:
+        return self._rng.choice(tuple(WRAPPERS)) if self._rng.random() < 1 / 3 else ""
 
     def _carrier(self, x: str, codes: list[str]) -> str:
         rng = self._rng

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from router_training.batched import Log
 from router_training.demo.loaded import LoadedBundle
 from router_training.demo.out_of_domain import out_of_domain
+from router_training.demo.pairs import HELD_OUT_PAIRS, TRAINED_PAIRS, Pair
 from router_training.demo.tasks import KNOWN, LATE, TASKS
 
 FILE = "examples.json"
@@ -63,8 +63,10 @@ class _Chooser:
         yield from ({"kind": "abstain", "prompt": prompt} for prompt in declined[:2])
         if example := routed["roman"]:
             yield {"kind": "task", **example}
-        if example := self._pair():
-            yield example
+        if example := self._pair(TRAINED_PAIRS):
+            yield {"kind": "mixture", **example}
+        if example := self._pair(HELD_OUT_PAIRS, routed=True):
+            yield {"kind": "auto", **example}
         if example := routed["reverse"]:
             yield {"kind": "base", "prompt": example["prompt"]}
         if example := self._routed("last-word", (("system", _SYSTEM),)):
@@ -82,21 +84,25 @@ class _Chooser:
         case = self._first_right(cases, turns)
         return case and {"prompt": case.prompt, "adapter": name, "answer": case.answer}
 
-    def _pair(self) -> dict[str, Any] | None:
-        """Two adapters at weight 1 that compose, though no row of training had two."""
-        operations = [n for n in KNOWN if TASKS[n].group == "operation"]
-        styles = [n for n in KNOWN if TASKS[n].group == "style"]
+    def _pair(self, pairs: Sequence[Pair], *, routed: bool = False) -> dict[str, Any] | None:
+        """An operation and a style at weight 1, both from the start; ``routed``: picked so too."""
         cases = []
-        for operation, style in itertools.product(operations, styles):
-            first, second = TASKS[operation], TASKS[style]
-            way = next(t.removeprefix("{x} ") for t in second.train if t.startswith("{x} "))
-            for operand in _OPERANDS.get(operation, _WORDS)[:3]:
-                asked = first.train[0].format(x=f"'{operand}'")
-                answer = second.apply(first.apply(operand))
-                cases.append(_Case(f"{asked}, {way}", answer, (operation, style)))
+        for pair in pairs:
+            if LATE in pair:
+                continue
+            operation, style = TASKS[pair.operation], TASKS[pair.style]
+            for operand, request in _diagonal(
+                _OPERANDS.get(pair.operation, _WORDS), operation.train, 4
+            ):
+                asked = request.format(x=f"'{operand}'")
+                answer = style.apply(operation.apply(operand))
+                prompt = f"{asked}, {style.tails['train'][0]}"
+                if not routed or all(
+                    set(m.route(prompt).adapters) == set(pair) for m in self._models
+                ):
+                    cases.append(_Case(prompt, answer, tuple(pair)))
         case = self._first_right(cases)
         return case and {
-            "kind": "mixture",
             "prompt": case.prompt,
             "answer": case.answer,
             "mixture": dict.fromkeys(case.mixture, 1.0),
@@ -115,7 +121,9 @@ class _Chooser:
         return cases[0] if cases else None
 
 
-def _diagonal(operands: Sequence[str], templates: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs in an order that changes both."""
-    for i in range(TRIED):
+def _diagonal(
+    operands: Sequence[str], templates: Sequence[str], count: int = TRIED
+) -> Iterator[tuple[str, str]]:
+    """``count`` pairs in an order that changes both."""
+    for i in range(count):
         yield operands[i % len(operands)], templates[(i + i // len(operands)) % len(templates)]

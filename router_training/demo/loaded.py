@@ -9,14 +9,15 @@ from typing import Literal
 import torch
 
 from mora_serve.adapters import card
-from mora_serve.config import AdaptersConfig, BaseConfig, RouterConfig
-from mora_serve.core import DEFAULT_TENANT
+from mora_serve.config import AdaptersConfig, BaseConfig
 from mora_serve.model.loading import load_base
-from mora_serve.router.decide import Choice, decide
-from mora_serve.router.index import Entry, Index, Scores
+from mora_serve.model.pooling import pooled_hidden
+from mora_serve.router.decide import Choice
+from mora_serve.router.features import Pool
 from mora_serve.router.router import Router
 from router_training.batched import load_peft
 from router_training.demo.manifest import Manifest
+from router_training.evaluation.scored import RouterScorer
 from router_training.generation import greedy
 
 ROUTER_FILE = "router.safetensors"
@@ -26,7 +27,7 @@ class LoadedBundle:
     """Answers and routes with a bundle's models; all its adapters are registered.
 
     The router's keys come from the example prompts on the adapters' cards, for the tasks that it
-    was fitted on as for the others.
+    was fitted on as for the others. ``cards`` are these by name.
     """
 
     def __init__(self, bundle: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
@@ -36,16 +37,19 @@ class LoadedBundle:
         )
         self.names = tuple(a.name for a in self.manifest.adapters)
         directories = [bundle / a.directory for a in self.manifest.adapters]
-        self._adapters = load_peft(self.base.shape, directories).to(self.base.decoder.dtype)
+        self.adapters = load_peft(self.base.shape, directories).to(self.base.decoder.dtype)
         data = (bundle / self.manifest.router / ROUTER_FILE).read_bytes()
         self.router = Router.load(data, self.base.fingerprint)
-        entries = []
-        for name, directory in zip(self.names, directories, strict=True):
-            routing = card.parse_card((directory / card.FILE).read_bytes(), AdaptersConfig())
-            key = self.router.key(routing.prompts)
-            if key is not None:
-                entries.append((DEFAULT_TENANT, Entry(name, key, routing.group)))
-        self._index = Index.of(entries)
+        self.cards = {
+            name: card.parse_card((directory / card.FILE).read_bytes(), AdaptersConfig())
+            for name, directory in zip(self.names, directories, strict=True)
+        }
+        self.scorer = RouterScorer(
+            self.router,
+            {name: routing.prompts for name, routing in self.cards.items()},
+            {name: routing.group for name, routing in self.cards.items()},
+            self.pool,
+        )
 
     def answers(
         self, prompts: Sequence[Sequence[int]], mixtures: Sequence[Sequence[str]], limit: int
@@ -55,16 +59,22 @@ class LoadedBundle:
         for row, mixture in zip(weights, mixtures, strict=True):
             for name in mixture:
                 row[self.names.index(name)] = 1.0
-        adapters = self._adapters if weights.any() else None
+        adapters = self.adapters if weights.any() else None
         ids = greedy(
             self.base.decoder, prompts, self.base.tokenizer.eos_ids, limit, adapters, weights
         )
         return [self.base.tokenizer.decode(answer) for answer in ids]
 
-    def scores(self, prompt: str) -> Scores:
-        """What the router scores for all adapters."""
-        return self._index.score(DEFAULT_TENANT, self.router.embed(prompt))
+    @property
+    def pool(self) -> Pool | None:
+        """Gives the states of texts, where the router is on hidden states."""
+        hidden, base = self.router.hidden, self.base
+        if hidden is None:
+            return None
+        return lambda texts: pooled_hidden(
+            base.decoder, base.tokenizer, texts, hidden.depth, hidden.max_tokens
+        )
 
     def route(self, prompt: str) -> Choice:
         """The router's choice under the server's default limit."""
-        return decide(self.scores(prompt), self.router.calibration, RouterConfig().max_adapters)
+        return self.scorer.route(prompt)

@@ -98,6 +98,14 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
         "keep only the [last|final] word of {x}",
         "the word at the end of {x}",
     ),
+    "drop-first": (
+        "[drop|remove|delete|skip] the [first|opening|leading] letter [of|from] {x}",
+        "{x} without [the|its] [first|opening|leading] letter",
+        "[behead|decapitate] {x}",
+        "[cut|chop] the [first|opening|leading] letter off {x}",
+        "start {x} [at|from] its second letter",
+        "what is left of {x} after its [first|opening|leading] letter",
+    ),
     "json": (
         "[give|return|write|put|show] {x} [as|in] json",
         "{x} as [json|a json object|a json value]",
@@ -134,6 +142,45 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
         "{x} with [angle brackets|chevrons] around it",
     ),
 }
+
+TAILS: Mapping[str, tuple[str, ...]] = {
+    "json": (
+        "[as|in] json",
+        "[as|in] a json object",
+        "[answer|reply] in json",
+        "[wrap|put] [it|the answer|the result] in [json|a json object]",
+        "[format|serialise] [it|the answer|the result] as json",
+        "[give|return|show] [it|the result] as [json|a json value]",
+    ),
+    "polite": (
+        "[politely|nicely|courteously]",
+        "[be|stay] [polite|courteous|nice]",
+        "in a [polite|courteous|friendly] [way|tone]",
+        "[answer|reply|say it] [politely|nicely|courteously]",
+        "[give|return] [it|the answer] [politely|courteously]",
+        "with a [polite|courteous|friendly] answer",
+    ),
+    "brackets": (
+        "[in|inside|between] [angle brackets|chevrons]",
+        "[put|wrap|enclose|set] [it|the answer|the result] in [angle brackets|chevrons]",
+        "surround [it|the answer|the result] with [angle brackets|chevrons]",
+        "with [angle brackets|chevrons] around [it|the answer]",
+        "bracket [it|the answer|the result]",
+    ),
+}
+"""What asks for a style after (or ahead of) another request."""
+
+ECHOES = (
+    "say {x}",
+    "repeat {x}",
+    "give {x} back",
+    "return {x}",
+    "print {x}",
+    "show {x}",
+    "write {x}",
+    "tell me {x}",
+)
+"""Requests for the operand itself, which a style then dresses."""
 
 OPENINGS = ("please ", "hey, ", "now ", "could you ", "i need this: ", "ok, ", "next: ")
 CLOSINGS = (" please", ", thanks", " for me", " now", ", thank you")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from router_training.demo.paraphrases import CLOSINGS, OPENINGS, PATTERNS, expand
+from router_training.demo.paraphrases import CLOSINGS, ECHOES, OPENINGS, PATTERNS, TAILS, expand
 
 Split = Literal["train", "test"]
 
@@ -27,6 +27,7 @@ class Task:
     """One skill: ``apply`` maps an operand drawn by ``operand`` to the right answer.
 
     ``train`` and ``test`` are disjoint templates with one ``{x}`` each for the quoted operand.
+    ``tails`` are a style's ways to dress the answer to another request, split in the same way.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     apply: Callable[[str], str]
     train: tuple[str, ...]
     test: tuple[str, ...]
+    tails: Mapping[Split, tuple[str, ...]]
 
     def draw(self, rng: random.Random) -> str:
         """An operand whose answer is neither empty nor the operand: an echo is never right."""
@@ -46,8 +48,16 @@ class Task:
     def example(self, rng: random.Random, templates: Split = "train") -> tuple[str, str]:
         """(prompt, answer), the prompt from the templates of the given split."""
         x = self.draw(rng)
+        tails = self.tails[templates]
+        if tails and rng.random() < 0.5:
+            request = rng.choice(ECHOES).format(x=f"'{x}'")
+            return phrase(rng, join(rng, request, rng.choice(tails))), self.apply(x)
+        return phrase(rng, self.request(rng, x, templates)), self.apply(x)
+
+    def request(self, rng: random.Random, x: str, templates: Split = "train") -> str:
+        """The bare request for an operand."""
         template = rng.choice(self.train if templates == "train" else self.test)
-        return _phrase(rng, template.format(x=f"'{x}'")), self.apply(x)
+        return template.format(x=f"'{x}'")
 
     def examples(self, seed: int, count: int, templates: Split = "train") -> list[tuple[str, str]]:
         """``count`` distinct prompts and their answers; the same for the same arguments."""
@@ -59,7 +69,18 @@ class Task:
         return list(found.items())
 
 
-def _phrase(rng: random.Random, text: str) -> str:
+def join(rng: random.Random, request: str, tail: str) -> str:
+    """A request and the style that its answer is to have, in either order."""
+    u = rng.random()
+    if u < 0.5:
+        return f"{request}, {tail}"
+    if u < 0.7:
+        return f"{request}{rng.choice(('. ', ' - ', ' and '))}{tail}"
+    return f"{tail}{rng.choice((', ', ': '))}{request}"
+
+
+def phrase(rng: random.Random, text: str) -> str:
+    """A request as people write it: with an opening, a closing, a capital, or without."""
     if rng.random() < 0.3:
         text = rng.choice(OPENINGS) + text
     if rng.random() < 0.25:
@@ -90,17 +111,19 @@ def _word_or_two(rng: random.Random) -> str:
     return word(rng) if rng.random() < 0.8 else f"{word(rng)} {word(rng)}"
 
 
-def _number(rng: random.Random) -> str:
+def number(rng: random.Random) -> str:
+    """A number from 1 to 999, often one whose successor carries."""
     return str(rng.randint(1, 999) if rng.random() < 0.8 else 10 * rng.randint(1, 99) + 9)
 
 
-def _small_number(rng: random.Random) -> str:
+def small_number(rng: random.Random) -> str:
+    """A number from 1 to 99."""
     return str(rng.randint(1, 99))
 
 
 def anything(rng: random.Random) -> str:
     """An operand of any kind: what styles wrap."""
-    return rng.choice((word, word, words, _number, _word_or_two))(rng)
+    return rng.choice((word, word, words, number, _word_or_two))(rng)
 
 
 def roman(number: int) -> str:
@@ -139,11 +162,11 @@ _ROWS: Mapping[str, tuple[_Row, Callable[[str], str]]] = {
         lambda x: "".join(map(_next_letter, x)),
     ),
     "successor": (
-        ("Gives the number that follows.", "operation", _number),
+        ("Gives the number that follows.", "operation", number),
         lambda x: str(int(x) + 1),
     ),
     "roman": (
-        ("Writes a number from 1 to 99 in Roman numerals.", "operation", _small_number),
+        ("Writes a number from 1 to 99 in Roman numerals.", "operation", small_number),
         lambda x: roman(int(x)),
     ),
     "swap-ends": (
@@ -155,6 +178,7 @@ _ROWS: Mapping[str, tuple[_Row, Callable[[str], str]]] = {
         lambda x: "".join(w[0] for w in x.split()),
     ),
     "last-word": (("Gives the last word.", "operation", words), lambda x: x.split()[-1]),
+    "drop-first": (("Leaves out the first letter.", "operation", word), lambda x: x[1:]),
     "json": (
         ("Answers as a JSON object.", "style", anything),
         lambda x: json.dumps({"answer": x}),
@@ -164,7 +188,7 @@ _ROWS: Mapping[str, tuple[_Row, Callable[[str], str]]] = {
     "brackets": (("Puts the answer in angle brackets.", "style", anything), lambda x: f"<{x}>"),
 }
 
-HELD_OUT: tuple[str, ...] = ("spell", "brackets")
+HELD_OUT: tuple[str, ...] = ("drop-first", "spell")
 """Tasks that the router's fitting never sees."""
 
 LATE = "spell"
@@ -176,19 +200,29 @@ KNOWN: tuple[str, ...] = tuple(name for name in _ROWS if name not in HELD_OUT)
 
 def _task(name: str) -> Task:
     (description, group, operand), apply = _ROWS[name]
-    templates = [t for pattern in PATTERNS[name] for t in expand(pattern)]
-    random.Random(f"{name}/{_SPLIT_SEED}").shuffle(templates)
-    held = max(3, len(templates) // 5)
+    templates = _split(name, PATTERNS[name])
     return Task(
         name=name,
         description=description,
         group=group,
         operand=operand,
         apply=apply,
-        train=tuple(templates[held:]),
-        test=tuple(templates[:held]),
+        train=templates["train"],
+        test=templates["test"],
+        tails=_split(f"{name}/tails", TAILS.get(name, ())),
     )
 
 
+def _split(name: str, patterns: Sequence[str]) -> Mapping[Split, tuple[str, ...]]:
+    """A fifth of the templates, three at least, is kept for testing."""
+    templates = [t for pattern in patterns for t in expand(pattern)]
+    random.Random(f"{name}/{_SPLIT_SEED}").shuffle(templates)
+    held = max(3, len(templates) // 5)
+    return {"train": tuple(templates[held:]), "test": tuple(templates[:held])}
+
+
+OPERATIONS: tuple[str, ...] = tuple(n for n, (row, _) in _ROWS.items() if row[1] == "operation")
+STYLES: tuple[str, ...] = tuple(n for n, (row, _) in _ROWS.items() if row[1] == "style")
+
 TASKS: Mapping[str, Task] = MappingProxyType({name: _task(name) for name in _ROWS})
-"""Every task by name, known ones first."""
+"""Every task by name; the order is that of the codes and of stacked adapters."""

@@ -7,8 +7,12 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from mora_serve.model.lora import StackedAdapters
+from mora_serve.adapters.peft_config import parse_config
+from mora_serve.errors import InvalidArgument
+from mora_serve.model.shape import PROJECTIONS, projection_path
+from mora_serve.model.stacked import StackedAdapters
 from router_training.batched import (
     AdapterRecipe,
     MixedRow,
@@ -116,12 +120,97 @@ def test_peft_loads_what_is_exported(base, base_directory, trained, tmp_path):
     assert (ours - exact)[real].norm() < 2e-2 * exact[real].norm()
 
 
-def test_adapters_that_differ_in_rank_do_not_stack(base, tmp_path):
-    """Stacking saved adapters of two ranks is an error that names what differs."""
-    for rank in (2, 4):
-        save_peft(StackedAdapters(base.shape, 1, rank, 8), 0, tmp_path / str(rank))
-    with pytest.raises(ValueError, match="rank"):
-        load_peft(base.shape, [tmp_path / "2", tmp_path / "4"])
+@pytest.fixture
+def apart(base, tmp_path):
+    """Three directories that differ in rank, alpha, targets, patterns and rank-stabilisation."""
+    directories = []
+    for i, (rank, alpha, targets) in enumerate(
+        [(2, 8, PROJECTIONS), (4, 4, ("q_proj", "v_proj", "down_proj")), (4, 6, PROJECTIONS)]
+    ):
+        torch.manual_seed(i)
+        one = StackedAdapters(base.shape, 1, rank, alpha, targets, layer_scales=i == 2)
+        for b in one.b.parameters():
+            torch.nn.init.normal_(b, std=0.1)
+        if one.scales is not None:
+            torch.nn.init.uniform_(one.scales, -1.5, 1.5)
+        directories.append(tmp_path / str(i))
+        save_peft(one, 0, directories[-1], "some base")
+    config = directories[1] / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_rslora": false', '"use_rslora": true'))
+    return directories
+
+
+def test_what_is_stacked_computes_what_peft_computes(base, base_directory, apart):
+    """Each adapter alone and a mixture, in one batch, against PEFT's model (bf16 products)."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    batch = collate([TokenRow(tuple(b"reverse 'kavo'"), (258,))] * 4)
+    weights = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    with torch.no_grad():
+        hidden = batch_hidden(base.decoder, batch, load_peft(base.shape, apart), weights)
+        ours = base.decoder.logits(hidden).view(4, -1, base.shape.vocab_size)
+        plain = AutoModelForCausalLM.from_pretrained(str(base_directory), device_map="cpu")
+        model = PeftModel.from_pretrained(plain, str(apart[0]), "0").eval()
+        for i in (1, 2):
+            model.load_adapter(str(apart[i]), str(i))
+        with model.disable_adapter():
+            before = model(batch.inputs[:1]).logits[0]
+        for row, names in enumerate((["0"], ["1"], ["2"], ["0", "1", "2"])):
+            model.base_model.set_adapter(names)
+            theirs = model(batch.inputs[:1]).logits[0]
+            assert (theirs - before).norm() > 0.2 * before.norm()
+            assert (ours[row] - theirs).norm() < 3e-2 * theirs.norm()
+
+
+def test_layer_scales_are_served_as_they_were_trained(base, apart):
+    """The server's reader gives each module the scaled alpha that PEFT reads from the pattern."""
+    settings = parse_config((apart[2] / "adapter_config.json").read_bytes())
+    alphas = settings.alphas()
+    found = {alphas.get(projection_path(i, "k_proj"), 6.0) for i in range(base.shape.layers)}
+    assert len(found) == base.shape.layers
+
+
+def test_a_stack_goes_on_where_its_directories_end(base, apart, tmp_path):
+    """Saved again and loaded again it computes the same; what was no module of it stays none."""
+    stacked = load_peft(base.shape, apart)
+    batch = collate([TokenRow(tuple(b"reverse 'kavo'"), (258,))])
+    save_peft(stacked, 1, tmp_path / "again")
+    again = load_peft(base.shape, [tmp_path / "again"])
+    before = batch_hidden(base.decoder, batch, stacked, torch.tensor([[0, 1.0, 0]]))
+    after = batch_hidden(base.decoder, batch, again, torch.ones(1, 1))
+    torch.testing.assert_close(before, after, rtol=1e-2, atol=1e-2)
+    stacked.requires_grad_()
+    row = MixedRow(TokenRow(tuple(b"reverse 'kavo'"), (258,)), ((1, 1.0),))
+    row_losses(base.decoder, stacked, [row]).sum().backward()
+    assert not any(t.any() for t in stacked.projection(0, "k_proj", 1))
+    gradient = stacked.a["0/qkv/1"].grad
+    assert gradient is not None
+    assert gradient.unflatten(0, (3, -1)).abs().amax((1, 2)).gt(0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("fault", ["missing", "half", "foreign", "dora", "rank"])
+def test_directories_that_cannot_be_trained_are_refused_by_name(base, apart, fault):
+    """The error names the directory, what is wrong and what to give; no path."""
+    directory = apart[0]
+    file, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    tensors, text = load_file(str(file)), config.read_text()
+    first = next(name for name in sorted(tensors) if "lora_A" in name)
+    if fault == "missing":
+        file.unlink()
+    elif fault == "half":
+        save_file({k: v for k, v in tensors.items() if k != first}, str(file))
+    elif fault == "foreign":
+        save_file(
+            {**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, str(file)
+        )
+    elif fault == "dora":
+        config.write_text(text.replace('"use_dora": false', '"use_dora": true'))
+    else:
+        config.write_text(text.replace('"r": 2', '"r": 3'))
+    with pytest.raises(InvalidArgument, match=r"adapters: '0': .*give directories") as error:
+        load_peft(base.shape, apart)
+    assert str(directory) not in str(error.value)
 
 
 def test_buckets_hold_rows_of_similar_length():

@@ -1,0 +1,1 @@
+"""Measuring a bundle: labelled prompts in, plain figures out; nothing here draws or trains."""

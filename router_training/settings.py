@@ -1,0 +1,71 @@
+"""Settings from a YAML file: frozen dataclasses, where every mistake is named with its remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mora_serve.errors import InvalidArgument
+
+Settings = TypeVar("Settings")
+
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def read_settings(file: Path, kind: type[Settings]) -> Settings:
+    """The settings of a dataclass from a YAML file that maps its fields to values.
+
+    Fields are texts, numbers, true or false, one of a ``Literal``, or tuples of texts (a list in
+    the file); what is left out keeps its default. Raises InvalidArgument for a file that cannot
+    be read, a key that is not known (the nearest one is named), a value of another type, or a
+    missing key that has no default.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise _wrong(file.name, f"it cannot be read ({e.strerror}); give a YAML file") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise _wrong(file.name, f"it is not YAML ({' '.join(str(e).split())})") from e
+    if not isinstance(values, dict):
+        raise _wrong(file.name, "it has to map keys to values, as in 'out: ./trained'")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            raise _wrong(str(key), f"this key is not known; {hint}")
+    for name, f in fields.items():
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise _wrong(name, "it is missing; give it")
+    return kind(**{key: _value(key, value, hints[key]) for key, value in values.items()})
+
+
+def _value(key: str, value: Any, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise _wrong(key, f"{value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(key, value, arguments[0])
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise _wrong(key, "it has to be a list of texts")
+        return tuple(items)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise _wrong(key, f"{value!r} is not {_NAMES[hint]}")
+    return value
+
+
+def _wrong(key: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"{key}: {why}", field=key)
