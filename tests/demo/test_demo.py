@@ -85,23 +85,23 @@ def test_route_shows_the_candidates(command) -> None:
 
 def test_an_adapter_lives_its_whole_life(command) -> None:
     before = command("adapters", "list")[1]
-    assert "brackets" not in before
+    assert "drop-first" not in before
     assert "uppercase" in before
-    assert command("adapters", "register", "brackets", "adapters/brackets")[0] == 0
-    assert "brackets" in command("adapters", "list")[1]
-    assert "pinned" in command("adapters", "pin", "brackets")[1]
-    assert "pinned" not in command("adapters", "unpin", "brackets")[1]
-    shown = json.loads(command("adapters", "show", "brackets", "--json")[1])
-    assert shown["card"]["tasks"] == ["brackets"]
+    assert command("adapters", "register", "drop-first", "adapters/drop-first")[0] == 0
+    assert "drop-first" in command("adapters", "list")[1]
+    assert "pinned" in command("adapters", "pin", "drop-first")[1]
+    assert "pinned" not in command("adapters", "unpin", "drop-first")[1]
+    shown = json.loads(command("adapters", "show", "drop-first", "--json")[1])
+    assert shown["card"]["tasks"] == ["drop-first"]
     assert shown["routable"] is True
-    assert command("adapters", "unregister", "brackets")[0] == 0
+    assert command("adapters", "unregister", "drop-first")[0] == 0
     assert command("adapters", "list")[1] == before
 
 
 def test_an_upload_with_a_card_of_its_own(command, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("'abc' inside chevrons\n\nchevrons around 'abc'\n")
-    directory = str(bundle_path() / "adapters" / "brackets")
+    directory = str(bundle_path() / "adapters" / "drop-first")
     status, _, err = command(
         *("adapters", "upload", "mine", directory),
         *("--task", "wrap", "--prompts", str(prompts), "--description", "wraps"),
@@ -127,7 +127,7 @@ def test_info_describes_the_server(command) -> None:
         (("generate", "x", "--max-tokens", "0"), "max_tokens"),
         (("adapters", "show", "nobody"), "nobody"),
         (("adapters", "register", "x", "../x"), "path"),
-        (("adapters", "register", "NOT A NAME", "adapters/brackets"), "name"),
+        (("adapters", "register", "NOT A NAME", "adapters/drop-first"), "name"),
     ],
 )
 def test_a_refusal_of_the_server_is_one_line_with_status_one(
