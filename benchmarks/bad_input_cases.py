@@ -20,6 +20,7 @@ import safetensors.numpy
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mora_serve.client import Client, connection
 from mora_serve.errors import MoraError
@@ -279,6 +280,14 @@ CASES: dict[str, dict[str, Case]] = {
         "not there": ({"path": "x"}, "NOT_FOUND", "path", "under adapters.root"),
     },
     "GetRouter": {},
+    "ExportFeedback": {
+        "bad cursor": ({"cursor": "1/2"}, "INVALID_ARGUMENT", "cursor", "of an earlier answer"),
+        "a time that is none": (
+            {"since": Timestamp(nanos=-1)},
+            *("INVALID_ARGUMENT", "since", "give a protobuf Timestamp"),
+        ),
+        "feedback is off": ({}, "FAILED_PRECONDITION", "router.feedback", "set router.feedback"),
+    },
     "GetServerInfo": {},
 }
 

@@ -22,7 +22,7 @@ from benchmarks import report
 from mora_serve.config import BaseConfig
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.model.loading import Base, load_base
-from mora_serve.model.lora import StackedAdapters
+from mora_serve.model.stacked import StackedAdapters
 from router_training.batched import AdapterRecipe, MixedRow, train_adapters
 from router_training.demo.base import tokens
 from router_training.demo.coded import Row

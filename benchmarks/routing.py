@@ -27,7 +27,8 @@ from mora_serve.config import AdaptersConfig, Config
 from mora_serve.demo.bundle import bundle_path, read_examples
 from mora_serve.model.shape import shape_from_config
 from mora_serve.router.index import Index
-from mora_serve.router.routing import Routing, entry_of
+from mora_serve.router.keys import entry_of
+from mora_serve.router.routing import Routing
 from mora_serve.router.selection import AutoRoute, Selector
 
 TENANT = "default"
