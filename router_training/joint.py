@@ -78,6 +78,8 @@ class JointRecipe:
 class Joint:
     """Adapters in the order of the data's, and the router's content.
 
+    ``held_out`` are the adapters that the router has not learned from; where the correction was
+    kept, its gates are still those of the plain router (``joint_router.calibrated`` fits new ones).
     ``figures``: top-1 accuracy on prompts kept out, of adapters that the router learned from
     (``known``) and of those that it did not (``held_out``), without and with its correction;
     ``kept`` says whether the correction stayed.
@@ -85,6 +87,7 @@ class Joint:
 
     adapters: StackedAdapters
     router: RouterFile
+    held_out: tuple[int, ...]
     figures: Mapping[str, float | bool]
 
 
@@ -127,7 +130,8 @@ def train_jointly(
     )
     content, figures = study.judge(fold(router, graded.correction()))
     log(f"router: {figures}")
-    return Joint(adapters, content, figures)
+    held_out = tuple(i for i, known in enumerate(study.known) if not known)
+    return Joint(adapters, content, held_out, figures)
 
 
 @dataclass(frozen=True, eq=False)

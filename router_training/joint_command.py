@@ -24,6 +24,7 @@ from router_training.demo.out_of_domain import out_of_domain
 from router_training.discover import DiscoverRecipe, discover
 from router_training.discovered import UnlabelledRow
 from router_training.joint import Example, JointRecipe, train_jointly
+from router_training.joint_router import calibrated
 from router_training.router import FitOptions, fit_router
 from router_training.router_data import Labelled, RouterData
 from router_training.rows import TextRow, read_prompts, read_rows, token_row
@@ -151,8 +152,9 @@ def _jointly(
     for row in rows:
         if len(row.adapters) == 1:
             prompts.setdefault(row.adapters[0], []).append(row.prompt)
-    labelled = [Labelled(row.prompt, row.adapters) for row in rows]
-    router = _fit(labelled, outside, base.fingerprint, settings.seed)
+    data = RouterData([Labelled(row.prompt, row.adapters) for row in rows], far=outside)
+    options = FitOptions(seed=settings.seed)
+    router = read_router(fit_router(data, base.fingerprint, options)[0])[0]
     joint = train_jointly(
         base.decoder, examples, outside, router, settings.recipe(), log, start=start
     )
@@ -163,7 +165,10 @@ def _jointly(
         some = random.Random(f"card/{name}").sample(own, min(CARD_PROMPTS, len(own)))
         routing = RoutingCard("", (name,), "", tuple(some), base.fingerprint)
         (directory / card.FILE).write_bytes(routing.to_json() + b"\n")
-    _write(out, joint.router, joint.figures)
+    router = joint.router
+    if joint.figures["kept"]:
+        router = calibrated(router, data, [names[i] for i in joint.held_out], options)
+    _write(out, router, joint.figures)
 
 
 def _discovered(
@@ -179,12 +184,11 @@ def _discovered(
     log(f"data: {len(rows)} rows, {settings.pool} tasks to find")
     recipe = DiscoverRecipe(adapters=settings.adapter_recipe())
     found = discover(base.decoder, found_rows, settings.pool, recipe, log)
-    own = found.examples(found_rows)
-    labelled = [Labelled(prompt, (name,)) for name in own for prompt in own[name]]
-    router = _fit(labelled, outside, base.fingerprint, settings.seed)
+    data = RouterData.of(found.examples(found_rows), outside)
+    router, _ = fit_router(data, base.fingerprint, FitOptions(seed=settings.seed))
     found.save(found_rows, out / "adapters", base.fingerprint, base.name)
     counts = {name: int((found.assignment == i).sum()) for i, name in enumerate(found.names)}
-    _write(out, router, {f"rows_{name}": count for name, count in counts.items()})
+    _write(out, read_router(router)[0], {f"rows_{name}": count for name, count in counts.items()})
 
 
 def _examples(base: Base, rows: Sequence[TextRow], names: Sequence[str]) -> list[Example]:
@@ -203,13 +207,6 @@ def _examples(base: Base, rows: Sequence[TextRow], names: Sequence[str]) -> list
 def _made_outside(seed: int) -> list[str]:
     rng = random.Random(f"joint/outside/{seed}")
     return [out_of_domain(rng, "train") for _ in range(MADE_OUTSIDE)]
-
-
-def _fit(
-    labelled: Sequence[Labelled], outside: Sequence[str], fingerprint: str, seed: int
-) -> RouterFile:
-    data, _ = fit_router(RouterData(labelled, far=outside), fingerprint, FitOptions(seed=seed))
-    return read_router(data)[0]
 
 
 def _write(out: Path, router: RouterFile, figures: Mapping[str, float | bool]) -> None:

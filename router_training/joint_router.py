@@ -8,7 +8,7 @@ needs no new code and keys are still made from the prompts of any adapter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from mora_serve.router.format import RouterFile
 from mora_serve.router.int8 import to_int8
+from mora_serve.router.router import Router
+from router_training.gates import fit_gates
+from router_training.router_data import RouterData
+from router_training.router_study import FitOptions, Study
 
 
 class GradedRouter(nn.Module):
@@ -78,3 +82,15 @@ def fold(content: RouterFile, correction: Tensor) -> RouterFile:
     projection /= max(1.0, float(np.abs(projection).max()))
     codes, scales = to_int8(projection.T.astype(np.float32))
     return dataclasses.replace(content, codes=codes, scales=scales)
+
+
+def calibrated(
+    content: RouterFile, data: RouterData, new: Collection[str], options: FitOptions
+) -> RouterFile:
+    """A changed router with gates fitted to it; ``new`` names adapters that it has not seen."""
+    study = Study.of(data, options, None)
+    router = Router(content)
+    held = [i for i, name in enumerate(study.names) if name in new]
+    cases = study.cases(router, None) + (study.cases(router, held) if held else [])
+    calibration = fit_gates(cases, content.calibration.blend)
+    return dataclasses.replace(content, calibration=calibration)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
+from mora_serve.router.decide import decide
+from mora_serve.router.evidence import gather
 from mora_serve.router.format import read_router
+from mora_serve.router.index import Index
 from mora_serve.router.router import Router
+from mora_serve.router.rows import Entry
 from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.tasks import TASKS
-from router_training.joint_router import GradedRouter, fold, straight_through
+from router_training.joint_router import GradedRouter, calibrated, fold, straight_through
 from router_training.router import FitOptions, fit_router
 from router_training.router_data import RouterData
 
 NAMES = ("reverse", "uppercase", "roman", "json")
 
 
-@pytest.fixture(scope="module")
-def content():
-    import random
+OPTIONS = FitOptions(dims=512, folds=2, correct=False)
 
+
+@pytest.fixture(scope="module")
+def data():
     rng = random.Random(0)
     examples = {name: [p for p, _ in TASKS[name].examples(1, 40)] for name in NAMES}
-    outside = [out_of_domain(rng) for _ in range(128)]
-    data, _ = fit_router(RouterData.of(examples, outside), options=FitOptions(dims=512, folds=2))
-    return read_router(data)[0]
+    return RouterData.of(examples, [out_of_domain(rng) for _ in range(128)])
+
+
+@pytest.fixture(scope="module")
+def content(data):
+    return read_router(fit_router(data, options=OPTIONS)[0])[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +101,30 @@ def test_a_folded_correction_is_what_the_server_computes(content):
             want = torch.from_numpy(before.embed(prompt)) @ matrix
             want /= want.norm()
             assert float(want @ torch.from_numpy(after.embed(prompt))) > 0.999
+
+
+def test_gates_are_fitted_anew_to_a_changed_router(content, data):
+    """Under them own prompts in other templates are routed to their adapters, others to none."""
+    torch.manual_seed(0)
+    matrix = torch.eye(content.dims) + 0.3 * torch.randn(content.dims, content.dims) / 23
+    changed = calibrated(fold(content, matrix), data, ["json"], OPTIONS)
+    assert changed.calibration != content.calibration
+    router = Router(changed)
+    entries = []
+    for name in NAMES:
+        key = router.key([p for p, _ in TASKS[name].examples(2, 16)])
+        assert key is not None
+        entries.append(("", Entry(name, key)))
+    index, right = Index.of(entries), []
+    for name in NAMES:
+        for prompt, _ in TASKS[name].examples(5, 10):
+            right.append(route(router, index, prompt) == (name,))
+    rng = random.Random(9)
+    outside = [route(router, index, out_of_domain(rng, "test")) == () for _ in range(20)]
+    assert sum(right) >= 34
+    assert sum(outside) >= 17
+
+
+def route(router, index, prompt):
+    evidence = gather(router, index, "", prompt)
+    return decide(evidence, router.calibration, 4).adapters
