@@ -53,7 +53,7 @@ def main() -> None:
     default = DiscoverRecipe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--pools", type=int, nargs="*", default=[len(TASKS)], help="adapters")
+    parser.add_argument("--pools", type=int, nargs="*", default=[len(TASKS)], help="their sizes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1])
     parser.add_argument("--rows", type=int, default=64, help="rows a task to train with")
     parser.add_argument("--prompts", type=int, default=32, help="prompts a task to measure with")

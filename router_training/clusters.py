@@ -167,50 +167,47 @@ def agreed(
     return chances, gate
 
 
-def merge_cheapest(
-    losses: Array, labels: Ints, count: int, same: float = 0.0
-) -> list[tuple[int, list[int]]]:
-    """Join clusters whose rows one adapter can serve; (adapter kept, clusters joined) each.
+def merge_cheapest(losses: Array, labels: Ints, count: int) -> list[int]:
+    """Join clusters whose rows one adapter can serve, until ``count`` are left; the adapters kept.
 
     losses [n, clusters] of the rows under every cluster's adapter, labels [n]. A join costs what
-    the rows' summed loss rises by when one of the adapters serves all of them. The cheapest are
-    joined until ``count`` clusters are left, and beyond that while the cost for each row of the
-    smaller one is below ``same`` times the median over all pairs.
+    the rows' summed loss rises by when one of the adapters serves all of them; the cheapest is
+    next.
     """
-    size = losses.shape[1]
-    groups = [[c] for c in range(size)]
-    sums = np.stack([losses[labels == c].sum(0) for c in range(size)])
-    rows = np.bincount(labels, minlength=size)
-    total, members = list(sums), list(rows)
+    groups = [[c] for c in range(losses.shape[1])]
+    total = [losses[labels == c].sum(0) for c in range(losses.shape[1])]
 
     def cost(i: int, j: int) -> float:
         own = sum(min(total[g][c] for c in groups[g]) for g in (i, j))
         both = total[i] + total[j]
         return float(min(both[c] for c in groups[i] + groups[j]) - own)
 
-    def per_row(i: int, j: int) -> float:
-        return cost(i, j) / max(int(min(members[i], members[j])), 1)
-
-    pairs = [(i, j) for j in range(size) for i in range(j)]
-    typical = float(np.median([per_row(*pair) for pair in pairs])) if pairs else 0.0
-    while len(groups) > 1:
+    while len(groups) > count:
         pairs = [(i, j) for j in range(len(groups)) for i in range(j)]
-        if len(groups) > count:
-            i, j = min(pairs, key=lambda pair: cost(*pair))
-        else:
-            i, j = min(pairs, key=lambda pair: per_row(*pair))
-            if per_row(i, j) >= same * typical:
-                break
+        i, j = min(pairs, key=lambda pair: cost(*pair))
         groups[i] += groups.pop(j)
         total[i] = total[i] + total.pop(j)
-        members[i] += members.pop(j)
-    kept = [min(group, key=lambda c: t[c]) for group, t in zip(groups, total, strict=True)]
-    return list(zip(kept, groups, strict=True))
+    return [min(group, key=lambda c: t[c]) for group, t in zip(groups, total, strict=True)]
 
 
-def halves(points: Array, rng: np.random.Generator) -> tuple[Ints, float]:
-    """Points [n, d] in two clusters, and how much of their summed squares that explains."""
-    labels = kmeans(points, 2, rng)
-    parts = [points[labels == c] for c in np.unique(labels)]
-    within = sum(float(np.square(part - part.mean(0)).sum()) for part in parts)
-    return labels, float(np.square(points - points.mean(0)).sum()) - within
+def distinct(losses: Array, labels: Ints, same: float) -> list[int]:
+    """The adapters that are left when of two that are the same the smaller one goes.
+
+    Two are the same when each serves the other's rows nearly as well as the other does: worse by
+    less than ``same`` times the median of what rows lose under an adapter that is not theirs. One
+    way is not enough: an adapter may know a second task that has an adapter of its own.
+    """
+    size = losses.shape[1]
+    counts = np.bincount(labels, minlength=size)
+    kept = [int(c) for c in np.argsort(-counts, kind="stable") if counts[c]]
+    means = np.zeros((size, size))
+    for c in kept:
+        own = losses[labels == c]
+        means[c] = (own - own[:, [c]]).mean(0)
+    between = [means[i, j] for i in kept for j in kept if i != j]
+    limit = same * float(np.median(between)) if between else 0.0
+    found: list[int] = []
+    for c in kept:
+        if all(max(means[c, other], means[other, c]) >= limit for other in found):
+            found.append(c)
+    return sorted(found)

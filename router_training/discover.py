@@ -10,7 +10,7 @@ Expectation-maximisation over which adapter a row is for, in one run of the batc
 3. in rounds, every row's loss is measured under every adapter, p_i ∝ exp(ΔNLL_i / T) times what
    a gate fitted on the other rows' prompts says, under a load-balance term, and the adapters
    train on rows drawn by p. T falls. Adapters that have become one, or that have hardly a row,
-   give way to a half of the cluster whose rows differ most in their losses.
+   give way to a half of the cluster that is served worst.
 
 The gate and the likelihood are two views of a row: where one errs, the other outvotes it.
 """
@@ -43,13 +43,15 @@ from router_training.clusters import (
     Ints,
     TextGate,
     agreed,
-    halves,
+    distinct,
     kmeans,
     merge_cheapest,
 )
 from router_training.discovered import Discovered, UnlabelledRow, measure_losses
 
 ROWS_EACH = 10  # rows of training an adapter, at least
+FEW = 8  # rows that are not worth splitting
+IDLE = 0.2  # of the fair share of rows: an adapter with fewer is idle
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class DiscoverRecipe:
     A round is 16 steps of ``adapters``. The first ``start_rounds`` train ``start_factor`` times
     as many clusters as the pool is to have adapters; ``settled`` is the share of all rounds after
     which none is restarted. A round measures ``sample`` rows at most under every adapter.
-    ``temperature`` falls from the first to the second, in nats of a token. ``same``: adapters are
-    one when serving each other's rows costs less than this share of what it costs the median
-    pair.
+    ``temperature`` falls from the first to the second, in nats of a token. Two adapters are one
+    where each serves the other's rows and loses by it, in nats of a token, less than ``same`` of
+    what a row loses under an adapter that is not its own.
     """
 
     adapters: AdapterRecipe = field(default_factory=lambda: AdapterRecipe(steps=128))
@@ -173,15 +175,15 @@ class _Search:
         features = self.features[self.sample]
         self.chances, _ = self.posterior(losses, features, number)
         if len(self.live) > self.pool_size:
-            joined = merge_cheapest(losses, self.chances.argmax(1), self.pool_size)
-            losses = self.keep([kept for kept, _ in joined], losses)
+            kept = merge_cheapest(losses, self.chances.argmax(1), self.pool_size)
+            losses = self.keep(kept, losses)
             self.chances, _ = self.posterior(losses, features, number)
         if number < self.recipe.settled * self.rounds:
-            self.restart(losses)
+            self.restart(losses, number)
         loads = np.sort(self.chances.mean(0))
         self.log(
-            f"round {number}/{self.rounds}: {len(self.live)} adapters, loss "
-            f"{(losses * self.chances).sum(1).mean():.3f}, loads {loads[0]:.3f} to {loads[-1]:.3f}"
+            f"round {number}/{self.rounds}: {len(self.live)} adapters, "
+            f"loads {loads[0]:.3f} to {loads[-1]:.3f}"
         )
 
     def measure(self, indices: Ints) -> Array:
@@ -202,41 +204,40 @@ class _Search:
         temperature = first * (last / first) ** min(done, 1.0)
         return agreed(-losses / temperature, features, self.recipe.balance / temperature)
 
-    def restart(self, losses: Array) -> None:
-        """Give adapters that are idle or double to a half of the most mixed clusters."""
+    def restart(self, losses: Array, number: int) -> None:
+        """Give adapters that are idle or double to halves of the clusters that are served worst."""
         labels = self.chances.argmax(1)
-        joined = merge_cheapest(losses, labels, len(self.live), self.recipe.same)
         counts = np.bincount(labels, minlength=len(self.live))
-        kept = [c for c, group in joined if counts[group].sum() >= len(labels) / self.pool_size / 5]
+        idle = IDLE * len(labels) / self.pool_size
+        kept = [c for c in distinct(losses, labels, self.recipe.same) if counts[c] >= idle]
         if len(kept) < len(self.live):
             self.log(f"{len(self.live) - len(kept)} adapters are idle or double")
             losses = self.keep(kept, losses)
-            self.chances = self.chances[:, kept]
-            self.chances /= np.maximum(self.chances.sum(1, keepdims=True), 1e-12)
+            self.chances, _ = self.posterior(losses, self.features[self.sample], number)
             labels = self.chances.argmax(1)
-        profile = np.minimum(losses, np.quantile(losses, 0.95))
-        parts = {}
-        for c in range(len(self.live)):
+        for c in self.worst_served(losses, labels)[: self.pool_size - len(self.live)]:
             own = np.flatnonzero(labels == c)
-            if len(own) >= 8:
-                sides, explained = halves(profile[own], self.rng)
-                parts[c] = (explained, own[sides == 1])
-        worst = sorted(parts, key=lambda c: parts[c][0], reverse=True)
-        for c in worst[: self.pool_size - len(self.live)]:
+            sides = kmeans(np.minimum(losses[own], np.quantile(losses, 0.95)), 2, self.rng)
             slot = next(s for s in range(self.slots) if s not in self.live)
             copy_adapter(self.adapters, self.live[c], slot)
             self.live.append(slot)
             self.chances = np.pad(self.chances, ((0, 0), (0, 1)))
-            self.chances[parts[c][1]] = np.eye(len(self.live))[-1]
+            self.chances[own[sides == 1]] = np.eye(len(self.live))[-1]
+
+    def worst_served(self, losses: Array, labels: Ints) -> list[int]:
+        """Clusters of more than a few rows, those with the largest loss of all rows first."""
+        counts = np.bincount(labels, minlength=losses.shape[1])
+        sums = np.bincount(labels, losses[np.arange(len(labels)), labels], losses.shape[1])
+        return [int(c) for c in np.argsort(-sums) if counts[c] >= FEW]
 
     def result(self) -> Discovered:
         """What was found, with adapters that are one joined, and the gate on all rows."""
         everything = np.arange(len(self.rows))
         losses = self.measure(everything)
         chances, gate = self.posterior(losses, self.features, self.rounds)
-        joined = merge_cheapest(losses, chances.argmax(1), len(self.live), self.recipe.same)
-        if len(joined) < len(self.live):
-            losses = self.keep([kept for kept, _ in joined], losses)
+        kept = distinct(losses, chances.argmax(1), self.recipe.same)
+        if len(kept) < len(self.live):
+            losses = self.keep(kept, losses)
             chances, gate = self.posterior(losses, self.features, self.rounds)
         return Discovered(
             adapters=subset(self.adapters, self.live),

@@ -12,7 +12,7 @@ from router_training.clusters import (
     TextGate,
     agreed,
     balanced,
-    halves,
+    distinct,
     kmeans,
     merge_cheapest,
     softmax,
@@ -106,29 +106,33 @@ def test_balance_evens_out_and_keeps_probabilities(seed, balance):
     assert even.mean(0).max() <= plain.mean(0).max() + 1e-9
 
 
+TWO_OF_ONE_TASK = np.array([[0.15, 2, 0.2, 2], [2, 0.1, 2, 2], [0.2, 2, 0.1, 2], [2, 2, 2, 0.1]])[
+    np.repeat([0, 1, 2, 3], (4, 5, 5, 5))
+]
+OWN = np.repeat([0, 1, 2, 3], (4, 5, 5, 5))
+
+
 def test_adapters_that_serve_each_others_rows_are_joined():
     """Clusters 0 and 2 are one task: adapter 2 serves both best; the others stay."""
-    labels = np.repeat([0, 1, 2, 3], 5)
-    means = np.array([[0.15, 2, 0.2, 2], [2, 0.1, 2, 2], [0.4, 2, 0.1, 2], [2, 2, 2, 0.1]])
-    losses = means[labels]
-    assert merge_cheapest(losses, labels, 3) == [(2, [0, 2]), (1, [1]), (3, [3])]
-    assert merge_cheapest(losses, labels, 4, same=0.1) == [(2, [0, 2]), (1, [1]), (3, [3])]
-    assert [g for _, g in merge_cheapest(losses, labels, 4)] == [[0], [1], [2], [3]]
+    assert merge_cheapest(TWO_OF_ONE_TASK, OWN, 3) == [2, 1, 3]
+    assert merge_cheapest(TWO_OF_ONE_TASK, OWN, 4) == [0, 1, 2, 3]
 
 
-def test_a_cluster_without_rows_costs_nothing_to_join():
-    """It is the first to go."""
+def test_of_two_adapters_that_are_the_same_the_smaller_goes():
+    """And one without rows; where none are the same, all stay."""
+    assert distinct(TWO_OF_ONE_TASK, OWN, same=0.1) == [1, 2, 3]
+    assert distinct(TWO_OF_ONE_TASK, OWN, same=0.01) == [0, 1, 2, 3]
+    idle = np.pad(TWO_OF_ONE_TASK, ((0, 0), (0, 1)), constant_values=0.0)
+    assert distinct(idle, OWN, same=0.01) == [0, 1, 2, 3]
+
+
+def test_an_adapter_that_knows_a_second_task_is_not_the_second_tasks():
+    """Adapter 0 serves all rows, adapter 1 only its own: both stay."""
+    losses = np.array([[0.1, 3.0, 3.0], [0.1, 0.1, 3.0], [3.0, 3.0, 0.1]])
+    assert distinct(losses, np.array([0, 1, 2]), same=0.1) == [0, 1, 2]
+
+
+def test_a_cluster_without_rows_is_the_first_to_be_joined():
+    """It costs nothing."""
     losses = np.array([[0.1, 2.0, 1.0], [2.0, 0.1, 1.0]])
-    kept = [adapter for adapter, _ in merge_cheapest(losses, np.array([0, 1]), 2)]
-    assert kept == [0, 1]
-
-
-@pytest.mark.parametrize("spread", [0.1, 0.5])
-def test_halves_explain_more_of_what_has_two_kinds(spread):
-    """Rows of two tasks fall apart along their losses; rows of one hardly do."""
-    rng = np.random.default_rng(0)
-    mixed, own = groups(2, 15, spread=spread)
-    labels, explained = halves(mixed, rng)
-    assert adjusted_rand_score(own, labels) == 1.0
-    one, _ = groups(1, 30, spread=spread)
-    assert halves(one, rng)[1] < 0.5 * explained
+    assert merge_cheapest(losses, np.array([0, 1]), 2) == [0, 1]
