@@ -88,6 +88,22 @@ def test_the_mean_is_that_of_the_deltas(base):
         )
 
 
+def test_layer_scales_of_the_set_count(base):
+    """An adapter that is served at half its delta in a layer gives half of it to the mean."""
+    shared = random_adapters(base.shape, 1, 2)
+    shared.scales = torch.nn.Parameter(torch.ones(1, base.shape.layers), requires_grad=False)
+    shared.scales[0, 1] = 0.5
+    new = StackedAdapters(base.shape, 1, 2, 8.0, ("q_proj",)).requires_grad_(False)
+    copy_mean(shared, [0], new)
+    for layer, scale in ((0, 1.0), (1, 0.5)):
+        torch.testing.assert_close(
+            delta(new, layer, "q_proj", 0),
+            scale * delta(shared, layer, "q_proj", 0),
+            atol=1e-5,
+            rtol=1e-4,
+        )
+
+
 def test_ranks_beyond_the_mean_can_still_learn(base):
     """A start of lower rank leaves the other rows of A random: two zeros would have no gradient."""
     new = StackedAdapters(base.shape, 1, 8, 8.0, ("q_proj",)).requires_grad_(False)
