@@ -27,7 +27,8 @@ examples:
   mora-serve feedback export more.jsonl --cursor 19ab5c9d2e0.3f1
 
 A row is {"prompt": ..., "tasks": [...], "adapters": [...]}: a prompt, the tasks that its caller
-named and the adapters that answered; python -m router_training reads such files. The server keeps
+named and the adapters that answered; python -m router_training reads such files. Where a task has
+several adapters, the server chose among them, and the row says no adapters. The server keeps
 prompts only with router.feedback = true.
 """
 
@@ -78,7 +79,8 @@ def run_export(args: argparse.Namespace) -> int:
             for row in part.rows:
                 file.write(_line(row))
                 count += 1
-                agreed += sorted(row.routed_adapters) == sorted(row.adapters)
+                same = sorted(row.routed_adapters) == sorted(row.adapters)
+                agreed += bool(row.adapters) and same
             cursor = part.cursor
     if args.json and args.file != "-":
         print_json({"file": args.file, "rows": count, "agreed": agreed, "cursor": cursor})
@@ -91,7 +93,9 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _line(row: FeedbackRow) -> str:
-    values = {"prompt": row.prompt, "tasks": list(row.tasks), "adapters": list(row.adapters)}
+    values = {"prompt": row.prompt, "tasks": list(row.tasks)}
+    if row.adapters:
+        values["adapters"] = list(row.adapters)
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
@@ -99,25 +103,30 @@ def _line(row: FeedbackRow) -> str:
 def _written(name: str) -> Iterator[IO[str]]:
     """The file to write to; it takes its name when all went well.
 
-    Raises ConfigError where it cannot be written.
+    Its owner alone can read it, as with what the server keeps. Raises ConfigError where it cannot
+    be written.
     """
     if name == "-":
         yield sys.stdout
         return
     path = Path(name)
-    if path.exists() and not path.is_file():  # a pipe or a device keeps its place
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        if path.exists() and not path.is_file():  # a pipe or a device keeps its place
+            with path.open("w", encoding="utf-8") as file:
+                yield file
+            return
+        with open(temporary, "x", encoding="utf-8", opener=_private) as file:
             yield file
         os.replace(temporary, path)
     except OSError as e:
         raise ConfigError(f"FILE: {name} cannot be written: {e.strerror}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _time(text: str) -> datetime:

@@ -83,6 +83,7 @@ class Engine:
             decoder.device,
         )
         self._wake = threading.Condition()
+        self._starting = threading.Lock()  # until the engine's thread takes over
         self._inbox: deque[Request | PoolJob | tuple[str, Finish]] = deque()
         self._signalled = False
         self._stopping = False
@@ -110,8 +111,9 @@ class Engine:
         ends by a fault, after which every ``submit`` raises Unavailable. Neither may block.
         """
         self._deliver, self._failed = deliver, failed
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
+        with self._starting:
+            self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+            self._thread.start()
 
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
@@ -162,19 +164,27 @@ class Engine:
         tokenizer, vocab_size = self.base.tokenizer, self.base.shape.vocab_size
         tokens = [pool_tokens(tokenizer, text, max_tokens, vocab_size) for text in texts]
         job = PoolJob(tokens, depth, background)
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    self._pool_here(job)
+                    return job.done
         with self._wake:
             if self._stopping:
                 raise _stopped()
             if not background:
                 self._check_queue(self.pool_queue.urgent)
-            if self._thread is not None:
-                self._inbox.append(job)
-                self._notify()
-                return job.done
+            self._inbox.append(job)
+            self._notify()
+        return job.done
+
+    def _pool_here(self, job: PoolJob) -> None:
+        """Before the start, with its lock held: the queue is for one thread at a time."""
+        if self._stopping:
+            raise _stopped()
         self.pool_queue.add(job)
         while self.pool_queue:
             self.pool_queue.run(busy=False)
-        return job.done
 
     def _check_queue(self, waiting: int) -> None:
         queued = waiting + len(self._inbox)

@@ -41,6 +41,8 @@ class FeedbackRow:
     ``prompt`` is the text that the router goes by, ``adapters`` are those that ran, ``routed``
     those that the router would have picked without the hint (none where it abstains), by the
     router ``router_digest`` (empty where there was none to ask). ``time`` is in unix seconds.
+    ``ranked``: a task has several adapters, so that the server chose among them and ``adapters``
+    are no label.
     """
 
     tenant: str
@@ -51,6 +53,7 @@ class FeedbackRow:
     router_digest: str
     base_fingerprint: str
     time: float
+    ranked: bool = False  # rows of before know nothing of it
 
     def to_line(self) -> bytes:
         """The row's line, its end included."""

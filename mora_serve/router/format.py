@@ -55,7 +55,7 @@ class Calibration:
 
     ``blend``: how much of a candidate's score is the cosine with its nearest prototype, the rest
     being that with its centre. ``first``: the gate of the best candidate, ``further``: that of
-    the others (their inputs: ``mora_serve.router.gate``). ``threshold``: where the best one's
+    the others (their inputs: ``mora_serve.router.evidence``). ``threshold``: where the best one's
     probability is below it, the base answers.
     """
 

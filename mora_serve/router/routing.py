@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.record import AdapterRecord, Change, Key
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import MoraError, Unavailable
@@ -19,12 +20,13 @@ from mora_serve.router.features import PooledHidden
 from mora_serve.router.index import Index
 from mora_serve.router.keys import TOGETHER, entries, entry_of, needed
 from mora_serve.router.router import Router
-from mora_serve.router.rows import Entry
+from mora_serve.router.rows import Entry, Rows
 from mora_serve.router.states import Asked, State, States
 
 log = logging.getLogger(__name__)
 
 ROUTER_FILE = "router.safetensors"
+ROUNDS = 8  # of keys ahead of a router's turn, each for what changed in the one before
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +46,15 @@ class Routed(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """A router and keys made ahead of its turn, each with the record that it was made from."""
+    """A router and keys made ahead of its turn, each with the card that it was made from.
+
+    Keys are in 8 bits, as the index wants them: there may be thousands. ``late`` gets the keys
+    that are still to come once the router is in use.
+    """
 
     router: Router
-    entries: Mapping[Key, tuple[AdapterRecord, Entry | None]]
+    rows: Mapping[Key, tuple[RoutingCard, Rows | None]]
+    late: list[Future[None]] = field(default_factory=list)
 
 
 def _running() -> Future[None]:
@@ -67,13 +74,14 @@ class _Expected:
 class Routing:
     """Routes prompts among the registered adapters that this base can serve.
 
-    The registry's stored router is taken in at once and whenever it is replaced, by whichever
-    process. Any thread may call any method; decisions read one immutable snapshot and never lock.
+    The registry's stored router is taken in at once. One that another process stores later is
+    keyed by a thread of its own, as no change of the registry may wait for that. Any thread may
+    call any method; decisions read one immutable snapshot and never lock.
 
     With a router on n-grams an adapter can be routed to when its registration returns. Keys of a
-    router on hidden states need the base (``states``), and nobody may wait for it while the
-    registry makes a change known. They are made by threads of their own; ``expected`` tells
-    whether an adapter's is still to come. Until then the adapter keeps the key that it had.
+    router on hidden states need the base (``states``); they too are made by a thread of their
+    own, and ``expected`` tells whether an adapter's is still to come. Until then the adapter
+    keeps the key that it had.
     """
 
     def __init__(self, registry: Registry, fingerprint: str, states: States | None = None) -> None:
@@ -87,7 +95,9 @@ class Routing:
         self._replaced = 0  # the revision that brought the newest router
         self._expected: dict[Key, _Expected] = {}
         self._working = self._closed = False
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="keys")  # one takes in routers
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="keys")
+        # Two, so that a newer router does not wait for the keys of one that it replaces.
+        self._takers = ThreadPoolExecutor(2, thread_name_prefix="router")
         registry.subscribe(self._changed)
         self._take_stored()
 
@@ -99,7 +109,8 @@ class Routing:
                 if not expected.done.done():
                     expected.done.set_exception(Unavailable("the server is shutting down"))
             self._expected.clear()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._workers, self._takers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -115,13 +126,23 @@ class Routing:
     def load(self, data: bytes) -> Router:
         """Put a router's file in the place of the one in use, and store it.
 
+        The one in use itself keeps its keys; those that could not be made are tried again.
+
         All adapters get new keys from their stored prompts, at less than a millisecond a
         prompt, or at the base's pace for a router on hidden states; until all are there the old
-        router decides. Raises InvalidArgument for a file that is not sound, FailedPrecondition
-        for a router that was fitted for another base, and what ``States.submit`` raises; the
-        router in use then stays.
+        router decides. The key of an adapter that changes at that very moment follows; this
+        waits for it, but what keeps it away is logged and does not undo the change of routers.
+
+        Raises InvalidArgument for a file that is not sound, FailedPrecondition for a router that
+        was fitted for another base, and what ``States.submit`` raises; the router in use then
+        stays.
         """
         with self._loading:
+            if (present := self._in_use(data)) is not None:
+                self._registry.set_router({ROUTER_FILE: data})
+                if self._in_use(data) is present:
+                    wait(self._expect_again())
+                    return present
             router = self._open(data)
             prepared = self._prepared = self._prepare(router)
             replaced = self._replaced
@@ -131,10 +152,7 @@ class Routing:
                 self._prepared = None
             if self._replaced == replaced:  # it was stored, if perhaps not in use
                 self._put_in_use(prepared, replaced)
-        with self._lock:
-            late = [expected.done for expected in self._expected.values()]
-        for done in late:
-            done.result()
+        wait(prepared.late)
         return router
 
     def ask(self, text: str) -> Asked | None:
@@ -146,6 +164,18 @@ class Routing:
         if hidden is None:
             return None
         return Asked(text, hidden, needed(self._states).submit([text], hidden))
+
+    def states(self, texts: Sequence[str]) -> list[State | None]:
+        """What ``route`` needs of texts that nobody waits to have routed, as ``state``.
+
+        One question to the base, in the background; this waits for it. None for each text where
+        the router in use needs no state. Raises what ``States.submit`` raises.
+        """
+        hidden = self.hidden
+        if hidden is None:
+            return [None] * len(texts)
+        pooled = needed(self._states).submit(texts, hidden, background=True).result()
+        return [State(text, hidden, of) for text, of in zip(texts, pooled, strict=True)]
 
     def route(
         self,
@@ -198,49 +228,76 @@ class Routing:
         return router
 
     def _prepare(self, router: Router) -> _Prepared:
-        made = entries(router, self._registry.all(), self._states)
-        return _Prepared(router, {record.key: (record, entry) for record, entry in made})
+        """With keys of all adapters, those included whose cards change meanwhile.
 
-    def _take_stored(self, *, wait: bool = True) -> None:
-        """Put the stored router in use; later, where it takes the base and must not ``wait``."""
-        replaced, files = self._replaced, self._registry.router()
-        if files is None or ROUTER_FILE not in files:
-            return
-        data, prepared = files[ROUTER_FILE], self._prepared
-        if prepared is None or prepared.router.digest != hashlib.sha256(data).hexdigest():
-            try:
-                router = self._open(data)
-                if router.hidden is not None and not wait:
+        Where cards never stop changing, the last ones' keys are late.
+        """
+        made: dict[Key, tuple[RoutingCard, Rows | None]] = {}
+        for _ in range(ROUNDS):
+            late = [r for r in self._registry.all() if made.get(r.key, (None,))[0] != r.card]
+            if not late:
+                break
+            for record, entry in entries(router, late, self._states):
+                made[record.key] = (record.card, entry and Rows.of([entry]))
+        return _Prepared(router, made)
+
+    def _take_stored(self, *, later: bool = False) -> None:
+        """Put the stored router in use; ``later`` where its keys are not there yet.
+
+        One that cannot be used, or is gone as a newer one has come, is logged and left alone.
+        """
+        replaced = self._replaced
+        try:
+            data = (self._registry.router() or {}).get(ROUTER_FILE)
+            if data is None or self._in_use(data) is not None:
+                return
+            prepared = self._prepared
+            if prepared is None or prepared.router.digest != _digest(data):
+                if later:
                     with self._lock:
                         if not self._closed:
-                            self._workers.submit(self._take_stored)
+                            self._takers.submit(self._follow)
                     return
-                prepared = self._prepare(router)
-            except MoraError as e:  # stored under another base: the one in use stays
-                log.warning("the stored router cannot be used: %s", e.message)
-                return
-        self._put_in_use(prepared, replaced)
+                prepared = self._prepare(self._open(data))
+            self._put_in_use(prepared, replaced)
+        except MoraError as e:
+            log.warning("the stored router cannot be used: %s", e.message)
+
+    def _follow(self, *, later: bool = False) -> None:
+        """Take the stored router in, on a thread that nothing may end."""
+        try:
+            self._take_stored(later=later)
+        except Exception:
+            log.exception("the stored router cannot be used")
+
+    def _in_use(self, data: bytes) -> Router | None:
+        """The router of a file, if it is the one in use."""
+        snapshot = self._snapshot
+        if snapshot is None or snapshot.router.digest != _digest(data):
+            return None
+        return snapshot.router
 
     def _put_in_use(self, prepared: _Prepared, replaced: int) -> None:
         """With keys for exactly the records that there are, unless there is a newer router.
 
-        Prepared keys count where the record is the same still; others follow.
+        Prepared keys count where the card is the same still; others follow.
         """
         router = prepared.router
         while True:
             revision = self._registry.revision
-            made: list[tuple[str, Entry]] = []
+            made: list[tuple[str, Rows]] = []
             late: list[AdapterRecord] = []
             for record in self._registry.all():
-                source, entry = prepared.entries.get(record.key, (None, None))
-                if source is not record and router.hidden is not None:
+                card, row = prepared.rows.get(record.key, (None, None))
+                if card != record.card and router.hidden is not None:
                     late.append(record)
                     continue
-                if source is not record:
+                if card != record.card:
                     entry = entry_of(router, record)
-                if entry is not None:
-                    made.append((record.tenant, entry))
-            index = Index.of(made)
+                    row = entry and Rows.of([entry])
+                if row is not None:
+                    made.append((record.tenant, row))
+            index = Index.of_rows(made)
             with self._lock:
                 if self._replaced != replaced:
                     return
@@ -249,16 +306,16 @@ class Routing:
                 self._snapshot = Snapshot(router, index)
                 for key in list(self._expected):
                     self._settle(key)
-                for record in late:
-                    self._expect(record)
+                prepared.late.extend(self._expect_all(late))
                 return
 
     # Keys
 
     def _changed(self, change: Change) -> None:
         if change.router is not None:
-            self._replaced = change.revision
-            self._take_stored(wait=False)
+            with self._lock:  # so that one put in use right now is seen below, or stopped
+                self._replaced = change.revision
+            self._follow(later=True)
             return
         with self._lock:
             snapshot, before, after = self._snapshot, change.before, change.after
@@ -289,6 +346,19 @@ class Routing:
         if not self._working:
             self._working = True
             self._workers.submit(self._make_keys)
+
+    def _expect_all(self, records: Collection[AdapterRecord]) -> list[Future[None]]:
+        """Have the keys of some adapters made, and when they are; with the lock held."""
+        for record in records:
+            self._expect(record)
+        expected = (self._expected.get(record.key) for record in records)
+        return [e.done for e in expected if e is not None]
+
+    def _expect_again(self) -> list[Future[None]]:
+        """Have those keys made that failed, and when they are."""
+        with self._lock:
+            failed = [e.record for e in self._expected.values() if e.done.done()]
+            return self._expect_all(failed)
 
     def _settle(self, key: Key) -> None:
         """Expect an adapter's key no longer; with the lock held."""
@@ -333,3 +403,8 @@ class Routing:
 
     def _fits(self, record: AdapterRecord) -> bool:
         return not self._fingerprint or record.card.base_fingerprint in ("", self._fingerprint)
+
+
+def _digest(data: bytes) -> str:
+    """Of a router's file, as ``Router.digest``."""
+    return hashlib.sha256(data).hexdigest()

@@ -51,7 +51,11 @@ Selection = TaskHint | Mixture | AutoRoute | BaseOnly
 
 
 class Selector:
-    """Decides which mixture runs. Any thread may call it; it takes about a millisecond."""
+    """Decides which mixture runs. Any thread may call it.
+
+    It takes about a millisecond. With a router on hidden states ``decide`` waits for a step of the
+    engine where it is not given the state that ``ask`` asked for.
+    """
 
     def __init__(self, registry: Registry, routing: Routing, config: Config) -> None:
         self._registry = registry
@@ -67,17 +71,27 @@ class Selector:
     def ask(self, tenant: str, selection: Selection, text: str) -> Asked | None:
         """Ask the base for the state that ``decide`` needs of a prompt; None where it needs none.
 
-        Raises what ``Routing.ask`` raises.
+        Raises what ``Routing.ask`` raises, and, before the base is asked, what ``decide`` raises
+        for a selection that nothing can be decided for.
         """
         if isinstance(selection, AutoRoute):
+            self._check_auto(tenant, selection)
             return self._routing.ask(selection.text or text)
         if not isinstance(selection, TaskHint):
             return None
+        self._check_tasks(selection.tasks)
         try:
-            ranked = any(len(self._registry.by_task(tenant, t)) > 1 for t in selection.tasks)
+            ranked = self.ranks(tenant, selection.tasks)
         except NotFound:
             ranked = selection.fallback_to_router
         return self._routing.ask(text) if ranked else None
+
+    def ranks(self, tenant: str, tasks: Iterable[str]) -> bool:
+        """Whether one of the tasks has several adapters, so that a hint is not all that decides.
+
+        Raises NotFound for a task that the tenant does not have.
+        """
+        return any(len(self._registry.by_task(tenant, task)) > 1 for task in tasks)
 
     def decide(
         self, tenant: str, selection: Selection, text: str, state: State | None = None
@@ -131,10 +145,7 @@ class Selector:
         return Decision(whole, Source.EXPLICIT if resolved else Source.BASE)
 
     def _by_task(self, tenant: str, hint: TaskHint, text: str, state: State | None) -> Decision:
-        tasks = tuple(dict.fromkeys(hint.tasks))
-        if not tasks:
-            raise InvalidArgument("task.tasks: it is empty; name a task", field="task.tasks")
-        self._check_count(len(tasks), "task.tasks")
+        tasks = self._check_tasks(hint.tasks)
         chosen: list[AdapterRecord] = []
         candidates: set[Candidate] = set()
         digest = ""
@@ -157,6 +168,26 @@ class Selector:
         return Decision(_at_weight_one(chosen), Source.TASK, tuple(best), digest)
 
     def _routed(self, tenant: str, auto: AutoRoute, text: str, state: State | None) -> Decision:
+        most = self._check_auto(tenant, auto)
+        names = frozenset(auto.candidates) or None
+        choice, digest = self._routing.route(tenant, auto.text or text, names, most, state)
+        # The index masks by tenant and by name; the registry has the last word on both.
+        present = {c.adapter: self._present(tenant, c.adapter, names) for c in choice.candidates}
+        chosen = [record for name in choice.adapters if (record := present[name]) is not None]
+        source = Source.ROUTER if chosen else Source.ABSTAINED
+        candidates = tuple(c for c in choice.candidates if present[c.adapter] is not None)
+        return Decision(_at_weight_one(chosen), source, candidates, digest)
+
+    def _check_tasks(self, named: Iterable[str]) -> tuple[str, ...]:
+        """The tasks of a hint, each once."""
+        tasks = tuple(dict.fromkeys(named))
+        if not tasks:
+            raise InvalidArgument("task.tasks: it is empty; name a task", field="task.tasks")
+        self._check_count(len(tasks), "task.tasks")
+        return tasks
+
+    def _check_auto(self, tenant: str, auto: AutoRoute) -> int:
+        """The most adapters that the router may pick."""
         most = auto.max_adapters or self._max_routed
         if not 1 <= most <= self._max_mixture:
             raise InvalidArgument(
@@ -166,14 +197,7 @@ class Selector:
             )
         for i, name in enumerate(auto.candidates):
             self._get(tenant, name, f"auto.candidates[{i}]")
-        names = frozenset(auto.candidates) or None
-        choice, digest = self._routing.route(tenant, auto.text or text, names, most, state)
-        # The index masks by tenant and by name; the registry has the last word on both.
-        present = {c.adapter: self._present(tenant, c.adapter, names) for c in choice.candidates}
-        chosen = [record for name in choice.adapters if (record := present[name]) is not None]
-        source = Source.ROUTER if chosen else Source.ABSTAINED
-        candidates = tuple(c for c in choice.candidates if present[c.adapter] is not None)
-        return Decision(_at_weight_one(chosen), source, candidates, digest)
+        return most
 
     def _get(
         self, tenant: str, name: str, field: str, digest: str = "", digest_field: str = ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import AdaptersConfig
@@ -56,7 +56,7 @@ class Decider:
             yield decision
             return
         state = None
-        if self._selector.asks_the_base:
+        if self._selector.asks_the_base and isinstance(chosen, TaskHint | AutoRoute):
             state = await self._state(tenant, chosen, prompt)
         future = self._executor.submit(self._decide_and_hold, tenant, chosen, prompt, state)
         try:
@@ -74,7 +74,8 @@ class Decider:
         start = time.monotonic()
 
         def ask() -> Asked | None:
-            return self._selector.ask(tenant, selection, self._text(selection, prompt))
+            with _in_selection():
+                return self._selector.ask(tenant, selection, self._text(selection, prompt))
 
         asked = await asyncio.get_running_loop().run_in_executor(self._executor, ask)
         if asked is None:
@@ -90,11 +91,9 @@ class Decider:
         self, tenant: str, selection: Selection, prompt: pb.Prompt, state: State | None = None
     ) -> Decision:
         start = time.monotonic()
-        text = self._text(selection, prompt)
-        try:
+        text = self._text(selection, prompt) if state is None else state.text
+        with _in_selection():
             decision = self._selector.decide(tenant, selection, text, state)
-        except MoraError as e:  # the selector's fields lie in the request's selection
-            raise (e.at(f"selection.{e.field}") if e.field else e) from None
         self._metrics.decided(decision, time.monotonic() - start)
         return decision
 
@@ -125,6 +124,15 @@ class Decider:
     def _release(self, held: Iterable[str]) -> None:
         for digest in held:
             self._registry.release(digest)
+
+
+@contextmanager
+def _in_selection() -> Iterator[None]:
+    """The selector's fields lie in the request's selection."""
+    try:
+        yield
+    except MoraError as e:
+        raise (e.at(f"selection.{e.field}") if e.field else e) from None
 
 
 def digests(decision: Decision) -> list[str]:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from mora_serve import __version__
@@ -22,14 +24,22 @@ if TYPE_CHECKING:
 
 
 class ServerServicer(ServerServiceServicer):
-    """GetServerInfo; ``fixed`` holds what does not change while the server runs."""
+    """GetServerInfo; ``fixed`` holds what does not change while the server runs.
+
+    ``executor`` counts the adapters, which takes milliseconds where there are thousands.
+    """
 
     def __init__(
-        self, fixed: pb.GetServerInfoResponse, registry: Registry, routing: Routing
+        self,
+        fixed: pb.GetServerInfoResponse,
+        registry: Registry,
+        routing: Routing,
+        executor: Executor,
     ) -> None:
         self._fixed = fixed
         self._registry = registry
         self._routing = routing
+        self._executor = executor
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
@@ -39,7 +49,9 @@ class ServerServicer(ServerServiceServicer):
         info.CopyFrom(self._fixed)
         if (snapshot := self._routing.snapshot) is not None:
             info.router_digest = snapshot.router.digest
-        info.adapters = len(self._registry.served(calls.current().tenant))
+        loop, tenant = asyncio.get_running_loop(), calls.current().tenant
+        served = await loop.run_in_executor(self._executor, self._registry.served, tenant)
+        info.adapters = len(served)
         return info
 
 

@@ -12,10 +12,9 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mora_serve.adapters.files import open_directory, read_regular
-from mora_serve.adapters.registry import Registry
 from mora_serve.errors import FailedPrecondition, NotFound
 from mora_serve.messages import decision_message
-from mora_serve.router.feedback import FeedbackRow, Position
+from mora_serve.router.feedback import FeedbackRow, Page, Position
 from mora_serve.router.format import MAX_BYTES
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
@@ -47,7 +46,6 @@ class RouterServicer(RouterServiceServicer):
         prompts: Prompts,
         decider: Decider,
         routing: Routing,
-        registry: Registry,
         root: str,
         max_adapters: int,
         executor: Executor,
@@ -56,7 +54,6 @@ class RouterServicer(RouterServiceServicer):
         self._prompts = prompts
         self._decider = decider
         self._routing = routing
-        self._registry = registry
         self._root = root
         self._max_adapters = max_adapters
         self._executor = executor
@@ -101,18 +98,16 @@ class RouterServicer(RouterServiceServicer):
                 field="router.feedback",
                 reason="FEEDBACK_OFF",
             )
-        async for page in feedback.pages(calls.current().tenant, start, since):
-            rows = [row_message(row) for row in page.rows]
-            yield pb.ExportFeedbackResponse(rows=rows, cursor=page.end.cursor())
+        async for part in feedback.pages(calls.current().tenant, start, since, page_message):
+            yield part
 
     def _describe(self) -> pb.Router | None:
         snapshot = self._routing.snapshot
         if snapshot is None:
             return None
-        records = self._registry.served(calls.current().tenant)
         return pb.Router(
             digest=snapshot.router.digest,
-            routable_adapters=sum(r.card.routable for r in records),
+            routable_adapters=snapshot.index.listed(calls.current().tenant),
             max_adapters=self._max_adapters,
             dims=snapshot.router.dims,
             base_fingerprint=snapshot.router.content.fingerprint,
@@ -142,12 +137,18 @@ def read_file(root: str, path: str) -> bytes:
     return data
 
 
+def page_message(page: Page) -> pb.ExportFeedbackResponse:
+    """A part of the labelled prompts as the API says it."""
+    rows = [row_message(row) for row in page.rows]
+    return pb.ExportFeedbackResponse(rows=rows, cursor=page.end.cursor())
+
+
 def row_message(row: FeedbackRow) -> pb.FeedbackRow:
     """A labelled prompt as the API says it."""
     message = pb.FeedbackRow(
         prompt=row.prompt,
         tasks=row.tasks,
-        adapters=row.adapters,
+        adapters=() if row.ranked else row.adapters,
         routed_adapters=row.routed,
         router_digest=row.router_digest,
         base_fingerprint=row.base_fingerprint,

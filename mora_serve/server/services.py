@@ -116,7 +116,6 @@ def add_services(
             prompts,
             decider,
             routing,
-            registry,
             config.adapters.root,
             config.router.max_adapters,
             threads.load,
@@ -125,5 +124,5 @@ def add_services(
         server,
     )
     server_pb2_grpc.add_ServerServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        ServerServicer(describe(assembly), registry, routing), server
+        ServerServicer(describe(assembly), registry, routing, threads.route), server
     )

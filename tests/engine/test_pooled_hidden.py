@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -81,6 +82,39 @@ def test_before_its_start_the_caller_computes(make_engine):
     done = local.engine.pooled_hidden(TEXTS, 2, 64)
     assert done.done()
     assert done.result().shape == (4, 128)
+
+
+def test_before_its_start_callers_take_turns_and_the_start_waits(make_engine, monkeypatch):
+    """The queue is for one thread; a router's keys may be made by one while it starts."""
+    engine = make_engine().engine
+    run, inside, most, begun = engine.pool_queue.run, [], [], threading.Event()
+
+    def watched(busy: bool) -> int:
+        inside.append(threading.current_thread().name)
+        most.append(len(inside))
+        begun.set()
+        time.sleep(0.05)
+        try:
+            return run(busy)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(engine.pool_queue, "run", watched)
+    found: dict[int, bytes] = {}
+
+    def ask(i: int) -> None:
+        found[i] = engine.pooled_hidden(TEXTS[i:], 2, 64).result(60).tobytes()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    engine.start(lambda events: None)
+    for thread in threads:
+        thread.join(60)
+    assert max(most) == 1
+    for i in range(3):
+        assert engine.pooled_hidden(TEXTS[i:], 2, 64).result(60).tobytes() == found[i]
 
 
 def test_only_the_ends_of_a_long_text_count(make_engine):

@@ -4,7 +4,6 @@ where he must not."""
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,12 @@ from mora_serve.adapters.record import Change
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import FailedPrecondition, Internal, Unavailable
 from mora_serve.router.features import PooledHidden
-from mora_serve.router.routing import Routing
+from mora_serve.router.routing import ROUTER_FILE, Routing
 from mora_serve.router.states import State
 from tests.adapters.make import LIMITS, SHAPE, adapter
 from tests.router.conftest import ADAPTERS
 from tests.router.make import FINGERPRINT, HIDDEN, Base, card, fitted, pooled, prompts, tiny
-from tests.router.test_routing import REVERSE, best, names
+from tests.router.test_routing import REVERSE, best, names, wait_for
 from tests.router.test_routing import bits as bits_of
 
 SPELL = "spell 'kavo' letter by letter"
@@ -40,13 +39,6 @@ def routing(registry: Registry, base: Base) -> Iterator[Routing]:
     yield routing
     base.release()
     routing.close()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def keyed(routing: Routing, key: tuple[str, str]) -> None:
@@ -225,6 +217,105 @@ def test_what_changes_while_a_router_loads_is_keyed_as_it_is_then(
     assert set(bits(routing)) == set(ADAPTERS) - {"roman"} | {"new"}
 
 
+def load_while(routing: Routing, base: Base, change: Callable[[], object]) -> int:
+    """Load a router, ``change`` something while its keys are made; how often the base was asked."""
+    base.held, asked = True, len(base.asked)
+    loading = threading.Thread(target=routing.load, args=(fitted(1, HIDDEN),))
+    loading.start()
+    wait_for(lambda: len(base.asked) > asked)
+    change()
+    base.release()
+    loading.join(20)
+    assert not loading.is_alive()
+    return len(base.asked) - asked
+
+
+def test_a_pin_while_a_router_loads_costs_no_key(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    assert load_while(routing, base, lambda: registry.pin("default", "reverse", True)) == 1
+    assert set(bits(routing)) == set(ADAPTERS)
+
+
+def test_records_read_anew_from_another_process_cost_no_keys(tmp_path: Path, base: Base) -> None:
+    """As they are once the other process has compacted the log."""
+
+    def opened(every: int) -> Registry:
+        return Registry(tmp_path / "state", LIMITS, SHAPE, FINGERPRINT, snapshot_every=every)
+
+    with opened(1) as ours, opened(256) as theirs:
+        for i, name in enumerate(ADAPTERS):
+            ours.register("default", name, adapter(i), card=card(name))
+        theirs.refresh()
+        other = Routing(theirs, FINGERPRINT, base)
+        before = theirs.get("default", "json")
+        assert load_while(other, base, lambda: ours.pin("default", "reverse", True)) == 1
+        assert theirs.get("default", "json") is not before
+        assert set(bits(other)) == set(ADAPTERS)
+        other.close()
+
+
+def test_what_changes_while_a_router_s_keys_are_made_has_one_when_it_takes_over(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    at_once: list[tuple[bool, bool]] = []
+
+    def note(change: Change) -> None:
+        if change.router is not None:
+            index = routing.snapshot.index
+            at_once.append((NEW in index, ("default", "polite") in index))
+
+    def change() -> None:
+        registry.register(*NEW, adapter(9), card=card("spell"))
+        registry.update("default", "polite", card=card("double"))
+
+    registry.subscribe(note)
+    load_while(routing, base, change)
+    assert at_once == [(True, True)]
+    assert bits(routing) == bits(Routing(registry, FINGERPRINT, base))
+
+
+def test_a_router_in_use_has_loaded_whatever_becomes_of_keys_that_follow(
+    registry: Registry, routing: Routing, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that changes at the last moment, a registration right after."""
+    store = registry.set_router
+
+    def meanwhile(files: dict[str, bytes]) -> str:
+        base.error = Internal("router: no state")
+        registry.update("default", "polite", card=card("spell"))
+        digest = store(files)
+        registry.register(*NEW, adapter(9), card=card("spell"))
+        return digest
+
+    monkeypatch.setattr(registry, "set_router", meanwhile)
+    router = routing.load(fitted(1, HIDDEN))
+    assert routing.snapshot.router.digest == router.digest
+    base.error = None
+    for key in (NEW, ("default", "polite")):
+        wait_for(lambda key=key: routing.expected(key) is None)
+    assert bits(routing) == bits(Routing(registry, FINGERPRINT, base))
+
+
+def test_loading_a_router_waits_for_no_key_of_a_later_registration(
+    registry: Registry, routing: Routing, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = registry.set_router
+
+    def meanwhile(files: dict[str, bytes]) -> str:
+        digest = store(files)
+        base.held = True
+        registry.register(*NEW, adapter(9), card=card("spell"))
+        return digest
+
+    monkeypatch.setattr(registry, "set_router", meanwhile)
+    loading = threading.Thread(target=routing.load, args=(fitted(1, HIDDEN),), daemon=True)
+    loading.start()
+    loading.join(20)
+    assert not loading.is_alive()
+    assert routing.expected(NEW) is not None
+
+
 def test_a_base_that_fails_leaves_the_router_in_use(routing: Routing, base: Base) -> None:
     before = routing.snapshot
     base.error = Internal("router: no state")
@@ -293,6 +384,7 @@ def test_it_survives_a_restart_and_reaches_other_processes_at_the_base_s_pace(
         ours.register("default", "reverse", adapter(1), card=card("reverse"))
         routing.load(fitted())
         theirs.refresh()
+        wait_for(lambda: other.snapshot is not None)
         before = other.snapshot
         routing.load(fitted(hidden=HIDDEN))
         base.held = True
@@ -304,6 +396,43 @@ def test_it_survives_a_restart_and_reaches_other_processes_at_the_base_s_pace(
     with opened() as again:
         restarted = Routing(again, FINGERPRINT, base)
         assert best(restarted, REVERSE) == "reverse"
+
+
+def test_the_router_in_use_is_loaded_again_without_new_keys(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    """As one that is configured is at each start."""
+    restarted = Routing(registry, FINGERPRINT, base)
+    before, asked = restarted.snapshot, len(base.asked)
+    router = restarted.load(fitted(hidden=HIDDEN))
+    assert restarted.snapshot is before
+    assert before.router is router
+    assert len(base.asked) == asked
+
+
+def test_the_router_in_use_replaces_a_stored_one_that_is_not(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    before, asked = routing.snapshot, len(base.asked)
+    base.held = True
+    registry.set_router({ROUTER_FILE: fitted(1, HIDDEN)})
+    wait_for(lambda: len(base.asked) > asked)
+    routing.load(fitted(hidden=HIDDEN))
+    base.release()
+    routing._takers.shutdown(wait=True)
+    assert registry.router() == {ROUTER_FILE: fitted(hidden=HIDDEN)}
+    assert routing.snapshot is before
+
+
+def test_the_router_in_use_loaded_again_makes_the_keys_that_failed(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    base.error = Internal("router: no state")
+    registry.register(*NEW, adapter(9), card=card("spell"))
+    wait_for(lambda: not routing._working)
+    base.error = None
+    routing.load(fitted(hidden=HIDDEN))
+    assert best(routing, SPELL) == "speller"
 
 
 def test_a_stored_router_whose_keys_failed_is_in_use_once_it_is_loaded_again(
@@ -344,9 +473,10 @@ def test_of_two_routers_of_other_processes_the_later_one_is_used(
         routing.load(fitted())
         theirs.refresh()
         digest = routing.snapshot.router.digest
+        wait_for(lambda: other.snapshot is not None)
         assert other.snapshot.router.digest == digest
         base.release()
-        other._workers.shutdown(wait=True)
+        other._takers.shutdown(wait=True)
         assert other.snapshot.router.digest == digest
 
 

@@ -41,6 +41,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "CHUNK", 3)
 
 
+def test_the_adapters_that_can_be_picked_unasked_are_counted() -> None:
+    index = Index.of(("default", entry(f"a{i}", i, listed=i % 3 > 0)) for i in range(8))
+    index = index.put("other", entry("b", 1))
+    assert [index.listed(t) for t in ("default", "other", "third")] == [5, 1, 0]
+    assert index.remove("default", "a1").listed("default") == 4
+
+
 @given(changes)
 def test_any_history_gives_the_adapters_that_it_leaves(history: list) -> None:
     index, expected = Index(), {}

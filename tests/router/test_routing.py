@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import FailedPrecondition, InvalidArgument
+from mora_serve.router import routing as routing_module
 from mora_serve.router.routing import ROUTER_FILE, Routing, Snapshot
 from tests.adapters.make import LIMITS, SHAPE, adapter
 from tests.router.conftest import ADAPTERS
@@ -33,6 +37,23 @@ def bits(snapshot: Snapshot, text: str, pooled=None, names=None) -> dict[str, by
     rows = snapshot.index.candidates("default", z, names, 1000)
     assert rows is not None
     return {n: c.tobytes() for n, c in zip(rows.names, rows.cosines(z), strict=True)}
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@contextmanager
+def two(state: Path) -> Iterator[tuple[Registry, Registry]]:
+    """The registries of two processes that share a state."""
+    with (
+        Registry(state, LIMITS, SHAPE, FINGERPRINT) as ours,
+        Registry(state, LIMITS, SHAPE, FINGERPRINT) as theirs,
+    ):
+        yield ours, theirs
 
 
 def test_without_a_router_nothing_is_picked(registry: Registry) -> None:
@@ -150,10 +171,101 @@ def test_the_router_survives_a_restart_and_reaches_other_processes(tmp_path: Pat
         routing.load(fitted())
         assert other.snapshot is None
         theirs.refresh()
+        wait_for(lambda: other.snapshot is not None)
         assert bits(other.snapshot, REVERSE) == bits(routing.snapshot, REVERSE)
         assert ours.router() == {ROUTER_FILE: fitted()}
     with opened() as again:
         assert best(Routing(again, FINGERPRINT), REVERSE) == "reverse"
+
+
+def test_a_router_that_another_process_has_replaced_already_fails_no_registration(
+    tmp_path: Path,
+) -> None:
+    with two(tmp_path) as (ours, theirs):
+        routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
+        for seed in (0, 1):
+            routing.load(fitted(seed))
+        theirs.register("default", "reverse", adapter(1), card=card("reverse"))
+        wait_for(lambda: other.snapshot is not None)
+        assert other.snapshot.router.digest == routing.snapshot.router.digest
+        assert best(other, REVERSE) == "reverse"
+
+
+@pytest.mark.parametrize("at", [1, 2])  # by the thread that refreshes, by the one that makes keys
+def test_a_router_that_cannot_be_read_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: int
+) -> None:
+    with two(tmp_path) as (ours, theirs):
+        routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
+        read, reads = theirs.router, 0
+
+        def broken() -> dict[str, bytes] | None:
+            nonlocal reads
+            reads += 1
+            if reads == at:
+                raise OSError("input/output error")
+            return read()
+
+        monkeypatch.setattr(theirs, "router", broken)
+        routing.load(fitted())
+        theirs.refresh()
+        wait_for(lambda: "input/output error" in caplog.text)
+        assert other.snapshot is None
+        routing.load(fitted(1))
+        theirs.refresh()
+        wait_for(lambda: other.snapshot is not None)
+
+
+def test_a_registration_does_not_wait_for_the_keys_of_another_process_s_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with two(tmp_path) as (ours, theirs):
+        ours.register("default", "json", adapter(2), card=card("json"))
+        theirs.refresh()
+        routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
+        routing.load(fitted())
+        go_on, made = threading.Event(), routing_module.entries
+
+        def entries(*args):
+            assert go_on.wait(20)
+            return made(*args)
+
+        monkeypatch.setattr(routing_module, "entries", entries)
+        theirs.register("default", "reverse", adapter(1), card=card("reverse"))
+        assert other.snapshot is None
+        go_on.set()
+        wait_for(lambda: other.snapshot is not None)
+        assert best(other, REVERSE) == "reverse"
+
+
+def test_of_two_routers_of_other_processes_the_later_one_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is the one in use, and the keys of the other are ready only then."""
+    with two(tmp_path) as (ours, theirs):
+        ours.register("default", "reverse", adapter(1), card=card("reverse"))
+        theirs.refresh()
+        routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
+        first = other.load(fitted())
+        ours.refresh()
+        wait_for(lambda: routing.snapshot is not None)
+        begun, go_on, made = threading.Event(), threading.Event(), routing_module.entries
+
+        def entries(router, *args):
+            if router.digest != first.digest and threading.current_thread().name.startswith("rou"):
+                begun.set()
+                assert go_on.wait(20)
+            return made(router, *args)
+
+        monkeypatch.setattr(routing_module, "entries", entries)
+        routing.load(fitted(1))
+        theirs.refresh()
+        assert begun.wait(20)
+        routing.load(fitted())
+        theirs.refresh()
+        go_on.set()
+        other._takers.shutdown(wait=True)
+        assert other.snapshot.router.digest == first.digest
 
 
 def test_an_adapter_of_another_base_is_no_candidate(tmp_path: Path) -> None:
@@ -179,14 +291,17 @@ def test_decisions_agree_with_one_router_while_routers_and_adapters_change(
         routing.load(fitted(seed))
         routed = routing.route("default", REVERSE, ["reverse", "json"], 1)
         allowed[routed.router_digest] = routed
-    stop, wrong, seen = threading.Event(), [], set()
+    stop, wrong, seen, failed = threading.Event(), [], set(), []
 
     def read() -> None:
-        while not stop.is_set():
-            routed = routing.route("default", REVERSE, ["reverse", "json"], 1)
-            seen.add(routed.router_digest)
-            if routed != allowed[routed.router_digest]:
-                wrong.append(routed)
+        try:
+            while not stop.is_set():
+                routed = routing.route("default", REVERSE, ["reverse", "json"], 1)
+                seen.add(routed.router_digest)
+                if routed != allowed[routed.router_digest]:
+                    wrong.append(routed)
+        except Exception as e:
+            failed.append(e)
 
     def register() -> None:
         for i in range(8):
@@ -201,6 +316,25 @@ def test_decisions_agree_with_one_router_while_routers_and_adapters_change(
     stop.set()
     for thread in threads[:2]:
         thread.join()
+    assert failed == []
     assert wrong == []
     assert seen
     assert names(routing) == set(ADAPTERS) | {f"extra{i}" for i in range(8)}
+
+
+def test_keys_that_wait_for_their_router_s_turn_take_a_byte_a_dimension(
+    registry: Registry, routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of adapters they would take hundreds of megabytes as floats."""
+    store, held = registry.set_router, []
+
+    def meanwhile(files: dict[str, bytes]) -> str:
+        held.extend(row for _, row in routing._prepared.rows.values())
+        return store(files)
+
+    monkeypatch.setattr(registry, "set_router", meanwhile)
+    routing.load(fitted(1))
+    assert len(held) == len(ADAPTERS) + 1
+    content = routing.snapshot.router.content
+    for row in held:
+        assert row.nbytes <= (1 + content.prototypes) * (content.dims + 4) + 1

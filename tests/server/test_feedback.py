@@ -7,9 +7,12 @@ import fcntl
 import json
 import os
 import shutil
+import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mora_serve import errors
@@ -18,8 +21,11 @@ from mora_serve.client import AsyncClient
 from mora_serve.config import LEAST_FEEDBACK_BYTES
 from mora_serve.core import AdapterWeight, Decision, Mixture, Source
 from mora_serve.metrics import Metrics
+from mora_serve.router.features import PooledHidden
 from mora_serve.router.feedback import FeedbackStore, Position
+from mora_serve.router.states import State
 from mora_serve.server import feedback
+from mora_serve.server import router as router_module
 from mora_serve.v1.generation_pb2 import Prompt
 from tests.server.conftest import PROMPTS, configuration, running, wait_for
 from tests.server.test_app import scrape
@@ -96,6 +102,13 @@ class TestWhatIsKept:
         assert (row.adapters, row.routed_adapters) == (["rev"], [])
         assert row.router_digest
 
+    def test_what_the_server_chose_among_a_task_s_adapters_is_no_label(self, client, keeping):
+        """Else a router would learn from its own picks."""
+        client.update_adapter("sum", tasks=["do-rev"], prompts=PROMPTS["sum"])
+        assert client.generate("reverse the word plate", task="do-rev", **ONE).decision.candidates
+        (row,) = exported(client)
+        assert (row.tasks, row.adapters, row.routed_adapters) == (["do-rev"], [], ["rev"])
+
     def test_only_task_hints_that_were_accepted(self, client):
         """Not other selections, not Route, not what is refused, nor the router's own choice."""
         for options in ({}, {"base": True}, {"adapters": {"rev": 1.0}}, {"candidates": ["rev"]}):
@@ -149,6 +162,18 @@ class TestExport:
                 async for _ in other.export_feedback("none"):
                     pass
 
+    def test_parts_are_made_off_the_event_loop(self, client, monkeypatch):
+        threads, made = [], router_module.row_message
+
+        def watched(row):
+            threads.append(threading.current_thread().name)
+            return made(row)
+
+        monkeypatch.setattr(router_module, "row_message", watched)
+        client.generate("one", task="do-rev", **ONE)
+        assert [r.prompt for r in exported(client)] == ["one"]
+        assert [name.startswith("feedback-read") for name in threads] == [True]
+
     def test_many_rows_come_in_parts(self, client, keeping):
         """Together they are all rows, in order; any part's cursor goes on from there."""
         client.generate("first", task="do-rev", **ONE)
@@ -187,6 +212,15 @@ def test_rows_survive_a_restart(configure, tmp_path):
             client.generate(f"hello {i}", task="do-rev", **ONE)
     with running(config) as serving, serving.client() as client:
         assert [r.prompt for r in exported(client)] == ["hello 0", "hello 1"]
+
+
+def test_without_a_router_the_first_of_a_task_s_adapters_is_no_label_either(configure):
+    with running(configure(router={"feedback": True})) as serving, serving.client() as client:
+        for name in PROMPTS:
+            client.register_adapter(name, name, tasks=["do"])
+        client.generate("hello", task="do", **ONE)
+        (row,) = exported(client)
+        assert (row.tasks, row.adapters) == (["do"], [])
 
 
 def test_without_a_state_rows_last_as_long_as_the_server(configure):
@@ -270,6 +304,14 @@ class TestCommand:
         assert "2 rows; for 1 of them the router would have picked" in told.err
         assert list(tmp_path.iterdir()) == [file]
 
+    def test_a_row_without_a_label_has_its_tasks_alone(self, run, client, tmp_path, capsys):
+        client.update_adapter("sum", tasks=["do-rev"], prompts=PROMPTS["sum"])
+        client.generate("xyzzy qqq 0x7f", task="do-rev", **ONE)
+        assert run(tmp_path / "rows.jsonl") == 0
+        row = json.loads((tmp_path / "rows.jsonl").read_text())
+        assert row == {"prompt": "xyzzy qqq 0x7f", "tasks": ["do-rev"]}
+        assert "1 rows; for 0 of them" in capsys.readouterr().err
+
     def test_it_goes_on_where_it_was(self, run, client, tmp_path, capsys):
         client.generate("one", task="do-rev", **ONE)
         assert run(tmp_path / "a.jsonl", "--json") == 0
@@ -292,10 +334,32 @@ class TestCommand:
         assert run(tmp_path / "none/rows.jsonl") == 2
         assert "cannot be written" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("name", ["", "."])
+    def test_a_directory_is_explained(self, run, client, tmp_path, monkeypatch, capsys, name):
+        monkeypatch.chdir(tmp_path)
+        assert run(name or tmp_path) == 2
+        told = capsys.readouterr().err
+        assert "cannot be written: Is a directory" in told
+        assert "Traceback" not in told
+        assert list(tmp_path.iterdir()) == []
+
+    def test_only_its_owner_can_read_the_file(self, run, client, tmp_path):
+        """Prompts are in it; also where it takes the place of one that others could read."""
+        (file := tmp_path / "rows.jsonl").write_text("old")
+        file.chmod(0o644)
+        for path in (file, tmp_path / "new.jsonl"):
+            assert run(path) == 0
+            assert path.stat().st_mode & 0o777 == 0o600
+
     def test_a_device_is_written_to_and_stays(self, run, client):
         client.generate("one", task="do-rev", **ONE)
         assert run("/dev/null") == 0
         assert not Path("/dev/null").is_file()
+
+
+def unneeded(texts: Sequence[str]) -> list[None]:
+    """States of a router that needs none."""
+    return [None] * len(texts)
 
 
 @pytest.mark.parametrize("error", [errors.Unavailable("engine: it stops"), ValueError("a fault")])
@@ -304,12 +368,14 @@ def test_a_router_that_cannot_be_asked_takes_nothing_else_along(error, tmp_path,
     store, metrics = FeedbackStore(tmp_path, LEAST_FEEDBACK_BYTES), Metrics("test")
     decision = Decision(Mixture((AdapterWeight("rev", 1.0, "d"),)), Source.TASK, (), "r")
 
-    def routed(tenant: str, text: str) -> Decision:
+    def routed(tenant: str, text: str, state: State | None) -> Decision:
         if text == "bad":
             raise error
         return decision
 
-    recorder = feedback.FeedbackRecorder(store, lambda p: p.text, routed, "base", metrics)
+    recorder = feedback.FeedbackRecorder(
+        store, lambda p: p.text, unneeded, routed, lambda *hint: False, "base", metrics
+    )
     for text in ("good", "bad", "again"):
         recorder.add("t", ("do",), Prompt(text=text), decision)
     recorder.close()
@@ -327,3 +393,57 @@ def test_a_router_that_cannot_be_asked_takes_nothing_else_along(error, tmp_path,
         dropped = metrics.registry.get_sample_value("mora_feedback_rows_dropped_total", label)
         assert dropped == 1
         assert "a fault" in caplog.text
+
+
+def test_rows_are_routed_together_and_written_as_soon_as_they_are(tmp_path):
+    """Not with the whole queue: a base that runs beside is asked once for many rows."""
+    store, metrics = FeedbackStore(tmp_path, LEAST_FEEDBACK_BYTES), Metrics("test")
+    decision = Decision(Mixture((AdapterWeight("rev", 1.0, "d"),)), Source.TASK)
+    hidden = PooledHidden(1, 2)
+    asked: list[int] = []
+    written: list[int] = []
+    go_on = threading.Event()
+
+    def states(texts: Sequence[str]) -> list[State | None]:
+        assert go_on.wait(20)
+        asked.append(len(texts))
+        written.append(len(store.read(Position(), "t").rows))
+        return [State(text, hidden, np.full(2, int(text), np.float32)) for text in texts]
+
+    def routed(tenant: str, text: str, state: State | None) -> Decision:
+        assert state is not None
+        assert (state.text, state.pooled[0]) == (text, int(text))
+        return decision
+
+    recorder = feedback.FeedbackRecorder(
+        store, lambda p: p.text, states, routed, lambda *hint: False, "base", metrics
+    )
+    recorder.add("t", ("do",), Prompt(text="0"), decision)
+    wait_for(lambda: not recorder._waiting)
+    for i in range(1, 151):
+        recorder.add("t", ("do",), Prompt(text=str(i)), decision)
+    go_on.set()
+    recorder.close()
+    assert (asked, written) == ([1, 64, 64, 22], [0, 1, 65, 129])
+    rows = store.read(Position(), "t").rows
+    assert [(r.prompt, r.routed) for r in rows] == [(str(i), ("rev",)) for i in range(151)]
+
+
+def test_rows_are_kept_where_the_base_gives_no_states(tmp_path, caplog):
+    store, metrics = FeedbackStore(tmp_path, LEAST_FEEDBACK_BYTES), Metrics("test")
+    decision = Decision(Mixture((AdapterWeight("rev", 1.0, "d"),)), Source.TASK)
+
+    def states(texts: Sequence[str]) -> list[State | None]:
+        raise errors.Unavailable("engine: it stops")
+
+    def routed(tenant: str, text: str, state: State | None) -> Decision:
+        raise AssertionError  # it would ask the base for each row
+
+    recorder = feedback.FeedbackRecorder(
+        store, lambda p: p.text, states, routed, lambda *hint: False, "base", metrics
+    )
+    recorder.add("t", ("do",), Prompt(text="hello"), decision)
+    recorder.close()
+    (row,) = store.read(Position(), "t").rows
+    assert (row.adapters, row.routed, row.router_digest) == (("rev",), (), "")
+    assert "it stops" in caplog.text

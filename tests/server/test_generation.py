@@ -15,6 +15,7 @@ from mora_serve.core import AdapterWeight, Finish, Mixture, Source
 from tests.server.conftest import running, wait_for, write_adapter
 
 LONG = {"max_tokens": 60, "ignore_eos": True}
+LONGER = {"max_tokens": 200, "ignore_eos": True}  # outlasts a call or two beside it
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ class TestLifetimes:
         """A removed adapter lives as long as the streams that use it."""
         digest = client.upload_adapter("once", write_adapter(root / "once", seed=99)).digest
         registry = serving.server._assembly.registry
-        with client.stream("x", adapters={"once": 1.0}, **LONG) as stream:
+        with client.stream("x", adapters={"once": 1.0}, **LONGER) as stream:
             client.unregister_adapter("once")
             assert registry.open(digest)
             assert len(list(stream)) > 1

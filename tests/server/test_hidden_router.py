@@ -66,8 +66,9 @@ def fit(base):
     return fit
 
 
-def config(**server: str) -> Config:
+def config(feedback: bool = False, **server: str) -> Config:
     flags = {
+        "router.feedback": feedback,
         "base.dtype": "fp32",
         "base.device": "cpu",
         "adapters.root": str(bundle_path()),
@@ -112,6 +113,7 @@ def streams(client: Client, count: int):
     def join() -> list[str | None]:
         for thread in threads:
             thread.join(120)
+        assert None not in texts
         return texts
 
     return join
@@ -221,6 +223,49 @@ def test_a_hint_with_one_adapter_needs_no_state_and_one_with_two_is_ranked(servi
             )
 
 
+def test_the_base_is_asked_only_for_what_can_be_decided(serving, client, monkeypatch):
+    """Not for mixtures that are given, nor for selections that are refused."""
+    assembly, asked = serving.server._assembly, []
+    ask, pool = assembly.selector.ask, assembly.engine.pooled_hidden
+
+    def watched_ask(tenant, selection, text):
+        asked.append(type(selection).__name__)
+        return ask(tenant, selection, text)
+
+    def watched_pool(texts, *args, **kwargs):
+        asked.append(list(texts))
+        return pool(texts, *args, **kwargs)
+
+    monkeypatch.setattr(assembly.selector, "ask", watched_ask)
+    monkeypatch.setattr(assembly.engine, "pooled_hidden", watched_pool)
+    client.route("x", adapters={"reverse": 1.0})
+    assert asked == []
+    for options, error, field in (
+        ({"max_adapters": 100}, errors.InvalidArgument, "selection.auto.max_adapters"),
+        ({"candidates": ["none"]}, errors.NotFound, "selection.auto.candidates[0]"),
+        ({"task": "none"}, errors.NotFound, "selection.task.tasks[0]"),
+    ):
+        with pytest.raises(error) as e:
+            client.route("x", **options)
+        assert e.value.field == field
+    assert [a for a in asked if isinstance(a, list)] == []
+    client.route("x")
+    assert asked[-1] == ["x"]
+
+
+def test_the_text_of_ids_is_made_once(client, base, serving, monkeypatch):
+    tokenizer, decoded = serving.server._assembly.base.tokenizer, []
+    decode = tokenizer.decode
+
+    def watched(ids):
+        decoded.append(ids)
+        return decode(ids)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    assert client.route(token_ids=base.tokenizer.plain(BACKWARDS)).mixture.adapters
+    assert len(decoded) == 1
+
+
 def test_an_adapter_is_routable_when_its_registration_returns_and_streams_run_on(client):
     name = HELD_OUT[0]
     text = prompts(name, 84, 1)[0]
@@ -243,12 +288,16 @@ def test_it_is_replaced_while_requests_run_and_none_fails(client, fit):
     for data in files:
         digest = client.load_router(data=data).digest
         allowed[digest] = [client.route(text) for text in texts]
-    stop, seen, wrong = threading.Event(), set(), []
+    stop, seen, wrong, failed = threading.Event(), set(), [], []
 
     def ask() -> None:
         while not stop.is_set():
             for i, text in enumerate(texts):
-                decision = client.generate(text, max_tokens=2).decision
+                try:
+                    decision = client.generate(text, max_tokens=2).decision
+                except Exception as e:
+                    failed.append(e)
+                    return
                 seen.add(decision.router_digest)
                 if decision != allowed[decision.router_digest][i]:
                     wrong.append(decision)
@@ -261,6 +310,7 @@ def test_it_is_replaced_while_requests_run_and_none_fails(client, fit):
     stop.set()
     for thread in threads:
         thread.join(60)
+    assert failed == []
     assert not wrong
     assert len(seen) > 1
 
@@ -301,6 +351,27 @@ def test_stored_adapters_have_their_keys_when_a_restarted_server_serves(tmp_path
         assert [a.adapter for a in before.mixture.adapters] == ["reverse"]
     with running(config(state=str(tmp_path))) as serving, serving.client() as client:
         assert client.route(BACKWARDS) == before
+
+
+def test_feedback_is_routed_in_the_background_many_rows_at_once(fit, monkeypatch):
+    with running(config(feedback=True)) as serving, serving.client() as client:
+        client.load_router(data=fit(0))
+        engine, asked = serving.server._assembly.engine, []
+        pool = engine.pooled_hidden
+
+        def pooled(texts, *args, background=False):
+            asked.append((len(texts), background))
+            return pool(texts, *args, background=background)
+
+        monkeypatch.setattr(engine, "pooled_hidden", pooled)
+        texts = [*prompts("reverse", 86, 5), *prompts("json", 86, 5)]
+        for text in texts:
+            client.generate(text, task="uppercase", max_tokens=1)
+        rows = [row for part in client.export_feedback() for row in part.rows]
+        assert sum(n for n, _ in asked) == len(texts)
+        assert all(background for _, background in asked)
+        assert [(r.prompt, list(r.adapters)) for r in rows] == [(t, ["uppercase"]) for t in texts]
+        assert [list(r.routed_adapters) for r in rows] == [picked(client, text) for text in texts]
 
 
 def test_when_the_engine_is_gone_callers_are_told(fit, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import pytest
 
@@ -102,6 +103,27 @@ def test_a_router_is_described(routed, router_file):
     assert described.digest == hashlib.sha256(router_file).hexdigest()
     assert (described.routable_adapters, described.dims, described.max_adapters) == (2, 64, 2)
     assert routed.server_info().router_digest == described.digest
+
+
+def test_adapters_whose_prompts_say_nothing_are_not_counted_as_routable(routed):
+    routed.register_adapter("mute", "plain", prompts=["?!", "..."])
+    assert routed.get_router().routable_adapters == 2
+    assert routed.server_info().adapters == 3
+
+
+def test_adapters_are_counted_off_the_event_loop(serving, routed, monkeypatch):
+    """With thousands of them it takes milliseconds, for which no stream may wait."""
+    registry = serving.server._assembly.registry
+    threads, served = [], registry.served
+
+    def watched(tenant):
+        threads.append(threading.current_thread().name)
+        return served(tenant)
+
+    monkeypatch.setattr(registry, "served", watched)
+    assert routed.server_info().adapters == 2
+    assert routed.get_router().routable_adapters == 2
+    assert [name.startswith("route") for name in threads] == [True]
 
 
 def test_a_router_can_be_a_file_under_the_root(routed, root, router_file):
