@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from router_training import command
 
@@ -76,25 +77,53 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from mora_serve.errors import MoraError
     from router_training.baselines.xlora import XLoraRecipe
     from router_training.demo.evaluate import FRESH_SEED, evaluate
+    from router_training.demo.manifest import Manifest
     from router_training.demo.report import write_page
 
     _prepare(args.threads)
     seed = FRESH_SEED if args.seed is None else args.seed
     xlora = XLoraRecipe(steps=args.xlora_steps) if args.report else None
-    quality = evaluate(args.bundle, seed, args.prompts, _log, xlora)
+    try:
+        # Before minutes of work, not after.
+        Manifest.read(args.bundle)
+        if args.report:
+            _check_writable(args.report)
+        quality = evaluate(args.bundle, seed, args.prompts, _log, xlora)
+    except MoraError as e:
+        _log(e.message)
+        return 2
+    if args.json:
+        print(json.dumps(quality), flush=True)
+    else:
+        _print(quality)
     if args.report:
         write_page(args.report, quality)
-    if args.json:
-        print(json.dumps(quality))
-        return 0
+    return 0
+
+
+def _print(quality: dict[str, Any]) -> None:
     for name, row in quality["tasks"].items():
         print(f"{name:12}", "  ".join(f"{k} {v:.2f}" for k, v in row.items()))
     for name, value in (quality | quality["router"]).items():
         if not isinstance(value, dict):
             print(f"{name}: {value}")
-    return 0
+
+
+def _check_writable(report: Path) -> None:
+    """Open the file, so that it is there from now on. Raises InvalidArgument."""
+    from mora_serve.errors import InvalidArgument
+
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.open("ab").close()
+    except OSError as e:
+        raise InvalidArgument(
+            f"report: {report.name} cannot be written ({e.strerror}); give another file",
+            field="report",
+        ) from e
 
 
 def _joint(args: argparse.Namespace) -> int:

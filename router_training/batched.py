@@ -7,28 +7,22 @@ stays as it is served (4-bit where it is).
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mora_serve.adapters.peft_config import parse_config
-from mora_serve.errors import InvalidArgument
 from mora_serve.model.attention import DenseCausal, SomeQueries
 from mora_serve.model.decoder import Decoder, Wanted
-from mora_serve.model.shape import PROJECTIONS, ModelShape, projection_path
+from mora_serve.model.shape import PROJECTIONS
 from mora_serve.model.stacked import StackedAdapters
-from router_training.batches import TokenBatch, TokenRow, bucketed, chunks, collate
+from router_training.batches import TokenBatch, TokenRow, bucketed, collate
 
 Log = Callable[[str], None]
 
@@ -141,7 +135,7 @@ def train_adapters(
         weight_decay=0.0,
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     rng = random.Random(recipe.seed)
     batches = bucketed(draw, lambda row: len(row.tokens), recipe.rows, rng, recipe.buckets)
     started, recent = time.monotonic(), 0.0
@@ -149,7 +143,7 @@ def train_adapters(
         optimizer.zero_grad()
         loss = 0.0
         # Side by side, rows of one adapter leave the others out of the product.
-        for part in chunks(sorted(next(batches), key=lambda row: row.mixture)):
+        for part in parts(sorted(next(batches), key=lambda row: row.mixture)):
             share = losses(decoder, adapters, part).sum() / recipe.rows
             torch.autograd.backward(share)
             loss += share.item()
@@ -164,6 +158,19 @@ def train_adapters(
             eta = seconds / step * (recipe.steps - step)
             log(f"adapters {step}/{recipe.steps} {seconds:.0f}s eta {eta:.0f}s loss {recent:.3f}")
     return adapters.requires_grad_(False)
+
+
+def parts(rows: Sequence[MixedRow], size: int = 32) -> list[Sequence[MixedRow]]:
+    """Even parts of about ``size`` rows; a cut goes where the mixture changes, if that is near."""
+    changes = [i for i in range(1, len(rows)) if rows[i].mixture != rows[i - 1].mixture]
+    count = max(1, round(len(rows) / size))
+    bounds = [0]
+    for i in range(1, count):
+        even = round(i * len(rows) / count)
+        near = min(changes, key=lambda at: abs(at - even), default=even)
+        bounds.append(near if abs(near - even) <= size // 4 else even)
+    bounds.append(len(rows))
+    return [rows[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def trained_through(decoder: Decoder) -> Decoder:
@@ -200,117 +207,13 @@ def batch_hidden(
     )
 
 
-def _rate(step: int, recipe: AdapterRecipe) -> float:
-    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-    return min(1.0, (step + 1) / recipe.warmup) * max(0.02, cosine)
+def rate(step: int, recipe: AdapterRecipe) -> float:
+    """The learning rate of a step, counted from 0, as a share of the recipe's.
 
-
-def save_peft(adapters: StackedAdapters, index: int, directory: Path, base_name: str = "") -> None:
-    """Write one adapter as PEFT does: adapter_config.json and adapter_model.safetensors (fp16)."""
-    from peft import LoraConfig
-
-    directory.mkdir(parents=True, exist_ok=True)
-    LoraConfig(
-        base_model_name_or_path=base_name,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        r=adapters.rank,
-        lora_alpha=int(adapters.alpha) if float(adapters.alpha).is_integer() else adapters.alpha,
-        target_modules=sorted(adapters.targets),
-        alpha_pattern=_scaled_alphas(adapters, index),
-    ).save_pretrained(str(directory))
-    _sort_targets(directory / "adapter_config.json")
-    tensors = {k: v.half().contiguous() for k, v in adapters.export(index).items()}
-    file = directory / "adapter_model.safetensors"
-    save_file(tensors, str(file), metadata={"format": "pt"})
-    file.chmod(0o644)
-
-
-def _sort_targets(file: Path) -> None:
-    # PEFT writes a set, in another order each run.
-    config = json.loads(file.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _scaled_alphas(adapters: StackedAdapters, index: int) -> dict[str, float]:
-    """Layer scales as PEFT's ``alpha_pattern``: an alpha for every module by its path."""
-    if adapters.scales is None:
-        return {}
-    scales = adapters.scales[index].tolist()
-    return {
-        projection_path(layer, projection): adapters.alpha * scale
-        for layer, scale in enumerate(scales)
-        for projection in adapters.targets
-    }
-
-
-def load_peft(shape: ModelShape, directories: Sequence[Path]) -> StackedAdapters:
-    """Stack saved adapters, as fp32. No gradients are asked for; ``requires_grad_()`` does.
-
-    They may differ in rank, alpha, patterns and targets: a lower rank is filled up with zeros,
-    which training leaves zeros, and what scalings differ by goes into B.
-    Raises InvalidArgument for what cannot be read or served, and for DoRA, which cannot be stacked.
+    A warm-up of 0 steps is none.
     """
-    found = [_read_peft(shape, directory) for directory in directories]
-    modules = [module for adapter in found for module in adapter.values()]
-    rank = max(len(module.a) for module in modules)
-    scalings = {module.scaling * rank for module in modules if len(module.a) == rank}
-    alpha = scalings.pop() if len(scalings) == 1 else float(rank)
-    targets = [p for p in PROJECTIONS if any(p == name for own in found for _, name in own)]
-    stacked = StackedAdapters(shape, len(found), rank, alpha, targets).requires_grad_(False)
-    for index, own in enumerate(found):
-        for layer, name in itertools.product(range(shape.layers), targets):
-            a, b = stacked.projection(layer, name, index)
-            a.zero_()
-            if module := own.get((layer, name)):
-                a[: len(module.a)] = module.a
-                b[: len(module.a)] = module.b.T
-                if module.scaling * rank != alpha:
-                    b.mul_(module.scaling * rank / alpha)
-    return stacked
-
-
-class _Module(NamedTuple):
-    """One projection of one layer: A [rank, in], B [out, rank]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-def _read_peft(shape: ModelShape, directory: Path) -> dict[tuple[int, str], _Module]:
-    try:
-        settings = parse_config((directory / "adapter_config.json").read_bytes())
-        tensors = load_file(str(directory / "adapter_model.safetensors"))
-    except (OSError, SafetensorError) as e:
-        raise _unreadable(directory, f"it cannot be read ({type(e).__name__})") from e
-    if settings.use_dora:
-        raise _unreadable(directory, "DoRA adapters cannot be trained together")
-    ranks, alphas = settings.ranks(), settings.alphas()
-    modules = {}
-    for layer, name in itertools.product(range(shape.layers), PROJECTIONS):
-        path = projection_path(layer, name)
-        a, b = (tensors.pop(f"base_model.model.{path}.lora_{x}.weight", None) for x in "AB")
-        if a is None and b is None:
-            continue
-        rank = ranks.get(path, settings.r)
-        out, columns = shape.projection(name)
-        if a is None or b is None or a.shape != (rank, columns) or b.shape != (out, rank):
-            raise _unreadable(directory, f"its tensors of {path} do not fit rank and base")
-        scaling = settings.scaling(alphas.get(path, settings.lora_alpha), rank)
-        modules[layer, name] = _Module(a.float(), b.float(), scaling)
-    if tensors or not modules:
-        stray = next(iter(tensors), "none of a known module")
-        raise _unreadable(directory, f"tensors that no projection has: {stray}")
-    return modules
-
-
-def _unreadable(directory: Path, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"adapters: {directory.name!r}: {why}; give directories that PEFT saved for this base",
-        field="adapters",
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    return min(1.0, (step + 1) / max(1, recipe.warmup)) * max(0.02, cosine)
 
 
 def subset(adapters: StackedAdapters, indices: Sequence[int]) -> StackedAdapters:

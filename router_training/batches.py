@@ -13,6 +13,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 BUCKETS = 16
+COPIES = 4  # of a row among the batches drawn at a time, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,13 @@ class TokenBatch:
     targets: Tensor
     answer: Tensor
     prompt: Tensor
+
+    def right(self, logits: Tensor) -> Tensor:
+        """Whether every answer token is the likeliest [B], given logits [B, L, vocabulary].
+
+        Teacher-forced: that is when greedy generation gives the whole answer.
+        """
+        return ((logits.argmax(-1) == self.targets) | (self.answer == 0)).all(1)
 
 
 def collate(rows: Sequence[TokenRow], pad: int = 0) -> TokenBatch:
@@ -74,3 +82,12 @@ def bucketed(
 def chunks(rows: Sequence[Item], size: int = 32) -> list[Sequence[Item]]:
     """A batch in pieces whose activations stay in the processor's cache: a third faster."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def distinct_buckets(distinct: int, rows: int, most: int = BUCKETS) -> int:
+    """Batches of ``rows`` to draw at a time from so many distinct rows: ``most``, or fewer.
+
+    Fewer where a row would be drawn more than COPIES times: sorted by length, its copies would
+    fill a batch. A power of two, so that rounds of ``BUCKETS`` batches stay whole.
+    """
+    return min(most, 1 << (max(COPIES * distinct // rows, 1).bit_length() - 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mora_serve.errors import InvalidArgument, MoraError
+from router_training.output import unwritable, writable
 
 if TYPE_CHECKING:
     from router_training.configured import Fitted
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.config is None:
             out = args.out or Path(OUT)
-            _writable(out)
+            writable(out)
             fitted = train_demo(None)
         else:
             out, fitted = _configured(args.config, args.out)
@@ -101,24 +101,25 @@ def _configured(config: Path, out: Path | None) -> tuple[Path, Fitted]:
         )
     settings = read_settings(config, RouterSettings)
     out = out or Path(settings.out)
-    _writable(out)
+    writable(out)
     return out, fit(settings, _log)
 
 
 def train_demo(recipe: RouterRecipe | None) -> Fitted:
-    """Fit the demo's router on prompts of its world and of the cards, and measure it on fresh ones.
+    """Fit the demo's router as the bundle's is fitted, and measure it on fresh prompts.
 
     The adapters that are held out of the fit are registered with it by their cards alone.
     """
     from mora_serve.demo.bundle import bundle_path
     from mora_serve.router.router import Router
     from router_training.configured import Fitted
-    from router_training.demo.evaluate import FRESH_SEED
+    from router_training.demo.evaluate import FRESH_SEED, routing_summary
     from router_training.demo.manifest import Manifest
-    from router_training.demo.routing import RouterRecipe, demo_data, measure_router
-    from router_training.registered import Registered
+    from router_training.demo.routing import RouterRecipe, demo_data
+    from router_training.demo.suite import demo_suite
+    from router_training.evaluation.routing import measure_routing
+    from router_training.evaluation.scored import RouterScorer
     from router_training.router import fit_router
-    from router_training.router_data import Labelled
     from router_training.sources import find_adapters, groups_of
 
     bundle = bundle_path()
@@ -126,16 +127,19 @@ def train_demo(recipe: RouterRecipe | None) -> Fitted:
     recipe = recipe or RouterRecipe()
     adapters = find_adapters([bundle / a.directory for a in manifest.adapters])
     known = [a.name for a in manifest.adapters if a.router == "known"]
-    made = demo_data(recipe, known)
-    cards = [Labelled(p, (a.name,)) for a in adapters if a.name in known for p in a.card.prompts]
-    data = dataclasses.replace(made, labelled=[*made.labelled, *cards], groups=groups_of(adapters))
+    data = demo_data(recipe, known)
     _log(
         f"fitting on {len(data.labelled)} prompts for {len(known)} adapters and "
         f"{len(data.near) + len(data.far)} for none; this takes a few minutes"
     )
     file, report = fit_router(data, manifest.base_fingerprint, recipe.options)
     _log(f"measuring on fresh prompts, all {len(adapters)} adapters registered")
-    router = Registered(Router.load(file, manifest.base_fingerprint), adapters)
+    router = RouterScorer(
+        Router.load(file, manifest.base_fingerprint),
+        {a.name: a.card.prompts for a in adapters},
+        groups_of(adapters),
+    )
+    suite = demo_suite(FRESH_SEED, FRESH_PROMPTS)
     summary = {
         "source": "demo",
         "adapters": known,
@@ -149,7 +153,7 @@ def train_demo(recipe: RouterRecipe | None) -> Fitted:
         "features": recipe.options.features.describe(),
         "base_fingerprint": manifest.base_fingerprint,
         "figures": report.numbers(),
-        "fresh": measure_router(router, FRESH_SEED, FRESH_PROMPTS, known),
+        "fresh": routing_summary(measure_routing(suite, router, known)),
         "fresh_seed": FRESH_SEED,
     }
     return Fitted(file, report, summary)
@@ -183,9 +187,9 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     rows += [(label, f"{figures[key]:.3f}") for key, label in names.items() if key in figures]
     names = {
-        "known_top1_trained": "fresh prompts: adapters learnt from, top-1",
-        "held_out_top1_trained": "fresh prompts: adapters registered later, top-1",
-        "pairs_exact_trained": "fresh prompts: exactly both of a pair run",
+        "known_top1_trained_templates": "fresh prompts: adapters learnt from, top-1",
+        "held_out_top1_trained_templates": "fresh prompts: adapters registered later, top-1",
+        "pairs_exactly_trained_templates": "fresh prompts: exactly both of a pair run",
         "known_top1": "fresh prompts: new templates, top-1",
     }
     rows += [(label, f"{fresh[key]:.3f}") for key, label in names.items() if key in fresh]
@@ -203,21 +207,7 @@ def write(out: Path, fitted: Fitted) -> None:
         (out / ROUTER_FILE).write_bytes(fitted.data)
         (out / REPORT_FILE).write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     except OSError as e:
-        raise _unwritable(e) from e
-
-
-def _writable(out: Path) -> None:
-    """Before minutes of work, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise _unwritable(e) from e
-
-
-def _unwritable(e: OSError) -> InvalidArgument:
-    return InvalidArgument(
-        f"out: it cannot be written to ({e.strerror}); give another directory", field="out"
-    )
+        raise unwritable(e) from e
 
 
 def _log(line: str) -> None:

@@ -17,11 +17,12 @@ from mora_serve.model.loading import Base, load_base
 from mora_serve.model.pooling import pooled_hidden
 from mora_serve.router.features import Features, Floats, NGrams, Pool, PooledHidden
 from mora_serve.router.format import MAX_DIMS, MAX_PROTOTYPES
-from router_training.batched import load_peft
+from router_training.peft_files import load_peft
 from router_training.router import FitOptions, fit_router
 from router_training.router_data import MIN_OUTSIDE, Labelled, RouterData
 from router_training.router_report import FitReport
 from router_training.rows import read_prompts, read_rows, token_row
+from router_training.settings import check_bounds
 from router_training.sources import (
     CardedAdapter,
     enough_to_learn,
@@ -99,9 +100,7 @@ class RouterSettings:
             raise _wrong("base", "the source 'unlabelled' needs the adapters' base; give it")
         if self.base is None and (self.features in ("hidden", "both") or self.depth is not None):
             raise _wrong("base", "hidden states are those of a base; give it, or features: ngrams")
-        for name, (low, high) in _BOUNDS.items():
-            if not low <= getattr(self, name) <= high:
-                raise _wrong(name, f"{getattr(self, name)} is not between {low} and {high}")
+        check_bounds(self, _BOUNDS)
         if not 0.0 < self.threshold <= 1.0:
             raise _wrong("threshold", f"{self.threshold} is not above 0 and at most 1")
         if self.temperature is not None and not 0.0 < self.temperature < float("inf"):
@@ -126,9 +125,8 @@ def run(settings: RouterSettings, log: Log) -> Fitted:
     if settings.base is not None:
         log("base: loading")
         base = load_base(BaseConfig(settings.base, dtype="fp32", device="cpu"))
-    far, near = (
-        read_prompts([Path(f) for f in files]) for files in (settings.outside, settings.near)
-    )
+    far = read_prompts([Path(f) for f in settings.outside], "outside")
+    near = read_prompts([Path(f) for f in settings.near], "near")
     if len(set(far)) < MIN_OUTSIDE:
         raise _wrong(
             "outside",
@@ -144,7 +142,11 @@ def run(settings: RouterSettings, log: Log) -> Fitted:
         f"data: {len(labelled)} prompts for {len(data.adapters)} adapters, {len(near)} near, "
         f"{len(far)} far"
     )
-    data.check()
+    try:
+        data.check()
+    except InvalidArgument as e:
+        key = "adapters" if settings.source == "cards" else "prompts"
+        raise e if e.field == "outside" else e.at(key) from e
     chosen = _choose(settings, data, base, log)
     summary = {
         "source": settings.source,
@@ -179,7 +181,7 @@ def _gather(
     if settings.source == "cards":
         return _Gathered(from_cards(adapters, settings.seed), {})
     cards = [Labelled(p, (a.name,)) for a in adapters for p in a.card.prompts]
-    return _Gathered(read_labelled(files, adapters) + cards, {})
+    return _Gathered(read_labelled(files, adapters, log) + cards, {})
 
 
 def _taught(
@@ -189,8 +191,9 @@ def _taught(
     base: Base,
     log: Log,
 ) -> _Gathered:
-    rows = read_rows(files, labelled=False)
-    tokens = [token_row(base.tokenizer, row, base.shape.max_positions) for row in rows]
+    rows = read_rows(files, "prompts", labelled=False)
+    limit = base.shape.max_positions
+    tokens = [token_row(base.tokenizer, row, limit, "prompts") for row in rows]
     stacked = load_peft(base.shape, [adapter.directory for adapter in adapters])
     gains = likelihood_gains(base.decoder, stacked, tokens, log)
     temperature = settings.temperature or temperature_of(gains)

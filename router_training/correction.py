@@ -52,7 +52,7 @@ def learn_correction(
     scale = [model.log_sharpness, model.none]
     optimizer = torch.optim.Adam(
         [
-            {"params": [model.down, model.up], "lr": 0.0, "weight_decay": recipe.decay},
+            {"params": list(model.embed.parameters()), "lr": 0.0, "weight_decay": recipe.decay},
             {"params": scale, "lr": 0.05},
         ]
     )
@@ -81,33 +81,43 @@ def learn_correction(
         torch.autograd.backward(model.loss(keys, asked, nobody))
         optimizer.step()
     model.load_state_dict(best)
-    return model.matrix()
+    return model.embed.matrix()
+
+
+class LowRank(nn.Module):
+    """z [..., K] becomes z + (z U) V, normalised; at first it stays as it is."""
+
+    def __init__(self, size: int, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(size, rank, generator=generator) * size**-0.5)
+        self.up = nn.Parameter(torch.zeros(rank, size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [..., K] corrected, of norm 1."""
+        return F.normalize(z + z @ self.down @ self.up, dim=-1)
+
+    @torch.no_grad()
+    def matrix(self) -> Floats:
+        """The matrix [K, K] that multiplies z, before it is normalised."""
+        out: Floats = (torch.eye(len(self.down)) + self.down @ self.up).numpy()
+        return out
 
 
 class _Correction(nn.Module):
     def __init__(self, size: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(size, rank, generator=generator) * size**-0.5)
-        self.up = nn.Parameter(torch.zeros(rank, size))
+        self.embed = LowRank(size, rank, generator)
         self.log_sharpness = nn.Parameter(torch.tensor(2.5))
         self.none = nn.Parameter(torch.tensor(0.3))  # the cosine that no adapter means
 
-    def forward(self, z: Tensor) -> Tensor:
-        return F.normalize(z + z @ self.down @ self.up, dim=-1)
-
     def loss(self, keys: Sequence[Tensor], asked: Sequence[Tensor], nobody: Tensor) -> Tensor:
         """Mean cross-entropy of who is asked for: an adapter, or none; adapters count the same."""
-        centres = F.normalize(torch.stack([self(z).mean(0) for z in keys]), dim=-1)
+        centres = F.normalize(torch.stack([self.embed(z).mean(0) for z in keys]), dim=-1)
         losses = []
         for right, z in enumerate([*asked, nobody]):
             if len(z):
-                cosines = self(z) @ centres.T
+                cosines = self.embed(z) @ centres.T
                 scores = torch.cat([cosines, self.none.expand(len(z), 1)], 1)
                 target = torch.full((len(z),), right)
                 losses.append(F.cross_entropy(scores * self.log_sharpness.exp(), target))
         return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def matrix(self) -> Floats:
-        out: Floats = (torch.eye(len(self.down)) + self.down @ self.up).numpy()
-        return out

@@ -5,8 +5,8 @@ Expectation-maximisation over which adapter a row is for, in one run of the batc
 1. k-means of the prompts makes more clusters than there are to be adapters, as small ones are
    purer; each trains an adapter of its own for a while;
 2. rows go over to whichever of these adapters serves them, and adapters that serve each other's
-   rows are joined, down to the pool's size: what a cluster is about shows in what its adapter
-   can answer more than in its words;
+   rows are joined, down to a few more than the pool's size: what a cluster is about shows in what
+   its adapter can answer more than in its words;
 3. in rounds, every row's loss is measured under every adapter, p_i ∝ exp(ΔNLL_i / T) times what
    a gate fitted on the other rows' prompts says, under a load-balance term, and the adapters
    train on rows drawn by p. T falls. Adapters that have become one, or that have hardly a row,
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ from router_training.batched import (
     train_adapters,
     trained_through,
 )
-from router_training.batches import BUCKETS
+from router_training.batches import BUCKETS, distinct_buckets
 from router_training.clusters import (
     Array,
     Ints,
@@ -59,17 +59,20 @@ class DiscoverRecipe:
     """How tasks are found.
 
     A round is 16 steps of ``adapters``. The first ``start_rounds`` train ``start_factor`` times
-    as many clusters as the pool is to have adapters; ``settled`` is the share of all rounds after
+    as many clusters as the pool is to have adapters, the later ones ``spare`` times as many
+    adapters, so that a task has one although another task holds two; what is left over is joined
+    at the end. ``settled`` is the share of all rounds after
     which none is restarted. A round measures ``sample`` rows at most under every adapter.
     ``temperature`` falls from the first to the second, in nats of a token. Two adapters are one
     where each serves the other's rows and loses by it, in nats of a token, less than ``same`` of
     what a row loses under an adapter that is not its own.
     """
 
-    adapters: AdapterRecipe = field(default_factory=lambda: AdapterRecipe(steps=128))
+    adapters: AdapterRecipe = field(default_factory=lambda: AdapterRecipe(steps=192))
     features: NGrams = field(default_factory=NGrams)
     start_factor: float = 2.0
     start_rounds: int = 3
+    spare: float = 1.3
     settled: float = 0.6
     sample: int = 480
     temperature: tuple[float, float] = (0.5, 0.1)
@@ -90,11 +93,12 @@ def discover(
     for a recipe without a round after the first clusters'.
     """
     chosen = recipe or DiscoverRecipe()
-    _check(rows, pool_size, chosen)
+    check_discoverable(len(rows), pool_size, chosen)
     search = _Search(trained_through(decoder), rows, pool_size, chosen, log)
-    train_adapters(
-        search.decoder, search.slots, search.draw, chosen.adapters, log, prepare=search.prepare
-    )
+    own = chosen.adapters
+    distinct = min(len({row.tokens for row in rows}), chosen.sample)
+    own = replace(own, buckets=distinct_buckets(distinct, own.rows, own.buckets))
+    train_adapters(search.decoder, search.slots, search.draw, own, log, prepare=search.prepare)
     return search.result()
 
 
@@ -106,16 +110,17 @@ def centred(features: npt.ArrayLike) -> Array:
     return out
 
 
-def _check(rows: Sequence[UnlabelledRow], pool_size: int, recipe: DiscoverRecipe) -> None:
+def check_discoverable(rows: int, pool_size: int, recipe: DiscoverRecipe) -> None:
+    """Raise what ``discover`` raises for so many rows."""
     if pool_size < 2:
         raise InvalidArgument(
             f"pool_size: {pool_size} adapters are too few to tell tasks apart; give 2 or more",
             field="pool_size",
         )
     few = ROWS_EACH * pool_size
-    if len(rows) < few:
+    if rows < few:
         raise InvalidArgument(
-            f"rows: {len(rows)} are too few for {pool_size} adapters; give {few} or more",
+            f"rows: {rows} are too few for {pool_size} adapters; give {few} or more",
             field="rows",
         )
     least = (recipe.start_rounds + 1) * BUCKETS
@@ -139,13 +144,13 @@ class _Search:
         log: Log,
     ) -> None:
         self.decoder, self.rows, self.recipe, self.log = decoder, rows, recipe, log
-        self.pool_size = pool_size
+        self.pool_size, self.working = pool_size, round(recipe.spare * pool_size)
         self.rng = np.random.default_rng(recipe.adapters.seed)
         self.random = random.Random(recipe.adapters.seed)
         self.features = recipe.features.dense([row.text for row in rows]).astype(np.float64)
         points = centred(self.features)
         self.start = kmeans(points, round(recipe.start_factor * pool_size), self.rng)
-        self.slots = max(int(self.start.max()) + 1, pool_size)
+        self.slots = max(int(self.start.max()) + 1, self.working)
         self.live = list(range(self.slots))
         self.sample = np.arange(len(rows))
         self.chances = np.eye(self.slots)[self.start]
@@ -174,8 +179,8 @@ class _Search:
         losses = self.measure(self.sample)
         features = self.features[self.sample]
         self.chances, _ = self.posterior(losses, features, number)
-        if len(self.live) > self.pool_size:
-            kept = merge_cheapest(losses, self.chances.argmax(1), self.pool_size)
+        if len(self.live) > self.working:
+            kept = merge_cheapest(losses, self.chances.argmax(1), self.working)
             losses = self.keep(kept, losses)
             self.chances, _ = self.posterior(losses, features, number)
         if number < self.recipe.settled * self.rounds:
@@ -207,15 +212,13 @@ class _Search:
     def restart(self, losses: Array, number: int) -> None:
         """Give adapters that are idle or double to halves of the clusters that are served worst."""
         labels = self.chances.argmax(1)
-        counts = np.bincount(labels, minlength=len(self.live))
-        idle = IDLE * len(labels) / self.pool_size
-        kept = [c for c in distinct(losses, labels, self.recipe.same) if counts[c] >= idle]
+        kept = self.needed(losses, labels)
         if len(kept) < len(self.live):
             self.log(f"{len(self.live) - len(kept)} adapters are idle or double")
             losses = self.keep(kept, losses)
             self.chances, _ = self.posterior(losses, self.features[self.sample], number)
             labels = self.chances.argmax(1)
-        for c in self.worst_served(losses, labels)[: self.pool_size - len(self.live)]:
+        for c in self.worst_served(losses, labels)[: self.working - len(self.live)]:
             own = np.flatnonzero(labels == c)
             sides = kmeans(np.minimum(losses[own], np.quantile(losses, 0.95)), 2, self.rng)
             slot = next(s for s in range(self.slots) if s not in self.live)
@@ -224,6 +227,12 @@ class _Search:
             self.chances = np.pad(self.chances, ((0, 0), (0, 1)))
             self.chances[own[sides == 1]] = np.eye(len(self.live))[-1]
 
+    def needed(self, losses: Array, labels: Ints) -> list[int]:
+        """Adapters that are no other's double and have more than a few rows."""
+        counts = np.bincount(labels, minlength=losses.shape[1])
+        idle = IDLE * len(labels) / self.working
+        return [c for c in distinct(losses, labels, self.recipe.same) if counts[c] >= idle]
+
     def worst_served(self, losses: Array, labels: Ints) -> list[int]:
         """Clusters of more than a few rows, those with the largest loss of all rows first."""
         counts = np.bincount(labels, minlength=losses.shape[1])
@@ -231,12 +240,16 @@ class _Search:
         return [int(c) for c in np.argsort(-sums) if counts[c] >= FEW]
 
     def result(self) -> Discovered:
-        """What was found, with adapters that are one joined, and the gate on all rows."""
+        """What was found, without what is left over, and the gate on all rows."""
         everything = np.arange(len(self.rows))
         losses = self.measure(everything)
         chances, gate = self.posterior(losses, self.features, self.rounds)
-        kept = distinct(losses, chances.argmax(1), self.recipe.same)
+        kept = self.needed(losses, chances.argmax(1))
         if len(kept) < len(self.live):
+            losses = self.keep(kept, losses)
+            chances, gate = self.posterior(losses, self.features, self.rounds)
+        if len(self.live) > self.pool_size:
+            kept = merge_cheapest(losses, chances.argmax(1), self.pool_size)
             losses = self.keep(kept, losses)
             chances, gate = self.posterior(losses, self.features, self.rounds)
         return Discovered(

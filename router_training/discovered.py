@@ -15,9 +15,10 @@ from mora_serve.adapters.card import RoutingCard
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.stacked import StackedAdapters
 from mora_serve.router.features import NGrams
-from router_training.batched import MixedRow, row_losses, save_peft
+from router_training.batched import MixedRow, row_losses
 from router_training.batches import TokenRow, chunks
 from router_training.clusters import Array, Ints, TextGate
+from router_training.peft_files import save_peft
 
 
 @dataclass(frozen=True, slots=True)

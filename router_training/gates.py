@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,13 @@ from mora_serve.router.gate import opened
 Array = npt.NDArray[np.float64]
 
 REJECTED = 0.05  # share of in-domain prompts that the base may get
-MISSED = 2.0  # how much worse it is to miss an adapter than to run one too many
+SEVERAL = 2.0  # how much more the further candidates count of prompts for several adapters
 PRIOR = 1e-5  # of the gates' squared weights, against the mean log-likelihood
+
+WEIGHTS: Mapping[str, float] = MappingProxyType(
+    {"known": 1.0, "new": 2.0, "mixture": 3.0, "near": 1.0, "far": 0.5}
+)
+"""How much all prompts of a kind count in the gates' fit, in one scoring."""
 
 
 class Case(NamedTuple):
@@ -45,14 +51,14 @@ def fit_gates(cases: Sequence[Case], blend: float) -> Calibration:
     """
     labels = [case.labels() for case in cases]
     weights = np.array([case.weight for case in cases])
-    spoilt = np.array([MISSED if len(case.right) > 1 else 1.0 for case in cases])
+    factors = np.array([SEVERAL if len(case.right) > 1 else 1.0 for case in cases])
     first = logistic(
         np.stack([case.seen.first for case in cases]), [own[0] for own in labels], weights
     )
     further = logistic(
         np.concatenate([case.seen.further for case in cases]),
         [right for own in labels for right in own[1:]],
-        np.repeat(weights * spoilt, [len(own) - 1 for own in labels]),
+        np.repeat(weights * factors, [len(own) - 1 for own in labels]),
     )
     inside = [opened(first, case.seen.first[None])[0] for case in cases if case.right]
     return Calibration(min(0.5, conformal(np.array(inside))), blend, first, further)

@@ -10,7 +10,8 @@ of several together, and of none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -76,12 +77,16 @@ def fit_router(
     for router, part in zip(routers, parts, strict=True):
         cases += study.cases(router, part)
     calibration = fit_gates(cases, blend)
+    halves = cases[::2], cases[1::2]
     report = FitReport(
         strength=strength,
         blend=blend,
         corrected=kept,
         held_out=held_out,
-        **decision_figures(cases, calibration),
+        **_means(
+            decision_figures(judges, fit_gates(learnt, blend))
+            for learnt, judges in (halves, halves[::-1])
+        ),
         tried=tried,
     )
     content = dataclasses.replace(
@@ -92,6 +97,13 @@ def fit_router(
         report=report.numbers(),
     )
     return content.to_bytes(), report
+
+
+def _means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By name, over the rows where a figure could be measured."""
+    found = list(rows)
+    columns = {name: [row[name] for row in found if not math.isnan(row[name])] for name in found[0]}
+    return {n: float(np.mean(own)) if own else math.nan for n, own in columns.items()}
 
 
 def _mean(accuracies: Mapping[int, float]) -> float:

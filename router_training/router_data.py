@@ -79,14 +79,14 @@ class RouterData:
                 field="examples",
             )
         for name, prompts in singles.items():
-            _enough(f"examples.{name}", len(prompts), MIN_PROMPTS)
-        _enough("outside", len({*self.near, *self.far}), MIN_OUTSIDE)
+            _enough(f"examples.{name}", f" of adapter {name!r} alone", len(prompts), MIN_PROMPTS)
+        _enough("outside", "", len({*self.near, *self.far}), MIN_OUTSIDE)
 
 
-def _enough(field: str, count: int, least: int) -> None:
+def _enough(field: str, of: str, count: int, least: int) -> None:
     if count < least:
         raise InvalidArgument(
-            f"{field}: {count} distinct prompts are too few; give {least} or more", field=field
+            f"{field}: {count} distinct prompts{of} are too few; give {least} or more", field=field
         )
 
 

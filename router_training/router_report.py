@@ -5,27 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from mora_serve.router.decide import Choice, decide
 from mora_serve.router.format import Calibration
-from router_training.gates import Case
+from router_training.gates import WEIGHTS, Case
 
 Array = npt.NDArray[np.float64]
 
 BINS = 15
-WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"known": 1.0, "new": 2.0, "mixture": 3.0, "near": 1.0, "far": 0.5}
-)
-"""How much all prompts of a kind count in the gates' fit, in one scoring."""
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """What the fit measured, on prompts that μ, Σ and the projection were not learnt from.
+    """What the fit measured, on prompts that μ and Σ were not learnt from.
+
+    The fit has seen some of them all the same. A learnt correction ends its training by the kept
+    prompts, which ``known``, ``alone``, ``together`` and ``abstained`` are of as well; the gates
+    and the threshold are fitted on all that the figures from ``known`` on are of.
 
     ``strength`` is λ, ``blend`` the prototypes' part in a score: those with the best mean of
     ``held_out``; ``tried`` has that mean for each combination, and with the learnt correction,
@@ -38,7 +37,9 @@ class FitReport:
     those without. ``abstained``: the share of the former that get the base; ``accepted_near``,
     ``accepted_far``: that of the latter which get an adapter. A figure is NaN where the data
     have no such prompts.
-    ``calibration_error``: of the best candidate's probability, over bins of equal mass.
+    ``calibration_error``: of the best candidate's probability, over bins of equal mass. From
+    ``known`` on, the gates are not those of the file, which are fitted on all of these prompts,
+    but two fits on a half each, measured on the other half.
     """
 
     strength: float

@@ -17,9 +17,8 @@ from mora_serve.router.prototypes import unit
 from mora_serve.router.router import Router
 from mora_serve.router.rows import Entry
 from router_training.correction import CorrectionRecipe, learn_correction
-from router_training.gates import Case
+from router_training.gates import WEIGHTS, Case
 from router_training.router_data import FeatureTable, Ints, Labelled, RouterData, joined
-from router_training.router_report import WEIGHTS
 from router_training.whitening import Array, Whitening
 
 PROMPT_COUNTS = (1, 4, 16)  # prompts that a new adapter may come with
@@ -113,9 +112,10 @@ class Study:
             calibration=dataclasses.replace(_UNCALIBRATED, blend=blend),
             prototypes=self.options.prototypes,
         )
-        return Router(_projected(content, matrix))
+        return Router(projected(content, matrix))
 
-    def _embed(self, content: RouterFile, rows: Ints) -> Floats:
+    def embed(self, content: RouterFile, rows: Ints) -> Floats:
+        """Rows of the table as a router embeds them: unit vectors [rows, K]."""
         centred: Floats = self.table.rows[rows] - content.mean
         return unit(np.matmul(centred, content.projection, dtype=np.float32))
 
@@ -124,12 +124,12 @@ class Study:
         content = router.content
         outside = np.concatenate((self.near[0], self.far[0]))
         matrix = learn_correction(
-            [self._embed(content, self.learn[i]) for i in adapters],
-            [self._embed(content, self.kept[i]) for i in adapters],
-            self._embed(content, outside),
+            [self.embed(content, self.learn[i]) for i in adapters],
+            [self.embed(content, self.kept[i]) for i in adapters],
+            self.embed(content, outside),
             CorrectionRecipe(key_prompts=self.options.key_prompts, seed=self.options.seed),
         )
-        return Router(_projected(content, content.projection @ matrix))
+        return Router(projected(content, content.projection @ matrix))
 
     def held_out(
         self, routers: Sequence[Router], parts: Sequence[Sequence[int]], blend: float
@@ -146,11 +146,11 @@ class Study:
         counts = sorted({min(n, self.options.key_prompts) for n in PROMPT_COUNTS})
         out = {}
         for count in counts:
-            keys = [router.key_of(self._embed(router.content, own[:count])) for own in self.learn]
+            keys = [router.key_of(self.embed(router.content, own[:count])) for own in self.learn]
             centres = np.stack([key.centre for key in keys])
             found = []
             for i in part:
-                z = self._embed(
+                z = self.embed(
                     router.content, np.concatenate((self.learn[i][count:], self.kept[i]))
                 )
                 nearest = np.stack([(z @ key.prototypes.T).max(1) for key in keys], 1)
@@ -202,7 +202,7 @@ class Study:
         return cases
 
 
-def _projected(content: RouterFile, matrix: Array) -> RouterFile:
+def projected(content: RouterFile, matrix: Array) -> RouterFile:
     """With another projection [D, K]; its scale says nothing, as prompts are normalised."""
     codes, scales = to_int8((matrix / np.abs(matrix).max()).T.astype(np.float32))
     return dataclasses.replace(content, codes=codes, scales=scales)

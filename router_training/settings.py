@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ def read_settings(file: Path, kind: type[Settings]) -> Settings:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise _wrong(file.name, f"it cannot be read ({e.strerror}); give a YAML file") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # e.g. no such day, too deep
         raise _wrong(file.name, f"it is not YAML ({' '.join(str(e).split())})") from e
     if not isinstance(values, dict):
         raise _wrong(file.name, "it has to map keys to values, as in 'out: ./trained'")
@@ -45,6 +46,21 @@ def read_settings(file: Path, kind: type[Settings]) -> Settings:
         if name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise _wrong(name, "it is missing; give it")
     return kind(**{key: _value(key, value, hints[key]) for key, value in values.items()})
+
+
+def check_bounds(settings: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raise InvalidArgument for a field outside its least and greatest value, or not a number."""
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(settings, name) <= high:
+            value = getattr(settings, name)
+            raise _wrong(name, f"{value} is not between {low:g} and {high:g}")
+
+
+def check_unused(settings: Any, keys: Collection[str], where: str) -> None:
+    """Raise InvalidArgument for one of these fields that is not as it is left out."""
+    for f in dataclasses.fields(settings):
+        if f.name in keys and getattr(settings, f.name) != f.default:
+            raise _wrong(f.name, f"{where} does not take it; leave it out")
 
 
 def _value(key: str, value: Any, hint: Any) -> Any:

@@ -1,30 +1,54 @@
 """A new task's adapter from few rows, on top of adapters that are there already.
 
 Adapters of one base have much in common: what in a prompt matters and what is decoration, where
-the answer ends, how the base is told what to do. A new adapter that starts from what they share has
-only to learn what is new in its task. The start is one adapter: the mean of the set's deltas, cut
-to the new rank by a singular value decomposition, or the one of the set that fits the rows best.
-What comes out is an adapter like any other: one PEFT directory, served without the set.
+the answer ends, often half of the task itself. Which of it helps a new task cannot be told before
+training: the adapter under which its rows lose least is often a poor start. So all starts are
+tried, the set's adapters, their mean and chance, in one run of the batched trainer on a part of the
+rows; the other part decides. What comes out is an adapter like any other: one PEFT directory,
+served without the set.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.shape import PROJECTIONS
 from mora_serve.model.stacked import StackedAdapters
-from router_training.batched import AdapterRecipe, Log, MixedRow, row_losses, train_adapters
+from router_training.batched import (
+    AdapterRecipe,
+    Log,
+    MixedRow,
+    row_losses,
+    subset,
+    train_adapters,
+)
 from router_training.batches import TokenRow, chunks
+from router_training.starts import Start, begin
 
-Start = Literal["random", "mean", "nearest"]
+LEAST_ROWS = 4  # fewer cannot be parted into rows to train on and rows to judge by
+
+
+@dataclass(frozen=True)
+class TrialRecipe:
+    """How starts are compared.
+
+    ``rounds``: (steps, how many starts go on) each, as in successive halving; a step has ``batch``
+    rows of every start. A share ``held_out`` of the rows decides. Of a large set, the ``most``
+    adapters are tried under which the untrained rows lose least.
+    """
+
+    rounds: tuple[tuple[int, int], ...] = ((15, 5), (30, 1))
+    batch: int = 12
+    held_out: float = 0.25
+    most: int = 32
 
 
 @dataclass(frozen=True)
@@ -37,11 +61,27 @@ class NewTaskRecipe:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = PROJECTIONS
-    steps: int = 60
+    steps: int = 120
     batch: int = 16
     lr: float = 4e-3
     warmup: int = 10
     seed: int = 0
+    trial: TrialRecipe = field(default_factory=TrialRecipe)
+
+    def adapters(self, steps: int, rows: int, warmup: int, count: int = 1) -> AdapterRecipe:
+        """The trainer's recipe for ``count`` adapters at once; ``rows`` a step for each."""
+        return AdapterRecipe(
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=self.targets,
+            steps=steps,
+            rows=rows * count,
+            lr=self.lr,
+            warmup=warmup,
+            clip=math.sqrt(count),  # it bounds the norm over all of them
+            buckets=1,
+            seed=self.seed,
+        )
 
 
 def train_new_task(
@@ -49,108 +89,101 @@ def train_new_task(
     rows: Sequence[TokenRow],
     recipe: NewTaskRecipe,
     shared: StackedAdapters | None = None,
-    start: Start = "mean",
+    start: Start | None = None,
     log: Log = print,
 ) -> StackedAdapters:
     """One adapter (count 1, for ``save_peft``) trained on ``rows``.
 
-    ``shared`` is the set to build on (``load_peft``); it does not change. Without it, or with the
-    start "random", A is random and B zero, as for any first adapter.
+    ``shared`` is the set to build on (``load_peft``); it does not change. ``start``: what to take
+    from it; left out, ``best_start`` finds it. Without a set, A is random and B zero, as for any
+    first adapter.
 
     Raises InvalidArgument where there are no rows, or where the set lacks a target.
     """
     if not rows:
         raise InvalidArgument("rows: none given; a new task takes at least one", field="rows")
+    if shared is not None and start is None:
+        start = best_start(decoder, rows, shared, recipe, log)
 
     def prepare(adapter: StackedAdapters) -> None:
-        if shared is not None and start == "nearest":
-            copy_mean(shared, [nearest(decoder, shared, rows)], adapter)
-        elif shared is not None and start == "mean":
-            copy_mean(shared, range(shared.count), adapter)
+        if shared is not None and start is not None:
+            begin(adapter, 0, shared, start)
 
-    return train_adapters(
-        decoder,
-        1,
-        _in_turn(rows, recipe.seed),
-        AdapterRecipe(
-            rank=recipe.rank,
-            alpha=recipe.alpha,
-            targets=recipe.targets,
-            steps=recipe.steps,
-            rows=min(recipe.batch, len(rows)),
-            lr=recipe.lr,
-            warmup=recipe.warmup,
-            buckets=1,
-            seed=recipe.seed,
-        ),
-        log,
-        prepare,
-    )
+    settings = recipe.adapters(recipe.steps, min(recipe.batch, len(rows)), recipe.warmup)
+    return train_adapters(decoder, 1, _in_turn(rows, 1, recipe.seed), settings, log, prepare)
 
 
-@torch.no_grad()
-def nearest(decoder: Decoder, shared: StackedAdapters, rows: Sequence[TokenRow]) -> int:
-    """The adapter of the set under which, at weight 1, the rows' mean loss is least."""
+def best_start(
+    decoder: Decoder,
+    rows: Sequence[TokenRow],
+    shared: StackedAdapters,
+    recipe: NewTaskRecipe,
+    log: Log = print,
+) -> Start:
+    """The start that a little training gets furthest from, judged by rows it does not see.
 
-    def loss(index: int) -> float:
-        mixed = [MixedRow(row, ((index, 1.0),)) for row in sorted(rows, key=len)]
-        return sum(row_losses(decoder, shared, part).sum().item() for part in chunks(mixed))
-
-    return min(range(shared.count), key=loss)
-
-
-@torch.no_grad()
-def copy_mean(shared: StackedAdapters, indices: Sequence[int], adapter: StackedAdapters) -> None:
-    """Make the only adapter of ``adapter`` the mean of some adapters' deltas s B A.
-
-    At each projection it is the best approximation of its rank (Eckart-Young). Ranks that the
-    mean does not fill keep their A, and a B of zero, so that they can still learn.
-
-    Raises InvalidArgument where the set lacks a target of ``adapter``.
+    All are trained in one pass; of fewer than four rows, it is the mean without a trial.
+    Raises InvalidArgument where the set lacks a target of the recipe.
     """
-    missing = sorted(set(adapter.targets) - set(shared.targets))
-    if missing:
-        raise InvalidArgument(
-            f"targets: the shared set lacks {', '.join(missing)}; choose among its own",
-            field="targets",
+    if len(rows) < LEAST_ROWS:
+        return "mean"
+    trial = recipe.trial
+    mixed = random.Random(f"trial/{recipe.seed}").sample(rows, len(rows))
+    held = max(1, round(len(rows) * trial.held_out))
+    judges, learnt = mixed[:held], mixed[held:]
+    starts: list[Start] = ["random", "mean", *_promising(decoder, shared, learnt, trial.most)]
+    adapters: StackedAdapters | None = None
+
+    def prepare(stack: StackedAdapters) -> None:
+        for place, start in enumerate(starts):
+            begin(stack, place, shared, start)
+
+    for steps, kept in trial.rounds:
+        count = len(starts)
+        adapters = train_adapters(
+            decoder,
+            count,
+            _in_turn(learnt, count, recipe.seed),
+            recipe.adapters(steps, trial.batch, recipe.warmup // 2, count),
+            log,
+            prepare if adapters is None else None,
+            start=adapters,
         )
-    factor = shared.alpha / shared.rank / len(indices) / (adapter.alpha / adapter.rank)
-    for layer in range(adapter.shape.layers):
-        for projection in adapter.targets:
-            parts = [shared.projection(layer, projection, i) for i in indices]
-            scales = [1.0 if shared.scales is None else shared.scales[i, layer] for i in indices]
-            a, b = low_rank(
-                torch.cat([a for a, _ in parts]),
-                torch.cat([b * scale for (_, b), scale in zip(parts, scales, strict=True)]),
-                adapter.rank,
-            )
-            own_a, own_b = adapter.projection(layer, projection, 0)
-            own_a[: len(a)] = a
-            own_b.zero_()[: len(b)] = b * factor
+        losses = [_loss(decoder, adapters, place, judges) for place in range(count)]
+        best = sorted(range(count), key=losses.__getitem__)[:kept]
+        log("starts: " + ", ".join(f"{starts[i]} {losses[i]:.2f}" for i in best))
+        adapters, starts = subset(adapters, best), [starts[i] for i in best]
+    return starts[0]
 
 
-def low_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [r, out], r <= ``rank``, with B.T A nearest to b.T a; a [n, in], b [n, out].
-
-    A and B share the singular values alike; r is less than ``rank`` where b.T a has no more.
-    Nothing of the size in x out is decomposed: QR of both first.
-    """
-    q_in, r_in = torch.linalg.qr(a.T)
-    q_out, r_out = torch.linalg.qr(b.T)
-    u, values, v = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    kept = min(rank, int((values > 1e-6 * values[0]).sum()))
-    root = values[:kept].sqrt()[:, None]
-    return root * (v[:kept] @ q_in.T), root * (q_out @ u[:, :kept]).T
+def _promising(
+    decoder: Decoder, shared: StackedAdapters, rows: Sequence[TokenRow], most: int
+) -> list[int]:
+    if shared.count <= most:
+        return list(range(shared.count))
+    losses = [_loss(decoder, shared, i, rows) for i in range(shared.count)]
+    return sorted(range(shared.count), key=losses.__getitem__)[:most]
 
 
-def _in_turn(rows: Sequence[TokenRow], seed: int) -> Callable[[], MixedRow]:
-    """Rows in passes over all of them, each in an order of its own."""
+@torch.no_grad()
+def _loss(
+    decoder: Decoder, adapters: StackedAdapters, index: int, rows: Sequence[TokenRow]
+) -> float:
+    """The rows' summed loss under one adapter at weight 1."""
+    mixed = [MixedRow(row, ((index, 1.0),)) for row in sorted(rows, key=len)]
+    return sum(row_losses(decoder, adapters, part).sum().item() for part in chunks(mixed))
+
+
+def _in_turn(rows: Sequence[TokenRow], count: int, seed: int) -> Callable[[], MixedRow]:
+    """A row for each of ``count`` adapters in turn; each gets all rows before any comes again."""
     rng = random.Random(f"new task/{seed}")
-    left: list[TokenRow] = []
+    left: list[list[TokenRow]] = [[] for _ in range(count)]
+    turns = itertools.cycle(range(count))
 
     def draw() -> MixedRow:
-        if not left:
-            left.extend(rng.sample(rows, len(rows)))
-        return MixedRow(left.pop(), ((0, 1.0),))
+        index = next(turns)
+        if not left[index]:
+            left[index].extend(rng.sample(rows, len(rows)))
+        return MixedRow(left[index].pop(), ((index, 1.0),))
 
     return draw

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mora_serve.config import AdaptersConfig
 from mora_serve.errors import InvalidArgument
 from router_training.router_data import MIN_PROMPTS, Labelled, joined
 from router_training.router_study import JOINED
+from router_training.rows import read_objects
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -72,42 +72,50 @@ def groups_of(adapters: Sequence[CardedAdapter]) -> dict[str, str]:
     return {adapter.name: adapter.card.group for adapter in adapters}
 
 
-def read_labelled(files: Sequence[Path], adapters: Sequence[CardedAdapter] = ()) -> list[Labelled]:
+def read_labelled(
+    files: Sequence[Path],
+    adapters: Sequence[CardedAdapter] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> list[Labelled]:
     """Prompts with the adapters that are right for them, from JSONL files.
 
     A line is ``{"prompt": "...", "adapters": ["..."]}``, or has ``tasks``, which the cards of
     ``adapters`` turn into adapters; with both, as the server exports its feedback, the adapters
     count where all of them are known. Other keys are left alone. Without ``adapters`` every name
-    is taken.
+    is taken. Lines whose task no adapter serves any more, or several do, are left out, and
+    ``log`` gets their number.
 
-    Raises InvalidArgument, naming file and line, for what is no such line, an unknown adapter or
-    task, or a task that several adapters serve.
+    Raises InvalidArgument, naming file and line, for what is no such line or an unknown adapter,
+    or where every line is left out.
     """
     labels = _Labels.of(adapters)
-    return [
-        Labelled(prompt, labels.adapters(values, where))
-        for file in files
-        for where, prompt, values in _rows(file)
-    ]
+    found: list[Labelled] = []
+    left_out: list[InvalidArgument] = []
+    for file in files:
+        for where, prompt, values in _rows(file):
+            try:
+                found.append(Labelled(prompt, labels.adapters(values, where)))
+            except _NoLabel as e:
+                left_out.append(e.why)
+    if left_out and not found:
+        raise left_out[0]
+    if left_out:
+        log(f"{len(left_out)} rows are left out; the first: {left_out[0].message}")
+    return found
+
+
+class _NoLabel(Exception):
+    """A task that cannot be turned into an adapter."""
+
+    def __init__(self, why: InvalidArgument) -> None:
+        super().__init__(why.message)
+        self.why = why
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise _wrong(
-            "prompts", f"{file.name} cannot be read ({type(e).__name__}); give a UTF-8 file"
-        ) from e
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file.name}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        prompt = values.get("prompt") if isinstance(values, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
+    for where, values in read_objects(file, "prompts"):
+        prompt = None if values is None else values.get("prompt")
+        if values is None or not isinstance(prompt, str) or not prompt.strip():
             raise _wrong(
                 "prompts",
                 f"{where}: it is no JSON object with a prompt; give "
@@ -147,12 +155,14 @@ class _Labels:
     def _serving(self, task: str, where: str) -> str:
         serving = self.tasks.get(task, ())
         if not serving:
-            raise _unknown("task", task, self.tasks, where)
+            raise _NoLabel(_unknown("task", task, self.tasks, where))
         if len(serving) > 1:
-            raise _wrong(
-                "prompts",
-                f"{where}: the task {task!r} is on the cards of {', '.join(serving)}; give the "
-                "row's adapters",
+            raise _NoLabel(
+                _wrong(
+                    "prompts",
+                    f"{where}: the task {task!r} is on the cards of {', '.join(serving)}; give "
+                    "the row's adapters",
+                )
             )
         return serving[0]
 

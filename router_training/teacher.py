@@ -7,7 +7,6 @@ row that no adapter helps has no label.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.stacked import StackedAdapters
-from router_training.batched import DENSE_PARAMETERS, Log
+from router_training.batched import Log, trained_through
 from router_training.batches import TokenRow, chunks
 from router_training.discovered import measure_losses
 
@@ -32,8 +31,7 @@ def likelihood_gains(
     decoder: Decoder, adapters: StackedAdapters, rows: Sequence[TokenRow], log: Log | None = None
 ) -> Array:
     """Gains [rows, adapters] in nats for whole answers."""
-    if decoder.shape.linear_parameters <= DENSE_PARAMETERS:
-        decoder = decoder.dense()
+    decoder = trained_through(decoder)
     gains = np.zeros((len(rows), adapters.count))
     done = 0
     for part in chunks(sorted(range(len(rows)), key=lambda n: len(rows[n])), LOGGED):
@@ -73,6 +71,12 @@ def temperature_of(gains: Array, perplexity: float = PERPLEXITY) -> float:
 def teach(
     gains: Array, names: Sequence[str], temperature: float, threshold: float = THRESHOLD
 ) -> list[tuple[str, ...]]:
-    """For each row the adapters whose p reaches ``threshold``; none where it is the base's."""
-    p = responsibilities(gains, temperature)[:, :-1]
-    return [tuple(itertools.compress(names, row >= threshold)) for row in p]
+    """For each row the adapter of the greatest p, where it helps and p reaches ``threshold``.
+
+    One at most: p says which of them a row is from, so two that share it are alternatives and
+    not a mixture.
+    """
+    p = responsibilities(gains, temperature)
+    sure = (gains.max(1) > 0) & (p[:, :-1].max(1) >= threshold)
+    best = gains.argmax(1)
+    return [(names[i],) if one else () for i, one in zip(best, sure, strict=True)]

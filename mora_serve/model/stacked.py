@@ -168,6 +168,42 @@ def _products(block: Block) -> int:
     return len(range(start, stop)) * len(block.adapters)
 
 
+class Run(NamedTuple):
+    """Neighbouring blocks of as many tokens and adapters each, for batched products.
+
+    ``start`` is the first one's first token, ``tokens`` are those of a block.
+    """
+
+    start: int
+    tokens: int
+    adapters: tuple[tuple[int, ...], ...]
+
+    @property
+    def span(self) -> slice:
+        """The tokens of all blocks."""
+        return slice(self.start, self.start + self.tokens * len(self.adapters))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its part of x [tokens, n], by block: [blocks, tokens of a block, n]."""
+        return x[self.span].view(len(self.adapters), self.tokens, -1)
+
+
+def _runs(blocks: Sequence[Block]) -> list[Run]:
+    runs: list[Run] = []
+    for tokens, adapters in blocks:
+        own = Run(tokens.start, tokens.stop - tokens.start, (adapters,))
+        last = runs[-1] if runs else None
+        if (
+            last
+            and (last.span.stop, last.tokens) == (own.start, own.tokens)
+            and len(last.adapters[0]) == len(adapters)
+        ):
+            runs[-1] = last._replace(adapters=(*last.adapters, adapters))
+        else:
+            runs.append(own)
+    return runs
+
+
 class Weighting(NamedTuple):
     """What each row's adapters are multiplied by.
 
@@ -222,13 +258,13 @@ class StackedMixture:
         keys = [f"{layer}/{site}/{i}" for i in self.used]
         a, b = ([stack[key] for key in keys] for stack in (self.adapters.a, self.adapters.b))
         slots = {adapter: slot for slot, adapter in enumerate(self.used)}
-        blocks = [Block(t, tuple(slots[i] for i in own)) for t, own in self.blocks]
-        out: Tensor = _LowRank.apply(x, y, self._factors(layer), blocks, parts, *a, *b)  # type: ignore[no-untyped-call]
+        runs = _runs([Block(t, tuple(slots[i] for i in own)) for t, own in self.blocks])
+        out: Tensor = _LowRank.apply(x, y, self._factors(layer), runs, parts, *a, *b)  # type: ignore[no-untyped-call]
         return out
 
 
 class _LowRank(torch.autograd.Function):
-    """y[:, p] += ((x @ a_p.T) * factors) @ b_p for the projections p of one site, by blocks.
+    """y[:, p] += ((x @ a_p.T) * factors) @ b_p for the projections p of one site, run by run.
 
     With u adapters in a block, its inner products are [tokens, projections, u * rank].
     """
@@ -239,72 +275,91 @@ class _LowRank(torch.autograd.Function):
         x: Tensor,
         y: Tensor,
         factors: Tensor,
-        blocks: Sequence[Block],
+        runs: Sequence[Run],
         parts: Sequence[Part],
         *stacks: Tensor,
     ) -> Tensor:
         inners = []
-        for tokens, adapters in blocks:
-            own_a, own_b = _gather(stacks, adapters, len(parts))
-            inner = (x[tokens] @ own_a.T).view(-1, len(parts), len(own_b))
-            mixed = inner * factors[tokens, None, : len(own_b)]
+        for run in runs:
+            own_a, own_b = _gather(stacks, run.adapters, len(parts))
+            width = own_b.shape[1]
+            inner = torch.bmm(run.of(x), own_a.mT)
+            inner = inner.view(*inner.shape[:2], len(parts), width)
+            mixed = inner * run.of(factors)[:, :, None, :width]
+            of_y = run.of(y)
             for part in parts:
-                y[tokens, part.out].addmm_(mixed[:, part.place], own_b[:, part.own])
+                of_y[:, :, part.out].baddbmm_(mixed[:, :, part.place], own_b[:, :, part.own])
             inners.append(inner)
         ctx.mark_dirty(y)
-        ctx.blocks, ctx.parts = blocks, parts
+        ctx.runs, ctx.parts = runs, parts
         ctx.save_for_backward(x, factors, *stacks, *inners)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, factors, *saved = ctx.saved_tensors
-        stacks, inners = saved[: -len(ctx.blocks)], saved[-len(ctx.blocks) :]
+        stacks, inners = saved[: -len(ctx.runs)], saved[-len(ctx.runs) :]
+        grad = grad.contiguous()
         # A row of no block has no adapter: nothing comes back to its x from here.
-        whole = sum(len(inner) for inner in inners) == len(x)
+        whole = sum(inner.shape[:2].numel() for inner in inners) == len(x)
         of_x = (torch.empty_like if whole else torch.zeros_like)(x)
         of_factors = torch.zeros_like(factors) if ctx.needs_input_grad[2] else None
         of_stacks: list[Tensor | None] = [None] * len(stacks)
-        for (tokens, adapters), inner in zip(ctx.blocks, inners, strict=True):
-            own_a, own_b = _gather(stacks, adapters, len(ctx.parts))
-            width = len(own_b)
-            through = torch.empty_like(inner)
-            mixed = inner * factors[tokens, None, :width]
-            of_b = torch.empty_like(own_b)
+        for run, inner in zip(ctx.runs, inners, strict=True):
+            own_a, own_b = _gather(stacks, run.adapters, len(ctx.parts))
+            weights = run.of(factors)[:, :, None, : own_b.shape[1]]
+            through, of_b = torch.empty_like(inner), torch.empty_like(own_b)
+            mixed, above = inner * weights, run.of(grad)
             for part in ctx.parts:
-                above = grad[tokens, part.out]
-                torch.mm(above, own_b[:, part.own].T, out=through[:, part.place])
-                torch.mm(mixed[:, part.place].T, above, out=of_b[:, part.own])
+                own = above[:, :, part.out]
+                torch.bmm(own, own_b[:, :, part.own].mT, out=through[:, :, part.place])
+                torch.bmm(mixed[:, :, part.place].mT, own, out=of_b[:, :, part.own])
             if of_factors is not None:
-                of_factors[tokens, :width] = (through * inner).sum(1)
-            flat = (through * factors[tokens, None, :width]).flatten(1)
+                run.of(of_factors)[:, :, : own_b.shape[1]] = (through * inner).sum(2)
+            flat = (through * weights).flatten(2)
             if ctx.needs_input_grad[0]:
-                torch.mm(flat, own_a, out=of_x[tokens])
-            _scatter(of_stacks, adapters, len(ctx.parts), flat.T @ x[tokens], of_b)
+                torch.bmm(flat, own_a, out=run.of(of_x))
+            _scatter(of_stacks, run.adapters, len(ctx.parts), flat.mT @ run.of(x), of_b)
         return of_x, grad, of_factors, None, None, *of_stacks
 
 
-def _gather(stacks: Sequence[Tensor], adapters: Sequence[int], parts: int) -> tuple[Tensor, Tensor]:
-    """The A of some adapters [parts * u * rank, in], by projection first, and B [u * rank, out].
+def _gather(
+    stacks: Sequence[Tensor], blocks: Sequence[Sequence[int]], parts: int
+) -> tuple[Tensor, Tensor]:
+    """A [blocks, parts * u * rank, in], by projection first, and B [blocks, u * rank, out].
 
-    ``stacks`` holds the A of all, then the B of all.
+    ``stacks`` holds the A of all adapters, then the B of all; each block has u of them.
     """
     count = len(stacks) // 2
-    if len(adapters) == 1:
-        return stacks[adapters[0]], stacks[count + adapters[0]]
-    by_part = zip(*(stacks[i].chunk(parts) for i in adapters), strict=True)
-    a = torch.cat([own for part in by_part for own in part])
-    return a, torch.cat([stacks[count + i] for i in adapters])
+
+    def of_a(adapters: Sequence[int]) -> Tensor:
+        if len(adapters) == 1:
+            return stacks[adapters[0]]
+        by_part = zip(*(stacks[i].chunk(parts) for i in adapters), strict=True)
+        return torch.cat([own for part in by_part for own in part])
+
+    def of_b(adapters: Sequence[int]) -> Tensor:
+        own = [stacks[count + i] for i in adapters]
+        return own[0] if len(own) == 1 else torch.cat(own)
+
+    a, b = ([pick(own) for own in blocks] for pick in (of_a, of_b))
+    return (a[0][None], b[0][None]) if len(blocks) == 1 else (torch.stack(a), torch.stack(b))
 
 
 def _scatter(
-    stacks: list[Tensor | None], adapters: Sequence[int], parts: int, of_a: Tensor, of_b: Tensor
+    stacks: list[Tensor | None],
+    blocks: Sequence[Sequence[int]],
+    parts: int,
+    of_a: Tensor,
+    of_b: Tensor,
 ) -> None:
     """Add to ``stacks`` what comes back to the results of ``_gather``; None stands for zeros."""
-    count, used = len(stacks) // 2, len(adapters)
-    pieces = of_a.chunk(parts * used)
-    for place, (i, b) in enumerate(zip(adapters, of_b.chunk(used), strict=True)):
-        a = of_a if used == 1 else torch.cat(pieces[place::used])
-        for slot, value in ((i, a), (count + i, b)):
-            before = stacks[slot]
-            stacks[slot] = value if before is None else before + value
+    count = len(stacks) // 2
+    for adapters, whole_a, whole_b in zip(blocks, of_a, of_b, strict=True):
+        used = len(adapters)
+        pieces = whole_a.chunk(parts * used)
+        for place, (i, b) in enumerate(zip(adapters, whole_b.chunk(used), strict=True)):
+            a = whole_a if used == 1 else torch.cat(pieces[place::used])
+            for slot, value in ((i, a), (count + i, b)):
+                before = stacks[slot]
+                stacks[slot] = value if before is None else before + value

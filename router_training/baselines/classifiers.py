@@ -1,11 +1,14 @@
 """Routers that need no model: plain centroids, and classifiers from scikit-learn.
 
-All see the n-grams that the server's router sees. A classifier has no notion of an adapter that
-joins: it is trained again, with the newcomer's few prompts among the others' many.
+All see the n-grams that the server's router sees. A classifier sees all its prompts too: those for
+one adapter, those for two, which have two labels, and those for none, which have no label. It has
+no notion of an adapter that joins: it is trained again, with the newcomer's few prompts, repeated
+up to the others' number, among theirs.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mora_serve.router.features import NGrams
-from router_training.evaluation.cases import FittingData, texts
+from router_training.evaluation.cases import Case, FittingData, texts
 from router_training.evaluation.metrics import Array
 from router_training.evaluation.scored import Method, Scored, Scorer
 
@@ -24,25 +27,27 @@ def centroids(features: NGrams) -> Method:
 
 
 def logistic_regression(features: NGrams, seed: int = 0) -> Method:
-    """Multinomial logistic regression, classes weighted to the same mass."""
+    """One logistic regression an adapter: its prompts, weighted to the same mass, against all."""
 
     def make() -> Any:
         from sklearn.linear_model import LogisticRegression
+        from sklearn.multiclass import OneVsRestClassifier
 
-        return LogisticRegression(C=10.0, max_iter=300, class_weight="balanced", random_state=seed)
+        one = LogisticRegression(C=10.0, max_iter=300, class_weight="balanced", random_state=seed)
+        return OneVsRestClassifier(one)
 
     return lambda data: _Classifier(features, data, make)
 
 
 def perceptron(features: NGrams, seed: int = 0) -> Method:
-    """One hidden layer of 256; a newcomer's prompts are repeated up to the others' number."""
+    """One hidden layer of 256, an output an adapter."""
 
     def make() -> Any:
         from sklearn.neural_network import MLPClassifier
 
         return MLPClassifier((256,), max_iter=60, random_state=seed, n_iter_no_change=60)
 
-    return lambda data: _Classifier(features, data, make, repeat=True)
+    return lambda data: _Classifier(features, data, make)
 
 
 class _Centroids:
@@ -64,36 +69,43 @@ class _Centroids:
 
 
 class _Classifier:
-    def __init__(
-        self,
-        features: NGrams,
-        data: FittingData,
-        make: Callable[[], Any],
-        repeat: bool = False,
-    ) -> None:
-        self._features, self._data = features, data
-        self._make, self._repeat = make, repeat
+    def __init__(self, features: NGrams, data: FittingData, make: Callable[[], Any]) -> None:
+        self._features, self._data, self._make = features, data, make
 
     def register(self, cards: Mapping[str, Sequence[str]]) -> Scorer:
         """Train from scratch on the fitting's prompts and, of other adapters, their cards'."""
-        prompts = _training_prompts(self._data, cards)
-        if self._repeat:
-            most = max(map(len, prompts.values()))
-            prompts = {
-                n: (list(some) * -(-most // len(some)))[:most] for n, some in prompts.items()
-            }
-        names = tuple(prompts)
-        rows = self._features.dense([text for some in prompts.values() for text in some])
-        labels = np.repeat(np.arange(len(names)), [len(some) for some in prompts.values()])
+        names = tuple(cards)
+        labelled = _labelled(self._data, cards)
+        labels = np.array([[name in case.adapters for name in names] for case in labelled], np.intp)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the chosen number of epochs is used up
-            model = self._make().fit(rows, labels)
+            model = self._make().fit(self._rows(texts(labelled)), labels)
 
         def score(prompts: Sequence[str]) -> Scored:
-            probability = model.predict_proba(self._features.dense(list(prompts)))
+            probability = model.predict_proba(self._rows(prompts))
             return _always(names, probability, probability)
 
         return score
+
+    def _rows(self, prompts: Sequence[str]) -> Any:
+        """Most n-grams are in no one prompt: sparse [n, D]."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix(self._features.dense(list(prompts)))
+
+
+def _labelled(data: FittingData, cards: Mapping[str, Sequence[str]]) -> list[Case]:
+    """All prompts of the fitting, and the cards' of other adapters, each as often as the prompts
+    of any adapter."""
+    own = _training_prompts(data, cards)
+    most = max(map(len, own.values()))
+    singles = [
+        Case(prompt, (name,))
+        for name, prompts in own.items()
+        for prompt in itertools.islice(itertools.cycle(prompts), most)
+    ]
+    pairs = [case for case in data.pairs if set(case.adapters) <= set(own)]
+    return [*singles, *pairs, *(Case(prompt) for prompt in (*data.near, *data.far))]
 
 
 def _training_prompts(

@@ -22,6 +22,7 @@ from router_training.baselines.xlora import XLoraModel, XLoraRecipe
 from router_training.batched import Log
 from router_training.evaluation.bundle import calibrated
 from router_training.evaluation.cases import Case, Suite, texts
+from router_training.evaluation.costs import join_ms, timed_fit
 from router_training.evaluation.held_out import cross_fit
 from router_training.evaluation.metrics import Array, mean
 from router_training.evaluation.quality import Model, own_mixtures, routed_mixtures
@@ -48,9 +49,11 @@ def measure_classifiers(
     features: NGrams,
     log: Log,
 ) -> dict[str, Any]:
-    """Routing figures, and those of adapters held out of the training, by method.
+    """Routing figures, those of adapters held out of the training, and costs, by method.
 
-    ``features`` are those that the server's router has.
+    ``features`` are those that the server's router has. ``fitted_on``: the number of adapters
+    that a method is trained on. ``join_ms``: of a method that is not trained anew for a newcomer.
+    The MLP is held out with the most examples alone: each training of it takes seconds.
     """
     methods: dict[str, tuple[Method, Sequence[int]]] = {
         "centroids": (centroids(features), (1, 2, 4, 8, 16)),
@@ -60,19 +63,19 @@ def measure_classifiers(
     out = {}
     for name, (method, counts) in methods.items():
         log(name)
-        draws = 3 if len(counts) > 1 else 1
-        later = cross_fit(method, suite.fitting, suite.kept_templates, counts, draws=draws)
-        started = time.perf_counter()
-        scorer = method(suite.fitting).register(cards)
-        trained = time.perf_counter() - started
+        later = cross_fit(method, suite.fitting, suite.kept_templates, counts)
+        fitted, scorer, seconds = timed_fit(method, suite.fitting, cards)
         out[name] = {
             "routing": measure_routing(suite, scorer, known),
             "later": later.figures,
             "calibration": calibrated(suite, scorer, later),
-            "fit_seconds": round(trained, 2),
+            "fitted_on": len(suite.fitting.examples),
+            "fit_seconds": seconds,
             "prompts": suite.prompts,
             "milliseconds": _milliseconds(scorer, texts(suite.kept_templates)),
         }
+        if name == "centroids":
+            out[name]["join_ms"] = join_ms(fitted, cards)
     return out
 
 
@@ -117,10 +120,11 @@ def measure_peft(
     for name, model in (("Arrow", arrow), ("X-LoRA", xlora)):
         log(name)
         out[name] = _of_peft(model, few, known) | {"plain_seconds": round(plain_seconds, 2)}
-    out["Arrow"] |= {"setting": setting, "fit_seconds": 0.0}
+    out["Arrow"] |= {"setting": setting, "fit_seconds": 0.0, "fitted_on": 0}
     out["X-LoRA"] |= {
         "setting": f"{recipe.steps} steps of {recipe.rows} rows",
         "fit_seconds": round(trained, 1),
+        "fitted_on": len({name for case in training for name in case.adapters}),
     }
     return out
 

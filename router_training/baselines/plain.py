@@ -42,9 +42,7 @@ def exact_match(model: Any, rows: Sequence[TokenRow]) -> Array:
     """
     found = np.zeros(len(rows))
     for at, batch in batches(rows):
-        best = model(input_ids=batch.inputs).logits.argmax(-1)
-        wrong = ((best != batch.targets) & (batch.answer > 0)).any(1)
-        found[at] = (~wrong).numpy()
+        found[at] = batch.right(model(input_ids=batch.inputs).logits).numpy()
     return found
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.stacked import StackedAdapters
-from router_training.batched import AdapterRecipe, Log, MixedRow, save_peft, train_adapters
+from router_training.batched import AdapterRecipe, Log, MixedRow, train_adapters
 from router_training.demo.base import tokens
 from router_training.demo.coded import Row, earlier_turns
 from router_training.demo.pairs import TRAINED_PAIRS, pair_example
 from router_training.demo.tasks import TASKS
+from router_training.peft_files import save_peft
 
 BASE_NAME = "mora-serve demo base"
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mora_serve.errors import InvalidArgument
 from router_training.batches import TokenRow, bucketed, chunks, collate
 from router_training.demo.coded import CODES, CodedRows, Row
 from router_training.demo.pairs import PAIRS, Pair
@@ -30,7 +31,8 @@ MAX_POSITIONS = 512
 class BaseRecipe:
     """Learning rates fall linearly to zero over the last 40 % of the steps.
 
-    ``excluded``: pairs of codes that no row has.
+    ``excluded``: pairs of codes that no row has. ``hidden``: the width, a multiple of 64,
+    which is a block of NF4; a head has 32.
     """
 
     steps: int = 3000
@@ -40,6 +42,7 @@ class BaseRecipe:
     warmup: int = 50
     prompt_weight: float = 0.03
     excluded: tuple[Pair, ...] = ()
+    hidden: int = 128
     seed: int = 0
 
 
@@ -54,7 +57,7 @@ def characters(row: Row) -> int:
     return sum(len(t) for _, t in row.ahead) + len(row.prompt) + len(row.answer)
 
 
-def build_model(seed: int) -> Any:
+def build_model(seed: int, hidden: int = BaseRecipe.hidden) -> Any:
     """A random transformers ``Qwen3ForCausalLM`` of the demo's shape, in fp32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -62,15 +65,15 @@ def build_model(seed: int) -> Any:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            intermediate_size=384,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
             head_dim=32,
             max_position_embeddings=MAX_POSITIONS,
             rms_norm_eps=1e-5,
-            initializer_range=128**-0.5,
+            initializer_range=hidden**-0.5,
             tie_word_embeddings=False,
             bos_token_id=TOKEN_ID["<|begin|>"],
             eos_token_id=TOKEN_ID[END],
@@ -83,8 +86,16 @@ def build_model(seed: int) -> Any:
 def pretrain(
     recipe: BaseRecipe, log: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> Any:
-    """Train the base on coded rows; returns the model in eval mode, fp32."""
-    model = build_model(recipe.seed)
+    """Train the base on coded rows; returns the model in eval mode, fp32.
+
+    Raises InvalidArgument for a width that NF4's blocks do not divide.
+    """
+    if recipe.hidden < 64 or recipe.hidden % 64:
+        raise InvalidArgument(
+            f"hidden: {recipe.hidden} is no multiple of 64, a block of NF4; give one",
+            field="hidden",
+        )
+    model = build_model(recipe.seed, recipe.hidden)
     rng = random.Random(recipe.seed)
     batches = bucketed(CodedRows(rng, recipe.excluded), characters, recipe.rows, rng)
     matrices = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
@@ -131,9 +142,7 @@ def _backward(model: nn.Module, rows: list[Row], prompt_weight: float) -> float:
 def exact_match(model: nn.Module, rows: Sequence[Row]) -> float:
     """Share of rows whose every answer token is the most likely one (teacher-forced)."""
     batch = collate([tokens(r) for r in rows], TOKEN_ID[PAD])
-    best = model(input_ids=batch.inputs).logits.argmax(-1)
-    wrong = (best != batch.targets) & (batch.answer > 0)
-    return float((~wrong.any(1)).float().mean())
+    return float(batch.right(model(input_ids=batch.inputs).logits).float().mean())
 
 
 def coded_exact_match(model: nn.Module, seed: int, rows: int = 16) -> dict[str, float]:
@@ -157,4 +166,4 @@ def coded_exact_match(model: nn.Module, seed: int, rows: int = 16) -> dict[str, 
 
 def _rate(step: int, recipe: BaseRecipe) -> float:
     left = 1 - step / recipe.steps
-    return min(1.0, (step + 1) / recipe.warmup) * min(1.0, left / 0.4 + 0.01)
+    return min(1.0, (step + 1) / max(1, recipe.warmup)) * min(1.0, left / 0.4 + 0.01)

@@ -22,8 +22,7 @@ from router_training.demo.manifest import BundledAdapter, Manifest
 from router_training.demo.nf4 import save_nf4
 from router_training.demo.routing import RouterRecipe, fit_demo_router
 from router_training.demo.tasks import HELD_OUT, TASKS
-
-CARD_PROMPTS = 16
+from router_training.evaluation.held_out import CARD_PROMPTS
 
 
 @dataclass(frozen=True)

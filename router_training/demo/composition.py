@@ -31,6 +31,16 @@ from router_training.demo.tasks import OPERATIONS, STYLES, TASKS, Split
 
 Mixture = tuple[tuple[int, float], ...]
 WRONG_WEIGHT = 0.3  # of a wrong adapter beside the right one
+COLUMNS = (
+    "single_mean",
+    "pairs_trained_mean",
+    "pairs_held_out_mean",
+    "pairs_least",
+    "best_single",
+    "beside_wrong_kept",
+    "three_way",
+)
+"""The figures of ``Composition.measure`` that ways to train are compared by."""
 _NAMES = tuple(TASKS)
 _INDEX = {name: i for i, name in enumerate(_NAMES)}
 
@@ -47,10 +57,9 @@ def exact_matches(
         batch = collate([row.tokens for row in some])
         weights = mixture_weights(some, adapters.count)
         hidden = batch_hidden(decoder, batch, adapters, weights)
-        best = decoder.logits(hidden).argmax(-1).view_as(batch.targets)
-        wrong = ((best != batch.targets) & (batch.answer > 0)).any(1)
-        for i, bad in zip(part, wrong.tolist(), strict=True):
-            found[i] = not bad
+        logits = decoder.logits(hidden).view(*batch.targets.shape, -1)
+        for i, right in zip(part, batch.right(logits).tolist(), strict=True):
+            found[i] = right
     return found
 
 

@@ -20,7 +20,7 @@ from router_training.demo.coded import Row
 from router_training.demo.loaded import LoadedBundle
 from router_training.demo.suite import FRESH_SEED, demo_suite, fitting_data
 from router_training.evaluation.answers import Answering
-from router_training.evaluation.bundle import Subject, measure
+from router_training.evaluation.bundle import Subject, measure, measure_costs
 from router_training.evaluation.cases import Suite
 from router_training.evaluation.refit import ours
 
@@ -45,6 +45,8 @@ def evaluate(
     sections = measure(subject, suite, log)
     out = {**summary(sections), "sections": sections}
     if xlora is not None:
+        log("one whole fitting")
+        sections |= measure_costs(subject, suite.fitting)
         out["baselines"] = _baselines(subject, suite, xlora, log)
         out["ours_on_few"] = ours_on_few(suite, subject.model, subject.scorer)
     return out
@@ -69,12 +71,12 @@ def demo_subject(bundle: Path, seed: int, prompts: int) -> tuple[Subject, Suite]
     """A bundle of the demo's tasks, loaded, and the prompts to measure it with."""
     loaded = LoadedBundle(bundle)
     manifest = loaded.manifest
-    groups = {name: card.group for name, card in loaded.cards.items()}
     subject = Subject(
         model=Answering(loaded.base, loaded.adapters, loaded.names),
         scorer=loaded.scorer,
         known=tuple(a.name for a in manifest.adapters if a.router == "known"),
-        refit=ours(groups, loaded.router.content, loaded.pool),
+        fit=ours(loaded.router.content, loaded.pool, search=True),
+        refit=ours(loaded.router.content, loaded.pool),
         directory=bundle,
         parts={
             "base": bundle / manifest.base,
@@ -130,13 +132,24 @@ def summary(sections: dict[str, Any]) -> dict[str, Any]:
 def _router_summary(
     routing: dict[str, Any], later: dict[str, Any], calibration: dict[str, Any]
 ) -> dict[str, float]:
+    return {
+        **routing_summary(routing),
+        **{f"later_{n}_prompts": row["mean"] for n, row in later["by_count"].items()},
+        "later_least": later["by_count"][str(later["examples"])]["least_adapter"],
+        "calibration_error": calibration["error"],
+        "calibration_error_every": calibration["every"],
+    }
+
+
+def routing_summary(routing: dict[str, Any]) -> dict[str, float]:
+    """The headline figures of ``measure_routing``, flat."""
     far, near = routing["roc"]["far"], routing["roc"]["near"]
+    trained = routing["trained_templates"]
     return {
         **{k: routing[k] for k in ("known_top1", "known_alone", "abstained")},
         **{k: routing[k] for k in ("held_out_top1", "held_out_alone") if k in routing},
-        "known_top1_trained_templates": routing["trained_templates"]["known_top1"],
-        "known_alone_trained_templates": routing["trained_templates"]["known_alone"],
-        "pairs_exactly_trained_templates": routing["trained_templates"]["pairs"]["exactly"],
+        **{f"{k}_trained_templates": v for k, v in trained.items() if k != "pairs"},
+        "pairs_exactly_trained_templates": trained["pairs"]["exactly"],
         "reworded_top1": routing["reworded"]["top"][0],
         "new_words_top1": routing["new_words"]["top"][0],
         "pairs_both_on_top": routing["pairs"]["both_on_top"],
@@ -145,8 +158,4 @@ def _router_summary(
         "out_of_domain_accepted": far["accepted"],
         "near_domain_auroc": near["auroc"],
         "near_domain_accepted": near["accepted"],
-        **{f"later_{n}_prompts": row["mean"] for n, row in later["by_count"].items()},
-        "later_least": later["by_count"][str(later["examples"])]["least_adapter"],
-        "calibration_error": calibration["error"],
-        "calibration_error_every": calibration["every"],
     }

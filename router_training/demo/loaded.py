@@ -15,12 +15,13 @@ from mora_serve.model.pooling import pooled_hidden
 from mora_serve.router.decide import Choice
 from mora_serve.router.features import Pool
 from mora_serve.router.router import Router
-from router_training.batched import load_peft
+from mora_serve.router.routing import ROUTER_FILE
 from router_training.demo.manifest import Manifest
 from router_training.evaluation.scored import RouterScorer
 from router_training.generation import greedy
+from router_training.peft_files import load_peft
 
-ROUTER_FILE = "router.safetensors"
+__all__ = ["ROUTER_FILE", "LoadedBundle"]
 
 
 class LoadedBundle:

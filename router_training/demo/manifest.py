@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mora_serve.errors import InvalidArgument
+
 FILE = "bundle.json"
 
 
@@ -39,12 +41,19 @@ class Manifest:
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
-        """Read a bundle's manifest."""
-        values = json.loads((bundle / FILE).read_text())
-        adapters = tuple(
-            BundledAdapter(**{**a, "tasks": tuple(a["tasks"])}) for a in values.pop("adapters")
-        )
-        return cls(**values, adapters=adapters)
+        """Read a bundle's manifest. Raises InvalidArgument where the directory has no sound one."""
+        try:
+            values = json.loads((bundle / FILE).read_text())
+            adapters = tuple(
+                BundledAdapter(**{**a, "tasks": tuple(a["tasks"])}) for a in values.pop("adapters")
+            )
+            return cls(**values, adapters=adapters)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise InvalidArgument(
+                f"bundle: {bundle.name} holds no {FILE} that can be read; give the directory that "
+                "python -m router_training demo --out made",
+                field="bundle",
+            ) from e
 
     def write(self, bundle: Path) -> None:
         """Write the manifest into a bundle."""

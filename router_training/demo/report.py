@@ -65,9 +65,9 @@ Pairs, both adapters at weight 1:
 | never trained together | **{pairs_held_out_mean:.3f}** | {pairs_held_out_least:.3f} \
 | {pairs_new_templates_held_out_mean:.3f} |
 
-The same prompts under the best single adapter for each pair: {best_single_mean:.3f}; under all
-adapters: {uniform:.3f}; under two at random: {random_pair:.3f}. Three adapters at once, which no
-training had: {three_way:.3f}.
+On {few} of the new prompts a pair the right two answer {right_pair:.3f}, the best single adapter
+for each pair {best_single_mean:.3f}, all adapters {uniform:.3f}, two at random {random_pair:.3f}.
+Three adapters at weight 1 at once, which no training had: {three_way:.3f}.
 
 The router, with all adapters registered:
 
@@ -118,6 +118,7 @@ def write_card(bundle: Path, manifest: Manifest, quality: dict[str, Any]) -> Non
             f"| {adapter.name} | {TASKS[adapter.tasks[0]].description} | {q['new_prompts']:.2f} "
             f"| {q['new_templates']:.2f} | {q['base']:.2f} | {adapter.router} |"
         )
+    mixtures = quality["sections"]["quality"]["baselines"]
     text = _TEXT.format(
         seed=manifest.seed,
         held_out=", ".join(a.name for a in manifest.adapters if a.router == "held-out"),
@@ -125,6 +126,8 @@ def write_card(bundle: Path, manifest: Manifest, quality: dict[str, Any]) -> Non
         eval_seed=quality["seed"],
         rows="\n".join(rows),
         size=quality["bytes"] / 1e6,
+        few=mixtures["prompts_a_pair"],
+        right_pair=mixtures["right_pair"]["mean"],
         **quality["router"],
         **{k: v for k, v in quality.items() if isinstance(v, float)},
     )

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
+from mora_serve.errors import InvalidArgument
 from router_training.demo.near_domain import near_domain
 from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.pairs import (
@@ -18,8 +19,9 @@ from router_training.demo.pairs import (
 from router_training.demo.reworded import reworded_examples
 from router_training.demo.tasks import KNOWN, OPERATIONS, STYLES, TASKS, Split
 from router_training.evaluation.cases import Case, FittingData, PairCases, Suite
+from router_training.evaluation.held_out import CARD_PROMPTS
 
-FRESH_SEED = 1_000_000  # no fitting draws from these seeds
+FRESH_SEED = 1_000_000  # no fitting draws from this seed or a greater one
 OUTSIDE = 8  # prompts of nobody for each prompt a task
 
 
@@ -28,7 +30,15 @@ def demo_suite(seed: int = FRESH_SEED, prompts: int = 48) -> Suite:
 
     Of reworded prompts there are as many for each task, of three-way mixes (an operation, a style
     and another style around both) about ``prompts`` an operation.
+
+    Raises InvalidArgument for a seed below ``FRESH_SEED``: models may be fitted on its prompts.
     """
+    if seed < FRESH_SEED:
+        raise InvalidArgument(
+            f"seed: {seed} is among the seeds that models are fitted with; give {FRESH_SEED} or "
+            "more",
+            field="seed",
+        )
     tasks = tuple(TASKS)
     return Suite(
         prompts=prompts,
@@ -46,14 +56,20 @@ def demo_suite(seed: int = FRESH_SEED, prompts: int = 48) -> Suite:
 
 
 def fitting_data(names: Sequence[str] = KNOWN, seed: int = 0, prompts: int = 120) -> FittingData:
-    """Labelled prompts of the training's templates, from seeds of their own."""
+    """What the demo's router is fitted on: prompts in the training's templates, and of no task.
+
+    Of a task its card's and ``prompts`` others, of a pair that is trained a quarter of that, of no
+    task four times that, near and far.
+    """
     near, far = random.Random(f"near/{seed}"), random.Random(f"router/{seed}")
     few = -(-prompts // 4)
+
+    def examples(name: str) -> list[tuple[str, str]]:
+        task = TASKS[name]
+        return [*task.examples(seed, CARD_PROMPTS), *task.examples(seed + 1, prompts)]
+
     return FittingData(
-        examples={
-            name: [Case(p, (name,), a) for p, a in TASKS[name].examples(seed + 1, prompts)]
-            for name in names
-        },
+        examples={name: [Case(p, (name,), a) for p, a in examples(name)] for name in names},
         pairs=[
             case
             for case in _pair_cases(TRAINED_PAIRS, seed + 1, few, "train")
@@ -61,6 +77,7 @@ def fitting_data(names: Sequence[str] = KNOWN, seed: int = 0, prompts: int = 120
         ],
         near=[near_domain(near, "train") for _ in range(4 * prompts)],
         far=[out_of_domain(far, "train") for _ in range(4 * prompts)],
+        groups={name: TASKS[name].group for name in names},
     )
 
 

@@ -200,7 +200,7 @@ KNOWN: tuple[str, ...] = tuple(name for name in _ROWS if name not in HELD_OUT)
 
 def _task(name: str) -> Task:
     (description, group, operand), apply = _ROWS[name]
-    templates = _split(name, PATTERNS[name])
+    templates = split_templates(name, PATTERNS[name])
     return Task(
         name=name,
         description=description,
@@ -209,11 +209,11 @@ def _task(name: str) -> Task:
         apply=apply,
         train=templates["train"],
         test=templates["test"],
-        tails=_split(f"{name}/tails", TAILS.get(name, ())),
+        tails=split_templates(f"{name}/tails", TAILS.get(name, ())),
     )
 
 
-def _split(name: str, patterns: Sequence[str]) -> Mapping[Split, tuple[str, ...]]:
+def split_templates(name: str, patterns: Sequence[str]) -> Mapping[Split, tuple[str, ...]]:
     """A fifth of the templates, three at least, is kept for testing."""
     templates = [t for pattern in patterns for t in expand(pattern)]
     random.Random(f"{name}/{_SPLIT_SEED}").shuffle(templates)

@@ -9,8 +9,9 @@ from typing import Any
 
 from router_training.batched import Log
 from router_training.evaluation.answers import Answering
-from router_training.evaluation.cases import Case, Suite, check_adapters, texts
-from router_training.evaluation.held_out import CrossFit, cross_fit
+from router_training.evaluation.cases import Case, FittingData, Suite, check_adapters, texts
+from router_training.evaluation.costs import join_ms, timed_fit
+from router_training.evaluation.held_out import CrossFit, cross_fit, without
 from router_training.evaluation.keymap import key_map
 from router_training.evaluation.latency import measure_latency
 from router_training.evaluation.metrics import mean
@@ -26,13 +27,15 @@ SYSTEM_TURN = "You are a helpful assistant. Answer briefly and do not explain."
 class Subject:
     """What is measured: models, router, and how its router would be fitted again.
 
-    ``known`` names the adapters that the router was fitted on. ``parts`` are the directories
-    whose sizes count, all under ``directory``.
+    ``known`` names the adapters that the router was fitted on. ``fit`` chooses all anew, as its
+    fitting did; ``refit`` takes over what that chose. ``parts`` are the directories whose sizes
+    count, all under ``directory``.
     """
 
     model: Answering
     scorer: RouterScorer
     known: Sequence[str]
+    fit: Method
     refit: Method
     directory: Path
     parts: Mapping[str, Path]
@@ -62,6 +65,14 @@ def measure(subject: Subject, suite: Suite, log: Log) -> dict[str, Any]:
     out["latency"] = measure_latency(subject.scorer, texts(suite.kept_templates))
     out["sizes"] = measure_sizes(subject.parts, subject.directory, subject.scorer.index)
     return out
+
+
+def measure_costs(subject: Subject, data: FittingData) -> dict[str, float]:
+    """The seconds of one whole fitting on the known adapters, and what one more takes after it."""
+    cards = subject.scorer.cards
+    new = [name for name in data.examples if name not in subject.known]
+    fitted, _, seconds = timed_fit(subject.fit, without(data, new), cards)
+    return {"fit_seconds": seconds, "join_ms": join_ms(fitted, cards)}
 
 
 def calibrated(suite: Suite, scorer: Scorer, later: CrossFit) -> dict[str, Any] | None:

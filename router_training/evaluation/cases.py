@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mora_serve.errors import InvalidArgument
@@ -45,12 +45,14 @@ class FittingData:
 
     ``examples``: prompts by adapter, the first of which are its card's. ``pairs``: prompts for
     two adapters. ``near`` and ``far``: prompts of no adapter, in the adapters' wording or not.
+    ``groups`` are the adapters', by name.
     """
 
     examples: Mapping[str, Sequence[Case]]
     pairs: Sequence[Case] = ()
     near: Sequence[str] = ()
     far: Sequence[str] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Suite:
     words are known; ``new_words``: other new sentences. ``pairs`` and ``pairs_kept``: prompts for
     two adapters, in trained and in kept templates. ``three_way``: prompts for three. ``near`` and
     ``far``: prompts of no adapter. ``prompts`` is how many there are a task or pair, ``seed`` what
-    they were drawn with. ``fitting`` is what the bundle's router was fitted on.
+    they were drawn with. ``fitting`` is what routers are fitted on again.
     """
 
     prompts: int
@@ -83,28 +85,23 @@ class Suite:
 
         Of prompts of no adapter as many times ``count`` are left as there are of ``prompts``.
         """
+
+        def some(cases: Sequence[Case]) -> Sequence[Case]:
+            return fewer(cases, count)
+
         nobody = -(-count * max(len(self.near), len(self.far)) // max(1, self.prompts))
         return replace(
-            self._each(lambda cases: fewer(cases, count)),
+            self,
             prompts=min(count, self.prompts),
+            trained_templates=some(self.trained_templates),
+            kept_templates=some(self.kept_templates),
+            reworded=some(self.reworded),
+            new_words=some(self.new_words),
+            pairs=self.pairs.each(some),
+            pairs_kept=self.pairs_kept.each(some),
+            three_way=some(self.three_way),
             near=self.near[:nobody],
             far=self.far[:nobody],
-        )
-
-    def among(self, names: Collection[str]) -> Suite:
-        """Without the prompts of any other adapter."""
-        return self._each(lambda cases: [c for c in cases if set(c.adapters) <= set(names)])
-
-    def _each(self, change: Change) -> Suite:
-        return replace(
-            self,
-            trained_templates=change(self.trained_templates),
-            kept_templates=change(self.kept_templates),
-            reworded=change(self.reworded),
-            new_words=change(self.new_words),
-            pairs=self.pairs.each(change),
-            pairs_kept=self.pairs_kept.each(change),
-            three_way=change(self.three_way),
         )
 
 

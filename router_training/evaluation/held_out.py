@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from router_training.evaluation.cases import Case, FittingData, by_adapter, texts
 from router_training.evaluation.metrics import mean
@@ -45,30 +42,26 @@ def cross_fit(
 ) -> CrossFit:
     """Fit without each fold's adapters, then register them with few examples among all others.
 
+    No fold has more adapters of a group than it must: an adapter joins others of its group.
     ``cases`` are prompts for one adapter each. ``by_count``: for each number of examples the mean
     accuracy over all adapters and ``draws`` choices of the examples, the least and the greatest
     mean of a choice, and the least adapter's mean. ``by_adapter``: with the most examples.
     """
     names = list(data.examples)
     random.Random(seed).shuffle(names)
+    names.sort(key=lambda name: data.groups.get(name, ""))
     parts = [names[i :: min(folds, len(names))] for i in range(min(folds, len(names)))]
     positions = by_adapter(cases)
     most = max(counts)
     hits: dict[int, dict[str, list[float]]] = {n: {} for n in counts}
     scored_parts = []
-    fit_seconds, register_seconds = [], []
     for part in parts:
-        started = time.perf_counter()
         fitted = method(without(data, part))
-        fit_seconds.append(time.perf_counter() - started)
         own = [cases[i] for name in part for i in positions.get((name,), ())]
         for count in counts:
             for draw in range(draws):
                 cards = _cards(data.examples, part, count, f"{seed}/{draw}")
-                started = time.perf_counter()
-                scorer = fitted.register(cards)
-                register_seconds.append(time.perf_counter() - started)
-                scored = scorer(texts(own))
+                scored = fitted.register(cards)(texts(own))
                 found = single_prompts(scored, own)["by_adapter"]
                 for name, row in found.items():
                     hits[count].setdefault(name, []).append(row["top"][0])
@@ -82,8 +75,6 @@ def cross_fit(
         "examples": most,
         "folds": len(parts),
         "draws": draws,
-        "fit_seconds": round(float(np.median(fit_seconds)), 3),
-        "register_seconds": round(float(np.median(register_seconds)), 4),
     }
     return CrossFit(figures, scored_parts)
 

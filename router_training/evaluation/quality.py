@@ -110,12 +110,13 @@ def _by_pair(right: Array, pairs: PairCases) -> dict[str, Any]:
 def pair_baselines(pairs: PairCases, model: Model, seed: int, few: int = 8) -> dict[str, Any]:
     """What prompts for a pair get from one adapter alone, from all, and from a random pair.
 
-    ``few`` prompts of each pair. ``best_single``: for each pair the adapter, of all, that answers
-    most of its prompts, chosen on these very prompts. ``uniform``: all adapters at weight 1/n.
-    ``uniform_full``: all at weight 1. ``random_pair``: two different adapters, drawn for each
-    prompt. ``right_pair`` is what is compared with.
+    The first ``few`` prompts of each pair. ``best_single``: for each pair the adapter, of all, that
+    answers most of its prompts, chosen on these very prompts. ``uniform``: all adapters at weight
+    1/n. ``uniform_full``: all at weight 1. ``random_pair``: two different adapters, drawn for each
+    prompt. ``right_pair``, the right two on these prompts, is what they are compared with.
     """
-    cases = [pairs.both()[i] for at in by_adapter(pairs.both()).values() for i in at[:few]]
+    by_pair = [at[:few] for at in by_adapter(pairs.both()).values()]
+    cases = [pairs.both()[i] for at in by_pair for i in at]
     names = model.names
     rng = random.Random(f"random-pair/{seed}")
     single = np.stack([model.right(cases, [{name: 1.0}] * len(cases)) for name in names])
@@ -140,7 +141,12 @@ def pair_baselines(pairs: PairCases, model: Model, seed: int, few: int = 8) -> d
         }
         for name, right in ({"best_single": best} | found).items()
     }
-    return {**out, "best_single_highest": round(float(best.max()), 4), "prompts": len(cases)}
+    return {
+        **out,
+        "best_single_highest": round(float(best.max()), 4),
+        "prompts": len(cases),
+        "prompts_a_pair": max(map(len, by_pair)),
+    }
 
 
 def beside_wrong(cases: Sequence[Case], model: Model, weight: float = BESIDE) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def overview(result: Figures, headlines: Sequence[Headline]) -> Section:
     missed = f"{len(short)} of the figures fall short of their goal (in colour)."
     return Section(
         "At a glance",
-        "The figures that matter most, each beside what else was measured on the same prompts.",
+        "The figures that matter most, each beside others that it is to be read with; the sections "
+        "below say on which prompts each was measured.",
         missed if short else "All figures with a goal reach it.",
         tables=[
             Table(
@@ -67,7 +68,7 @@ def overview(result: Figures, headlines: Sequence[Headline]) -> Section:
 
 _CANNOT = {
     "later": {
-        "X-LoRA": "cannot: its gates are trained for a fixed set of adapters",
+        "X-LoRA": "cannot: a fixed set",
     },
     "quality": {
         "centroids": "one adapter: as top 1",
@@ -76,8 +77,10 @@ _CANNOT = {
     },
 }
 _NOTES = (
-    "Logistic regression and the MLP are trained anew on all prompts for every adapter that joins; "
-    "they and the centroids always pick one adapter and cannot abstain.",
+    "Logistic regression and the MLP see all prompts that a router is fitted on: for one adapter, "
+    "for two (two labels) and for none (no label). They are trained anew for every adapter that "
+    "joins. Centroids are the means of the prompts for one adapter. All three pick one adapter "
+    "here: no threshold was fitted for them.",
     "Arrow needs no examples: a new adapter counts like a known one. It computes every adapter's "
     "product for every token, and its weights sum to 1, so two adapters never both run at 1.",
     "X-LoRA runs a first pass without adapters for every token, refuses a key/value cache, and its "
@@ -90,7 +93,8 @@ def comparison(result: Figures, baselines: Figures) -> Section:
     """All methods on all counts, with a reason where one cannot."""
     sections = result["sections"]
     routed = dig(result, "ours_on_few.routed") or {}
-    methods = {OURS: {**sections, "quality": routed}, **baselines}
+    ours = {**sections, "quality": routed, "fitted_on": len(sections["known"])}
+    methods = {OURS: ours, **baselines}
     routing = {
         "known adapters, top 1": "routing.known_top1",
         "new sentences, top 1": "routing.reworded.top",
@@ -113,6 +117,7 @@ def comparison(result: Figures, baselines: Figures) -> Section:
     for label, path in answers.items():
         cells = [_CANNOT["quality"].get(name) or _cell(dig(m, path)) for name, m in methods.items()]
         rows.append([f"answers right: {label}", *cells])
+    rows.append(["adapters fitted on", *(_fitted_on(m) for m in methods.values())])
     rows.append(["seconds to fit", *(_seconds(m) for m in methods.values())])
     rows.append(["to take in one adapter", *(_taking_in(n, m) for n, m in methods.items())])
     rows.append(["to route a prompt", *(_routing_time(n, m) for n, m in methods.items())])
@@ -121,7 +126,8 @@ def comparison(result: Figures, baselines: Figures) -> Section:
         "Beside other ways to route",
         " ".join(_NOTES),
         "Arrow, X-LoRA and all answers of this table: "
-        f"{few} prompts a task and pair, kept templates. The rest: {sections['prompts']}.",
+        f"{few} prompts a task and pair, kept templates. The rest: {sections['prompts']}. "
+        f"Adapters that {OURS} was not fitted on are told to it by the examples on their cards.",
         tables=[Table(["", *methods], rows)],
     )
 
@@ -130,8 +136,12 @@ def _cell(value: Any) -> str:
     return share(value[0] if isinstance(value, Sequence) else value)
 
 
+def _fitted_on(method: Figures) -> str:
+    return str(method["fitted_on"] or "none")
+
+
 def _seconds(method: Figures) -> str:
-    return number(method.get("fit_seconds") or dig(method, "later.fit_seconds"))
+    return number(method.get("fit_seconds") or None)
 
 
 def _taking_in(name: str, method: Figures) -> str:
@@ -139,11 +149,9 @@ def _taking_in(name: str, method: Figures) -> str:
         return "trained anew"
     if name == "Arrow":
         return "a singular vector a linear"
-    seconds = dig(method, "later.register_seconds")
     if name in (OURS, "centroids"):
-        adapters = len(dig(method, "routing.single.by_adapter"))
-        return f"{number(1e3 * seconds / adapters)} ms"
-    return f"{number(seconds)} s, trained anew"
+        return f"{number(method.get('join_ms'))} ms"
+    return f"{number(method['fit_seconds'])} s, trained anew"
 
 
 def _routing_time(name: str, method: Figures) -> str:

@@ -19,7 +19,10 @@ def quality_sections(figures: Figures, baselines: Figures) -> list[Section]:
     quality = figures["quality"]
     out = [_by_adapter(quality["single"], figures["prompts"], figures["system_turn"])]
     if "pairs" in quality:
-        out += [_pairs(quality["pairs"], figures["prompts"]), _mixtures(quality, baselines)]
+        out += [
+            _pairs(quality["pairs"], figures["prompts"]),
+            _mixtures(quality, baselines, figures["prompts"]),
+        ]
     if "beside_wrong" in quality:
         out.append(_beside(quality["beside_wrong"]))
     return [*out, _map(figures["map"]), _latency(figures["latency"], baselines), _sizes(figures)]
@@ -95,7 +98,7 @@ def _pairs(pairs: Figures, prompts: int) -> Section:
     )
 
 
-def _mixtures(quality: Figures, baselines: Figures) -> Section:
+def _mixtures(quality: Figures, baselines: Figures, prompts: int) -> Section:
     kept, other = quality["pairs"]["kept_templates"], quality["baselines"]
     bars = [
         ("the right two", *(kept["oracle"][k]["mean"] for k in ("trained", "held_out"))),
@@ -104,14 +107,19 @@ def _mixtures(quality: Figures, baselines: Figures) -> Section:
     for name, value in baselines.items():
         if found := value.get("quality"):
             bars.append((name, found["pairs_trained"], found["pairs_held_out"]))
+    bars = [(f"{label}, kept templates", *values) for label, *values in bars]
     labels = {
+        "right_pair": "the right two",
         "best_single": "best single adapter",
         "uniform": "all adapters at 1/n",
         "uniform_full": "all adapters at 1",
         "random_pair": "random two",
         "base": "base alone",
     }
-    bars += [(label, other[k]["trained"], other[k]["held_out"]) for k, label in labels.items()]
+    bars += [
+        (f"{label}, trained templates", other[k]["trained"], other[k]["held_out"])
+        for k, label in labels.items()
+    ]
     bars = [(label, *(_or_nan(v) for v in values)) for label, *values in bars]
     rows = [
         [label, *(share(None if math.isnan(v) else v) for v in values)] for label, *values in bars
@@ -120,9 +128,9 @@ def _mixtures(quality: Figures, baselines: Figures) -> Section:
         Table(
             ["prompts for a pair", "trained together", "never trained together"],
             rows,
-            f"The last five on {other['prompts']} prompts in trained templates; of the best "
-            f"single adapter the highest of any pair is {share(other['best_single_highest'])}. "
-            + _settings(baselines),
+            f"Kept templates: {prompts} prompts a pair{_settings(baselines)}. Trained templates: "
+            f"{other['prompts_a_pair']} prompts a pair; of the best single adapter the highest "
+            f"of any pair is {share(other['best_single_highest'])}.",
         )
     ]
     if three := quality.get("three_way"):
@@ -131,7 +139,7 @@ def _mixtures(quality: Figures, baselines: Figures) -> Section:
                 ["three adapters at weight 1", "share right", "prompts"],
                 [["operation, style, another style", share(three["mean"]), str(three["prompts"])]],
                 "Three-way mixes: an operation, a style, 'then' another style around both. No "
-                "training had three adapters in one row.",
+                "training had three adapters at weight 1 in one row.",
             )
         )
     return Section(
@@ -139,7 +147,9 @@ def _mixtures(quality: Figures, baselines: Figures) -> Section:
         "What prompts for a pair get from the right two adapters, from what the router picks, "
         "from other routers, and from what needs no router: the best single adapter for each pair "
         "(chosen on these prompts, in its favour), all adapters, two at random.",
-        "Longer is better. If one adapter alone did as well, there would be nothing to mix.",
+        "Longer is better. If one adapter alone did as well, there would be nothing to mix. "
+        "What needs no router is on other prompts: compare it with the right two in trained "
+        "templates.",
         as_image(draw.mixtures(bars)),
         tables=tables,
     )
@@ -151,11 +161,11 @@ def _or_nan(value: float | None) -> float:
 
 def _settings(baselines: Figures) -> str:
     found = [
-        f"{name} ({value['setting']}) on {value['prompts']} prompts a pair"
+        f"{name} ({value['setting']}) on {value['prompts']}"
         for name, value in baselines.items()
         if "setting" in value
     ]
-    return f"{'; '.join(found)}." if found else ""
+    return f", but {' and '.join(found)}" if found else ""
 
 
 def _beside(beside: Figures) -> Section:

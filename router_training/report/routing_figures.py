@@ -129,7 +129,8 @@ def wordings(accuracy: Mapping[str, Sequence[float]], kinds: Sequence[str]) -> A
         at = np.arange(len(kinds)) + (i - (len(accuracy) - 1) / 2) * width
         axis.bar(at, values, 0.9 * width, color=COLOURS[method], label=method)
         for x, value in zip(at, values, strict=True):
-            axis.text(x, value + 0.015, f"{value:.2f}"[-3:], ha="center", size=7.5)
+            label = f"{value:.2f}".lstrip("0")
+            axis.text(x, value + 0.015, label, ha="center", size=7.5)
     axis.set_xticks(range(len(kinds)), kinds)
     axis.tick_params(axis="x", length=0)
     axis.grid(visible=False, axis="x")

@@ -130,7 +130,8 @@ def _reliability(methods: Mapping[str, Figures]) -> Section:
 
 
 def _examples(methods: Mapping[str, Figures]) -> Section:
-    later = {n: v for n, v in _having(methods, "later").items() if len(v["by_count"]) > 1}
+    measured = _having(methods, "later")
+    later = {n: v for n, v in measured.items() if len(v["by_count"]) > 1}
     counts = list(later[OURS]["by_count"])
     rows = []
     for name, value in later.items():
@@ -141,6 +142,8 @@ def _examples(methods: Mapping[str, Figures]) -> Section:
         + [share(later[OURS]["by_count"][n]["least_adapter"]) for n in counts]
     ]
     ours = later[OURS]
+    others = ", ".join(name for name in measured if name not in later)
+    at_most = f" Measured with {ours['examples']} alone, in the next section: {others}."
     return Section(
         "How many examples does a new adapter need?",
         f"Every adapter is left out of the fitting once ({ours['folds']} fits, each without a part "
@@ -148,7 +151,7 @@ def _examples(methods: Mapping[str, Figures]) -> Section:
         "in templates that none of this has seen.",
         f"The line is the mean over adapters and {ours['draws']} choices of the examples, the band "
         "the range of these choices' means. Logistic regression is trained anew for each newcomer; "
-        f"{OURS} and the centroids only add a key.",
+        f"{OURS} and the centroids only add a key.{at_most if others else ''}",
         as_image(draw.examples(later)),
         tables=[Table(["example prompts", *counts], rows)],
     )

@@ -9,6 +9,7 @@ import torch
 
 from mora_serve.adapters.card import FILE, parse_card
 from mora_serve.config import AdaptersConfig, BaseConfig
+from mora_serve.errors import InvalidArgument
 from mora_serve.model.attention import DenseCausal
 from mora_serve.model.loading import load_base
 from mora_serve.router.features import Features, NGrams
@@ -29,7 +30,7 @@ def options(out, **changes):
         base=BaseRecipe(steps=2, rows=8),
         adapters=AdapterRecipe(steps=1, rows=8),
         router=RouterRecipe(
-            24, 4, 96, 96, FitOptions(Features(NGrams(dim=256)), 64, strengths=(1.0,), folds=2)
+            24, FitOptions(Features(NGrams(dim=256)), 64, strengths=(1.0,), folds=2)
         ),
         **changes,
     )
@@ -81,6 +82,15 @@ def test_pretraining_lowers_the_loss():
     pretrain(BaseRecipe(steps=50, rows=6, warmup=5), lines.append)
     losses = [float(line.split()[-1]) for line in lines if "answer loss" in line]
     assert losses[-1] < losses[0] - 1
+
+
+def test_a_width_that_cannot_be_quantised_is_refused_before_any_step():
+    """NF4 has a scale for each 64 weights of a row."""
+    lines = []
+    with pytest.raises(InvalidArgument, match="96 is no multiple of 64") as caught:
+        pretrain(BaseRecipe(steps=1, rows=1, hidden=96), lines.append)
+    assert caught.value.field == "hidden"
+    assert lines == []
 
 
 def test_exact_match_counts_whole_answers():

@@ -14,9 +14,9 @@ from router_training.__main__ import main
 from router_training.configured import RouterSettings
 from router_training.demo.routing import RouterRecipe
 from router_training.demo.tasks import TASKS
-from router_training.registered import Registered
+from router_training.evaluation.scored import RouterScorer
 from router_training.router import FitOptions
-from router_training.sources import find_adapters
+from router_training.sources import find_adapters, groups_of
 
 WORDS = (
     *("stone", "river", "cloud", "lamp", "grass", "fork"),
@@ -61,7 +61,9 @@ def configured(project, *arguments, **settings):
 def test_cards_alone_make_a_router_that_picks_their_adapters(project, capsys):
     assert configured(project, source="cards", out="made") == 0
     file = project / "made" / "router.safetensors"
-    router = Registered(Router.load(file.read_bytes()), find_adapters([project / "adapters"]))
+    adapters = find_adapters([project / "adapters"])
+    cards = {adapter.name: adapter.card.prompts for adapter in adapters}
+    router = RouterScorer(Router.load(file.read_bytes()), cards, groups_of(adapters))
     assert router.route("reverse the word table").adapters == ("rev",)
     assert router.route("how many vowels are in table").adapters == ("count",)
     assert router.route("zebra 77 qqq").adapters == ()
@@ -191,9 +193,7 @@ def test_no_arguments_are_the_demos_router_and_flags_belong_to_it():
 def test_the_demos_router_knows_its_adapters_and_those_registered_later():
     """On fewer prompts than by default; all adapters of the bundle are measured."""
     options = FitOptions(dims=128, strengths=(0.3,), blends=(0.33,), folds=2)
-    fitted = command.train_demo(
-        RouterRecipe(prompts=20, pairs=2, near=120, far=120, options=options)
-    )
+    fitted = command.train_demo(RouterRecipe(prompts=24, options=options))
     names = fitted.summary["adapters"] + fitted.summary["registered_later"]
     assert sorted(names) == sorted(p.name for p in (bundle_path() / "adapters").iterdir())
     assert fitted.summary["registered_later"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -28,6 +29,7 @@ def test_rows_of_all_files_are_read_in_order(tmp_path):
     ("line", "message"),
     [
         ("{", "data: rows.jsonl, line 2: it is not a JSON object"),
+        ("[" * 100_000, "data: rows.jsonl, line 2: it is not a JSON object"),
         ("[1]", "data: rows.jsonl, line 2: it is not a JSON object"),
         ('{"prompt": "p"}', "data: rows.jsonl, line 2: prompt and answer"),
         ('{"prompt": " ", "answer": "a"}', "data: rows.jsonl, line 2: prompt and answer"),
@@ -45,13 +47,23 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     assert "; give " in error.value.message
 
 
+def test_only_line_feeds_end_a_line(tmp_path):
+    """JSON texts may hold other separators as they are; null is no adapters."""
+    file = tmp_path / "rows.jsonl"
+    prompt = "a\u2028b\u0085c"
+    row = json.dumps({"prompt": prompt, "answer": "x", "adapters": None}, ensure_ascii=False)
+    file.write_bytes(f"{row}\r\n{row}".encode())
+    assert read_rows([file], labelled=False) == [TextRow(prompt, "x")] * 2
+    assert read_prompts([file], "near") == [row, row]
+
+
 def test_prompts_are_lines(tmp_path):
     """One a line, empty ones left out; a file that is not there is named."""
     file = tmp_path / "outside.txt"
     file.write_text("one\n\n  two  \n")
-    assert read_prompts([file]) == ["one", "two"]
-    with pytest.raises(InvalidArgument, match=r"none\.txt"):
-        read_prompts([tmp_path / "none.txt"])
+    assert read_prompts([file], "outside") == ["one", "two"]
+    with pytest.raises(InvalidArgument, match=r"^outside: none\.txt: it cannot be read"):
+        read_prompts([tmp_path / "none.txt"], "outside")
 
 
 def test_tokens_are_those_of_the_demo_s_own_rows(base):
@@ -64,6 +76,9 @@ def test_tokens_are_those_of_the_demo_s_own_rows(base):
 
 
 def test_a_row_longer_than_the_base_takes_is_refused(base):
-    """With both lengths in the message."""
+    """With both lengths in the message, and where it stands."""
+    row = TextRow("x" * 100, "y", (), "rows.jsonl, line 7")
+    with pytest.raises(InvalidArgument, match=r"^prompts: rows\.jsonl, line 7 has 1\d\d tokens"):
+        token_row(base.tokenizer, row, 64, "prompts")
     with pytest.raises(InvalidArgument, match=r"a row has 1\d\d tokens, the base takes 64"):
         token_row(base.tokenizer, TextRow("x" * 100, "y"), 64)

@@ -48,6 +48,8 @@ def test_values_arrive_as_the_fields_types(tmp_path):
         ("plants: [a]\nwidth: wide", "width: 'wide' is not a number"),
         ("plants: [a]\nfenced: 1", "fenced: 1 is not true or false"),
         ("plants: [a", "garden.yaml: it is not YAML"),
+        ("plants: 2024-13-45", "garden.yaml: it is not YAML"),
+        ("[" * 3000, "garden.yaml: it is not YAML"),
         ("- a", "garden.yaml: it has to map keys to values"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,24 +11,24 @@ from hypothesis import strategies as st
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.stacked import StackedAdapters
-from router_training.batched import (
-    AdapterRecipe,
-    MixedRow,
-    load_peft,
-    row_losses,
-    save_peft,
-    train_adapters,
-)
+from router_training.batched import AdapterRecipe, MixedRow, row_losses, train_adapters
 from router_training.batches import TokenRow
+from router_training.peft_files import load_peft, save_peft
 from router_training.shared import (
     NewTaskRecipe,
-    copy_mean,
-    low_rank,
-    nearest,
+    TrialRecipe,
+    best_start,
     train_new_task,
 )
+from router_training.starts import begin, copy_mean, low_rank
 
-RECIPE = NewTaskRecipe(rank=4, alpha=8, steps=4, batch=8, warmup=1, lr=1e-2)
+RECIPE = NewTaskRecipe(
+    rank=4, alpha=8, steps=4, batch=8, warmup=2, lr=1e-2, trial=TrialRecipe(((2, 1),), batch=4)
+)
+
+
+def quiet(line):
+    """Log nothing."""
 
 
 def answering(token, count=8):
@@ -114,22 +116,47 @@ def test_ranks_beyond_the_mean_can_still_learn(base):
     assert b[:2].abs().amax(1).min() > 0
 
 
-def test_the_nearest_adapter_has_the_least_loss(base, shared):
-    """Rows answered with B lead to the adapter that answers B."""
+def test_a_start_is_put_in_its_place(base):
+    """One adapter of the set, or the mean, at the place asked for; chance changes nothing."""
+    shared = random_adapters(base.shape, 3, 4, targets=("q_proj",))
+    new = StackedAdapters(base.shape, 3, 4, 8.0, ("q_proj",)).requires_grad_(False)
+    before = [new.projection(0, "q_proj", 0)[0].clone(), delta(new, 0, "q_proj", 1)]
+    begin(new, 0, shared, "random")
+    begin(new, 2, shared, 1)
+    assert torch.equal(new.projection(0, "q_proj", 0)[0], before[0])
+    assert torch.equal(delta(new, 0, "q_proj", 1), before[1])
+    torch.testing.assert_close(delta(new, 0, "q_proj", 2), delta(shared, 0, "q_proj", 1))
+
+
+@pytest.mark.parametrize("most", [3, 1], ids=["all are tried", "the nearest is"])
+def test_the_best_start_is_the_adapter_of_the_same_answer(base, shared, most):
+    """Rows answered with B lead to the adapter that answers B, whatever the set's order."""
     for index in range(3):
-        assert nearest(base.decoder, shared, answering(65 + index)) == index
+        trial = TrialRecipe(rounds=((2, 2), (2, 1)), batch=4, most=most)
+        recipe = replace(RECIPE, trial=trial)
+        found = best_start(base.decoder, answering(65 + index), shared, recipe, quiet)
+        assert found == index
 
 
-@pytest.mark.parametrize("start", ["nearest", "mean"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_warm_up_may_be_one_step_or_none(base, shared, warmup):
+    """The trial warms up for half as many steps: for these, not at all."""
+    recipe = replace(RECIPE, warmup=warmup)
+    assert best_start(base.decoder, answering(66), shared, recipe, quiet) == 1
+    train_new_task(base.decoder, answering(66), recipe, shared, 1, quiet)
+
+
+def test_too_few_rows_for_a_trial_take_the_mean(base, shared):
+    """Three rows cannot be parted into some to learn from and some to judge by."""
+    assert best_start(base.decoder, answering(65, 3), shared, RECIPE, quiet) == "mean"
+
+
+@pytest.mark.parametrize("start", [None, "mean"], ids=["the best", "the mean"])
 def test_a_start_from_the_set_is_ahead(base, shared, start):
-    """From the set, a few steps on rows of a new answer get further than from chance."""
+    """From the set, a few steps on rows of a known answer get further than from chance."""
     rows = answering(66, count=6)
     losses = [
-        mean_loss(
-            base,
-            train_new_task(base.decoder, rows, RECIPE, shared, way, lambda line: None),
-            rows,
-        )
+        mean_loss(base, train_new_task(base.decoder, rows, RECIPE, shared, way, quiet), rows)
         for way in ("random", start)
     ]
     assert losses[1] < losses[0] - 0.1
@@ -139,7 +166,7 @@ def test_few_rows_teach_a_new_task_and_leave_the_set_alone(base, shared):
     """Training lowers the loss on a new answer; the set stays bit for bit."""
     before = [p.clone() for p in shared.parameters()]
     rows = answering(90)
-    new = train_new_task(base.decoder, rows, RECIPE, shared, "mean", lambda line: None)
+    new = train_new_task(base.decoder, rows, RECIPE, shared, "mean", quiet)
     start = StackedAdapters(base.shape, 1, 4, 8.0).requires_grad_(False)
     copy_mean(shared, range(3), start)
     assert mean_loss(base, new, rows) < mean_loss(base, start, rows) - 0.5
@@ -149,7 +176,6 @@ def test_few_rows_teach_a_new_task_and_leave_the_set_alone(base, shared):
 def test_without_a_set_training_starts_at_random(base):
     """No set and the start "random" are the same, and follow the seed."""
     rows = answering(70)
-    quiet = lambda line: None  # noqa: E731
     one = train_new_task(base.decoder, rows, RECIPE, log=quiet)
     two = train_new_task(
         base.decoder, rows, RECIPE, random_adapters(base.shape, 2, 2), "random", quiet
@@ -160,7 +186,7 @@ def test_without_a_set_training_starts_at_random(base):
 def test_the_new_adapter_is_one_peft_directory(base, shared, tmp_path):
     """Saved and loaded again, it needs no set and gives the same losses as before."""
     rows = answering(66)
-    new = train_new_task(base.decoder, rows, RECIPE, shared, "nearest", lambda line: None)
+    new = train_new_task(base.decoder, rows, RECIPE, shared, 1, quiet)
     save_peft(new, 0, tmp_path / "new")
     again = load_peft(base.shape, [tmp_path / "new"])
     assert mean_loss(base, again, rows) == pytest.approx(mean_loss(base, new, rows), rel=2e-2)

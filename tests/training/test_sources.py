@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -39,10 +40,10 @@ def adapters(tmp_path):
     return find_adapters([tmp_path])
 
 
-def labelled(tmp_path, adapters, *rows):
+def labelled(tmp_path, adapters, *rows, **options):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
-    return read_labelled([file], adapters)
+    return read_labelled([file], adapters, **options)
 
 
 def test_adapters_are_found_one_by_one_and_under_a_root(tmp_path, adapters):
@@ -108,8 +109,6 @@ def test_without_adapters_any_name_is_one(tmp_path):
         ({"prompt": "a", "adapters": "rev"}, "line 2: adapters have to be a list of names"),
         ({"prompt": "a", "tasks": [3]}, "line 2: tasks have to be a list of names"),
         ({"prompt": "a", "adapters": ["rav"]}, "line 2: the adapter 'rav'.*did you mean 'rev'"),
-        ({"prompt": "a", "tasks": ["revers"]}, "line 2: the task.*did you mean 'reverse'"),
-        ({"prompt": "a", "tasks": ["shout"]}, "line 2: the task 'shout' is on the cards of loud-1"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, adapters, row, message):
@@ -117,8 +116,27 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, adapters,
         labelled(tmp_path, adapters, {"prompt": "fine", "adapters": ["rev"]}, row)
 
 
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        ("revers", "line 1: the task.*did you mean 'reverse'"),
+        ("shout", "line 1: the task 'shout' is on the cards of loud-1"),
+    ],
+)
+def test_rows_of_tasks_that_tell_no_adapter_are_left_out_and_counted(tmp_path, adapters, task, why):
+    """Exported feedback outlives adapters; without any other row, the first is the error."""
+    stale, fine = {"prompt": "a", "tasks": [task]}, {"prompt": "b", "adapters": ["rev"]}
+    with pytest.raises(InvalidArgument, match=f"prompts: rows.jsonl, {why}"):
+        labelled(tmp_path, adapters, stale)
+    lines: list[str] = []
+    rows = labelled(tmp_path, adapters, stale, fine, stale, log=lines.append)
+    assert [row.prompt for row in rows] == ["b"]
+    assert len(lines) == 1
+    assert re.match(f"2 rows are left out; the first: prompts: rows.jsonl, {why}", lines[0])
+
+
 def test_a_file_that_cannot_be_read_is_named_without_its_directory(tmp_path):
-    with pytest.raises(InvalidArgument, match=r"missing\.jsonl cannot be read") as raised:
+    with pytest.raises(InvalidArgument, match=r"missing\.jsonl: it cannot be read") as raised:
         read_labelled([tmp_path / "missing.jsonl"])
     assert str(tmp_path) not in raised.value.message
 

@@ -74,6 +74,21 @@ def test_gains_are_differences_of_log_likelihoods(base, adapters, rows, monkeypa
 def test_a_row_that_no_adapter_helps_has_no_label():
     gains = np.array([[-3.0, -8.0], [0.0, 0.0], [9.0, 1.0]])
     assert teach(gains, ("x", "y"), 1.0) == [(), (), ("x",)]
+    assert teach(gains, ("x", "y"), 1.0, threshold=0.2) == [(), (), ("x",)]
+
+
+@given(
+    gains=GAINS,
+    temperature=st.floats(0.01, 100, allow_subnormal=False),
+    threshold=st.floats(0.01, 1.0),
+)
+def test_alternatives_are_no_mixture(gains, temperature, threshold):
+    """Whatever the threshold, a row has one label at most, and that is the likeliest adapter."""
+    names = tuple("abcde"[: gains.shape[1]])
+    p = responsibilities(gains, temperature)[:, :-1]
+    for row, own, label in zip(gains, p, teach(gains, names, temperature, threshold), strict=True):
+        assert bool(label) == (row.max() > 0 and own.max() >= threshold)
+        assert label in ((), (names[row.argmax()],))
 
 
 @given(gains=GAINS, temperature=st.floats(0.01, 100, allow_subnormal=False))

@@ -39,7 +39,22 @@ def test_known_adapters_are_found(method, data, cases):
     assert [c[0] for c in scored.chosen] == [scored.names[i] for i in scored.ranking.argmax(1)]
     assert np.array_equal(scored.inside, scored.ranking.max(1))
     if scored.probability is not None:
-        assert np.allclose(scored.probability.sum(1), 1, atol=1e-5)
+        assert np.array_equal(scored.probability, scored.ranking)
+        assert ((scored.probability >= 0) & (scored.probability <= 1)).all()
+
+
+@pytest.mark.parametrize("name", ["logistic", "perceptron"])
+def test_prompts_for_two_and_for_none_are_learnt_too(name):
+    """Those for two make both adapters likely, those for none make none likely."""
+    names = ("reverse", "uppercase", "json")
+    data = fitting_data(names, prompts=24)
+    score = METHODS[name](data).register({name: ["unused"] for name in names})
+    assert {case.adapters for case in data.pairs} >= {("reverse", "json")}
+    both = score(texts(data.pairs))
+    assert (both.probability[both.wanted(data.pairs)] > 0.5).mean() > 0.8
+    assert (both.probability[~both.wanted(data.pairs)] < 0.5).mean() > 0.8
+    for prompts in (data.near, data.far):
+        assert (score(prompts).probability.max(1) < 0.5).mean() > 0.9
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())

@@ -13,11 +13,11 @@ from mora_serve.model.stacked import StackedAdapters
 from router_training.baselines.arrow import ArrowModel, _Coefficients
 from router_training.baselines.plain import batches, exact_match, plain_model, prompt_mean
 from router_training.baselines.xlora import XLoraModel, XLoraRecipe
-from router_training.batched import save_peft
 from router_training.batches import TokenRow, collate
 from router_training.demo.base import tokens
 from router_training.demo.coded import Row
 from router_training.evaluation.cases import Case
+from router_training.peft_files import save_peft
 
 NAMES = ("first", "second", "third")
 

@@ -6,8 +6,7 @@ import pytest
 
 from mora_serve.router.features import Features, NGrams
 from mora_serve.router.router import Router
-from router_training.demo.suite import demo_suite, fitting_data
-from router_training.demo.tasks import TASKS
+from router_training.demo.suite import FRESH_SEED, demo_suite, fitting_data
 from router_training.evaluation.cases import texts
 from router_training.evaluation.refit import ours
 from router_training.router import FitOptions, fit_router
@@ -32,7 +31,7 @@ def router_file(data):
 
 @pytest.fixture(scope="package")
 def method(router_file):
-    return ours({name: TASKS[name].group for name in NAMES}, router_file)
+    return ours(router_file)
 
 
 @pytest.fixture(scope="package")
@@ -44,7 +43,7 @@ def scorer(method, data):
 @pytest.fixture(scope="package")
 def suite():
     """All fifteen tasks' prompts."""
-    return demo_suite(seed=77, prompts=4)
+    return demo_suite(seed=FRESH_SEED + 77, prompts=4)
 
 
 @pytest.fixture(scope="package")

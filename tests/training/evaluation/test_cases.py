@@ -44,15 +44,6 @@ def test_a_suite_of_fewer_prompts_is_a_part_of_it(suite):
     assert suite.fewer(99) == suite
 
 
-def test_a_suite_among_some_adapters_has_nobody_elses(suite):
-    """Pairs are left where both are named; prompts of no adapter stay."""
-    some = suite.among(("reverse", "json"))
-    assert {c.adapters for c in some.kept_templates} == {("reverse",), ("json",)}
-    assert {c.adapters for c in some.pairs.both()} == {("reverse", "json")}
-    assert not some.three_way
-    assert some.near == suite.near
-
-
 def test_a_case_of_an_unknown_adapter_is_an_error():
     """The message names it and those that there are."""
     with pytest.raises(InvalidArgument, match=r"'c' is not an adapter.*a, b"):

@@ -50,7 +50,7 @@ def test_the_right_pair_beats_what_needs_no_router():
     for name in ("best_single", "uniform", "uniform_full", "base"):
         assert found[name]["mean"] == 0.0
     assert found["random_pair"]["mean"] < 1.0
-    assert found["prompts"] == 16
+    assert (found["prompts"], found["prompts_a_pair"]) == (16, 8)
 
 
 def test_the_best_single_adapter_is_the_best_of_each_pair():

@@ -10,6 +10,7 @@ import pytest
 from router_training.evaluation.cases import Case, texts
 from router_training.evaluation.routing import calibration, measure_routing, single_prompts
 from router_training.evaluation.scored import Scored
+from tests.training.suites import among
 
 
 def scored(ranking, chosen, probability=None):
@@ -56,7 +57,7 @@ def test_a_method_without_probabilities_has_no_calibration():
 def test_a_fitted_router_has_every_figure(scorer, suite, cases):
     """Known and other adapters apart, pairs, wordings, prompts of nobody."""
     names = scorer.names
-    some = replace(suite.among(names), new_words=[])
+    some = replace(among(suite, names), new_words=[])
     found = measure_routing(some, scorer, names[:3])
     tops = [r["top"][0] for r in found["single"]["by_adapter"].values()]
     assert found["known_top1"] == pytest.approx(np.mean(tops[:3]), abs=1e-4)

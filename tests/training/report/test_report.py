@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import re
@@ -23,8 +24,8 @@ from router_training.demo.report import write_card, write_page
 from router_training.demo.routing import RouterRecipe
 from router_training.demo.suite import fitting_data
 from router_training.report.cells import dig, share
-from router_training.report.overview import Headline, overview
 from router_training.router import FitOptions
+from tests.training.suites import among
 
 NAMES = ("reverse", "uppercase", "roman", "json", "brackets")
 
@@ -36,7 +37,7 @@ def bundle(tmp_path_factory):
         out,
         base=BaseRecipe(steps=2, rows=8),
         adapters=AdapterRecipe(steps=1, rows=8),
-        router=RouterRecipe(24, 2, 64, 96, FitOptions(Features(NGrams(dim=256)), dims=128)),
+        router=RouterRecipe(24, FitOptions(Features(NGrams(dim=256)), dims=128)),
     )
     build(options, lambda line: None)
     return out
@@ -46,7 +47,7 @@ def of_some_tasks(bundle, seed, prompts):
     """The demo's subject and suite, the latter of five tasks only."""
     subject, suite = demo_subject(bundle, seed, prompts)
     fitting = fitting_data(NAMES, prompts=24)
-    return subject, dataclasses.replace(suite.among(NAMES), fitting=fitting)
+    return subject, dataclasses.replace(among(suite, NAMES), fitting=fitting)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,11 @@ def test_the_page_states_the_figures(written):
     for headline in HEADLINES:
         value = dig(result, headline.figure)
         assert value is not None, headline.figure
-        assert headline.label in page
-        assert f">{share(value)}</td>" in page
+        row = rf"<td>{re.escape(html.escape(headline.label))}</td><td[^>]*>{share(value)}</td>"
+        assert re.search(row, page), headline.label
     for name in ("centroids", "logistic regression", "MLP", "Arrow", "X-LoRA"):
         assert f"<th>{name}</th>" in page
-    assert "cannot: its gates are trained for a fixed set of adapters" in page
+    assert "cannot: a fixed set" in page
 
 
 def test_the_figures_are_all_there(written):
@@ -124,21 +125,6 @@ def test_the_card_states_the_figures(written, bundle):
     measured = tuple(a for a in manifest.adapters if a.name in NAMES)
     write_card(bundle, dataclasses.replace(manifest, adapters=measured), result)
     card = (bundle / "CARD.md").read_text()
-    assert "| reverse | Writes a word backwards. | 0.00 |" in card
+    for name, row in result["tasks"].items():
+        assert re.search(rf"\| {name} \| .* \| {row['new_prompts']:.2f} \|", card), name
     assert "{" not in card.replace("{x}", "")
-
-
-def test_a_figure_below_its_goal_is_marked():
-    """And told in words; one without a goal is not judged."""
-    headlines = [
-        Headline("high", "a", ">=", 0.9),
-        Headline("low", "b", "<=", 0.1, {"beside": "c"}),
-        Headline("free", "c"),
-        Headline("absent", "d", ">=", 1.0),
-    ]
-    section = overview({"a": 0.5, "b": 0.05, "c": 0.3}, headlines)
-    (table,) = section.tables
-    assert table.short == {(0, 1)}
-    assert [row[0] for row in table.rows] == ["high", "low", "free"]
-    assert table.rows[1][3] == "beside 0.300"
-    assert section.read.startswith("1 of")
