@@ -2,7 +2,8 @@
 
 All on the bundle's base and the demo's tasks: without pairs, other weights, ranks, projections and
 layers, one part of the layers for operations and the other for styles, an adapter of all rows
-beside them, operations and styles held orthogonal, other seeds.
+beside them, operations and styles held orthogonal, other seeds. ``--base-hidden`` makes a base of
+another width first, by the recipe of the bundle's.
 
     OMP_NUM_THREADS=2 python -m benchmarks.composition_variants --json
 """
@@ -29,19 +30,13 @@ from mora_serve.model.shape import PROJECTIONS
 from mora_serve.model.stacked import StackedAdapters
 from router_training.batched import AdapterRecipe, train_adapters
 from router_training.demo.adapters import MixingRecipe, mixed_rows
-from router_training.demo.composition import Composition
-from router_training.demo.evaluate import FRESH_SEED
+from router_training.demo.base import BaseRecipe, pretrain
+from router_training.demo.composition import COLUMNS, Composition
+from router_training.demo.nf4 import save_nf4
 from router_training.demo.tasks import OPERATIONS, STYLES, TASKS
 
 NAMES = tuple(TASKS)
-COLUMNS = (
-    "single_mean",
-    "pairs_trained_mean",
-    "pairs_held_out_mean",
-    "pairs_least",
-    "best_single",
-    "beside_wrong_kept",
-)
+SEED = 2_000_000  # of the prompts: not those of the figures that are stated
 
 
 @dataclass(frozen=True)
@@ -82,11 +77,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--base", type=Path, default=bundle_path() / "base")
+    parser.add_argument("--base-hidden", type=int, help="width; the base is kept in --base")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=24, help="prompts a cell")
     parser.add_argument("--only", nargs="*", choices=sorted(VARIANTS), default=sorted(VARIANTS))
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    if args.base_hidden is not None and not (args.base / "config.json").exists():
+        save_nf4(pretrain(BaseRecipe(hidden=args.base_hidden), report.log), args.base)
     base = load_base(BaseConfig(str(args.base), dtype="fp32", device="cpu"))
     rows: dict[str, dict[str, Any]] = {}
     for name, variant in VARIANTS.items():
@@ -109,7 +107,7 @@ def main() -> None:
             confine(variant.operation_layers, variant.style_layers),
             orthogonality(variant.orthogonality) if variant.orthogonality else None,
         )
-        found = Composition(base.decoder, adapters, FRESH_SEED, args.prompts, always).measure()
+        found = Composition(base.decoder, adapters, SEED, args.prompts, always).measure()
         rows[name] = {c: found[c] for c in COLUMNS}
         rows[name] |= {"least_pair": found["least_pair"], "seconds": time.monotonic() - started}
         report.log(f"{name:34} " + "  ".join(f"{c} {found[c]:.3f}" for c in COLUMNS))

@@ -1,9 +1,10 @@
 """Tasks found in rows without labels: how well adapters and router recover the demo's tasks.
 
 The demo's base in 4 bits learns a pool of adapters from rows of its tasks, shuffled and without
-their names. Then fresh prompts are routed by their text alone, and the answers of the adapters
-they get are judged whole. The measure is the adjusted Rand index (Hubert and Arabie, 1985)
-against the true tasks: 1 for the same partition, 0 for chance.
+their names. Then fresh prompts are routed by their text alone, and the answers under the adapters
+that would run are judged whole. The measure is the adjusted Rand index (Hubert and Arabie, 1985)
+against the true tasks: 1 for the same partition, 0 for chance. All prompts that get the base are
+one part of their own; those that get several adapters count for the best.
 
     OMP_NUM_THREADS=1 python -m benchmarks.discovery --json
 """
@@ -22,15 +23,10 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks import report
-from mora_serve.config import BaseConfig, RouterConfig
-from mora_serve.core import DEFAULT_TENANT
+from mora_serve.config import BaseConfig
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.model.loading import Base, load_base
-from mora_serve.router.decide import decide
-from mora_serve.router.evidence import gather
-from mora_serve.router.index import Index
 from mora_serve.router.router import Router
-from mora_serve.router.rows import Entry
 from router_training.batched import MixedRow
 from router_training.clusters import kmeans
 from router_training.demo.base import tokens
@@ -41,11 +37,13 @@ from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.tasks import TASKS
 from router_training.discover import DiscoverRecipe, centred, discover
 from router_training.discovered import Discovered, UnlabelledRow, measure_losses
+from router_training.evaluation.scored import RouterScorer
 from router_training.router import fit_router
 from router_training.router_data import RouterData
 
 OUTSIDE = 512  # prompts of no task, for the router
 SEED = 40_000  # of the rows, plus the run's
+BASE = -1  # where an adapter's index stands otherwise: no adapter, the last column of the losses
 
 
 def main() -> None:
@@ -83,7 +81,9 @@ def measure(
 ) -> dict[str, Any]:
     """One search and its figures.
 
-    ``routed``: by a router fitted on what was found, with keys from 16 prompts a card; ``gate``:
+    ``routed``: by a router fitted on what was found, with keys from 16 prompts a card;
+    ``abstained`` and ``mixtures`` are the shares of prompts that it gives to the base and to
+    several adapters, ``exact_match`` is under all that it picks, ``loss`` under the best; ``gate``:
     by the search's own gate; ``likelihood``: by the answers' loss, which only training data has;
     ``kmeans``: prompts alone, with as many clusters. ``training``: of the rows of training, by
     both.
@@ -100,9 +100,10 @@ def measure(
         base.decoder, found.adapters, answers, [*range(found.adapters.count), None]
     )
     by_gate = found.route(texts).argmax(1)
-    routed, abstained = by_router(base, found, given, texts)
-    pairs = zip(answers, routed, strict=True)
-    mixed = [MixedRow(row, ((int(adapter), 1.0),)) for row, adapter in pairs]
+    chosen = by_router(base, found, given, texts)
+    routed = [own[0] if own else BASE for own in chosen]
+    pairs = zip(answers, chosen, strict=True)
+    mixed = [MixedRow(row, tuple((adapter, 1.0) for adapter in own)) for row, own in pairs]
     answered = exact_matches(base.decoder, found.adapters, mixed)
     points = centred(recipe.features.dense([row.text for row in given]))
     alone = kmeans(points, pool, np.random.default_rng(seed))
@@ -116,7 +117,8 @@ def measure(
         "training_ari": adjusted_rand_score(truth, found.assignment),
         "kmeans_ari": adjusted_rand_score(truth, alone),
         "exact_match": float(np.mean(answered)),
-        "abstained": abstained,
+        "abstained": float(np.mean([not own for own in chosen])),
+        "mixtures": float(np.mean([len(own) > 1 for own in chosen])),
         "loss": float(losses[np.arange(len(routed)), routed].mean()),
         "base_loss": float(losses[:, -1].mean()),
         "seconds": seconds,
@@ -136,8 +138,8 @@ def shuffled(seed: int, count: int) -> tuple[list[UnlabelledRow], list[int]]:
 
 def by_router(
     base: Base, found: Discovered, rows: Sequence[UnlabelledRow], texts: Sequence[str]
-) -> tuple[list[int], float]:
-    """The best adapter of each prompt by the server's router, and how often it abstains.
+) -> list[tuple[int, ...]]:
+    """The adapters that the server's router picks for each prompt, best first; none: the base.
 
     The router is fitted on the prompts of each adapter that was found; its keys are from the
     prompts on the cards.
@@ -146,20 +148,9 @@ def by_router(
     outside = [out_of_domain(rng) for _ in range(OUTSIDE)]
     data, _ = fit_router(RouterData.of(found.examples(rows), outside), base.fingerprint)
     router = Router.load(data, base.fingerprint)
-    keys = {name: router.key(prompts) for name, prompts in found.card_prompts(rows).items()}
-    index = Index.of(
-        (DEFAULT_TENANT, Entry(name, key, "")) for name, key in keys.items() if key is not None
-    )
-    choices = [
-        decide(
-            gather(router, index, DEFAULT_TENANT, text),
-            router.calibration,
-            RouterConfig().max_adapters,
-        )
-        for text in texts
-    ]
-    best = [found.names.index(choice.candidates[0].adapter) for choice in choices]
-    return best, float(np.mean([not choice.adapters for choice in choices]))
+    scorer = RouterScorer(router, found.card_prompts(rows), groups={})
+    picked = [scorer.route(text).adapters for text in texts]
+    return [tuple(map(found.names.index, adapters)) for adapters in picked]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from router_training.demo.routing import RouterRecipe, fit_demo_router
 from router_training.demo.tasks import TASKS
 
 SEEDS = (101, 202)  # the bundle's router has another
-FEW, FEW_OUTSIDE = 15, 80  # prompts of a task, and of none: the routers are to differ
+FEW = 16  # prompts of a task beside its card's: the routers are to differ
 TEXTS = 4  # of each task, and as many of none as of all tasks
 ROUTES, GENERATES = 4, 2  # that ask all the time
 LEAST_DECISIONS = 20  # between two routers
@@ -107,10 +107,14 @@ async def measure(streams: int, swaps: int) -> dict[str, Any]:
         seen = Seen(alone)
         await client.load_router(data=fitted[-1])
         done = asyncio.Event()
+
+        async def generate(text: str) -> Decision:
+            return (await client.generate(text, max_tokens=8)).decision
+
+        asked = [client.route] * ROUTES + [generate] * GENERATES
         calls = [
             *(stream(client, texts[i:] + texts[:i], seen, done) for i in range(streams)),
-            *(route(client, texts[i:] + texts[:i], seen, done) for i in range(ROUTES)),
-            *(generate(client, texts[i:] + texts[:i], seen, done) for i in range(GENERATES)),
+            *(ask(call, texts[i:] + texts[:i], seen, done) for i, call in enumerate(asked)),
         ]
         running = [asyncio.create_task(call) for call in calls]
         seconds, stale, meanwhile = [], 0, 0
@@ -166,7 +170,7 @@ def make_texts() -> list[str]:
 def fit(fingerprint: str, seed: int) -> bytes:
     """A router's file for the demo's tasks, from few prompts."""
     with tempfile.TemporaryDirectory() as folder:
-        fit_demo_router(fingerprint, RouterRecipe(FEW, FEW_OUTSIDE, seed=seed), Path(folder))
+        fit_demo_router(fingerprint, RouterRecipe(FEW, seed=seed), Path(folder))
         return (Path(folder) / ROUTER_FILE).read_bytes()
 
 
@@ -216,28 +220,20 @@ async def stream(
             seen.failures.append(f"stream: {e}")
 
 
-async def route(client: AsyncClient, texts: Sequence[str], seen: Seen, done: asyncio.Event) -> None:
-    """Route, again and again."""
-    for text in itertools.cycle(texts):
-        if done.is_set() or seen.failures:
-            return
-        try:
-            seen.take(text, await client.route(text))
-        except Exception as e:
-            seen.failures.append(f"route: {e}")
-
-
-async def generate(
-    client: AsyncClient, texts: Sequence[str], seen: Seen, done: asyncio.Event
+async def ask(
+    decide: Callable[[str], Awaitable[Decision]],
+    texts: Sequence[str],
+    seen: Seen,
+    done: asyncio.Event,
 ) -> None:
-    """Generate, again and again."""
+    """Ask for decisions, again and again."""
     for text in itertools.cycle(texts):
         if done.is_set() or seen.failures:
             return
         try:
-            seen.take(text, (await client.generate(text, max_tokens=8)).decision)
+            seen.take(text, await decide(text))
         except Exception as e:
-            seen.failures.append(f"generate: {e}")
+            seen.failures.append(f"a decision: {e}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from benchmarks import report
 from mora_serve.config import BaseConfig
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.model.loading import load_base
-from router_training.batched import load_peft
 from router_training.demo.evaluate import FRESH_SEED
 from router_training.demo.manifest import Manifest
 from router_training.demo.tasks import TASKS
+from router_training.peft_files import load_peft
 from router_training.rows import TextRow, token_row
 from router_training.teacher import PERPLEXITY, THRESHOLD, likelihood_gains, teach, temperature_of
 
