@@ -214,6 +214,8 @@ class FeedbackRecorder:
             states = self._states(texts)
         except MoraError as e:
             log.warning("feedback: %d rows are not routed: %s", len(texts), e.message)
+        except Exception:  # whatever it is: this thread writes everybody's rows
+            log.exception("feedback: %d rows are not routed", len(texts))
         rows: list[FeedbackRow] = []
         for i, (waiting, text) in enumerate(zip(labelled, texts, strict=True)):
             with self._dropping():

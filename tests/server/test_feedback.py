@@ -429,12 +429,14 @@ def test_rows_are_routed_together_and_written_as_soon_as_they_are(tmp_path):
     assert [(r.prompt, r.routed) for r in rows] == [(str(i), ("rev",)) for i in range(151)]
 
 
-def test_rows_are_kept_where_the_base_gives_no_states(tmp_path, caplog):
+@pytest.mark.parametrize("error", [errors.Unavailable("it stops"), RuntimeError("it stops")])
+def test_rows_are_kept_where_the_base_gives_no_states(error, tmp_path, caplog):
+    """Unrouted; and whatever went wrong, the next rows are written, another tenant's too."""
     store, metrics = FeedbackStore(tmp_path, LEAST_FEEDBACK_BYTES), Metrics("test")
     decision = Decision(Mixture((AdapterWeight("rev", 1.0, "d"),)), Source.TASK)
 
     def states(texts: Sequence[str]) -> list[State | None]:
-        raise errors.Unavailable("engine: it stops")
+        raise error
 
     def routed(tenant: str, text: str, state: State | None) -> Decision:
         raise AssertionError  # it would ask the base for each row
@@ -442,8 +444,10 @@ def test_rows_are_kept_where_the_base_gives_no_states(tmp_path, caplog):
     recorder = feedback.FeedbackRecorder(
         store, lambda p: p.text, states, routed, lambda *hint: False, "base", metrics
     )
-    recorder.add("t", ("do",), Prompt(text="hello"), decision)
+    for tenant in ("t", "other"):
+        recorder.add(tenant, ("do",), Prompt(text="hello"), decision)
+        assert recorder.flush(5.0)
+        (row,) = store.read(Position(), tenant).rows
+        assert (row.adapters, row.routed, row.router_digest) == (("rev",), (), "")
     recorder.close()
-    (row,) = store.read(Position(), "t").rows
-    assert (row.adapters, row.routed, row.router_digest) == (("rev",), (), "")
     assert "it stops" in caplog.text
