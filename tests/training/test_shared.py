@@ -146,6 +146,37 @@ def test_a_warm_up_may_be_one_step_or_none(base, shared, warmup):
     train_new_task(base.decoder, answering(66), recipe, shared, 1, quiet)
 
 
+@pytest.mark.parametrize(("most", "tried"), [(3, 5), (1, 3)])
+def test_of_a_large_set_only_some_are_tried(base, shared, most, tried):
+    """Beside chance and the mean; the nearest of the set is among them."""
+    lines = []
+    recipe = replace(RECIPE, trial=TrialRecipe(rounds=((1, 9),), batch=4, most=most))
+    best_start(base.decoder, answering(66), shared, recipe, lines.append)
+    names = [part.split()[0] for part in lines[-1].removeprefix("starts: ").split(", ")]
+    assert len(names) == tried
+    assert {"random", "mean", "1"} <= set(names)
+
+
+def test_starts_are_judged_by_rows_that_they_did_not_learn_from(base, shared, monkeypatch):
+    """What is trained on and what is judged by have no row in common, and are all rows."""
+    learnt, judged = set(), set()
+
+    def train(decoder, count, draw, *rest, **options):
+        learnt.update(draw().tokens for _ in range(200))
+        return train_adapters(decoder, count, draw, *rest, **options)
+
+    def losses(decoder, adapters, rows):
+        judged.update(row.tokens for row in rows)
+        return row_losses(decoder, adapters, rows)
+
+    monkeypatch.setattr("router_training.shared.train_adapters", train)
+    monkeypatch.setattr("router_training.shared.row_losses", losses)
+    rows = answering(66, count=12)
+    best_start(base.decoder, rows, shared, RECIPE, quiet)
+    assert learnt.isdisjoint(judged)
+    assert learnt | judged == set(rows)
+
+
 def test_too_few_rows_for_a_trial_take_the_mean(base, shared):
     """Three rows cannot be parted into some to learn from and some to judge by."""
     assert best_start(base.decoder, answering(65, 3), shared, RECIPE, quiet) == "mean"
