@@ -23,6 +23,9 @@ def test_every_adapter_is_left_out_of_one_fit(method, data, cases):
 
     found = cross_fit(watched, data, cases, (1, 8), folds=3, draws=2)
     left_out = [set(data.examples) - set(part.examples) for part in fits]
+    for group in set(data.groups.values()):
+        own = [sum(data.groups[name] == group for name in names) for names in left_out]
+        assert max(own) - min(own) <= 1
     assert sorted(name for names in left_out for name in names) == sorted(data.examples)
     for part, names in zip(fits, left_out, strict=True):
         assert not any(names & set(case.adapters) for case in part.pairs)
