@@ -47,10 +47,7 @@ def cross_fit(
     accuracy over all adapters and ``draws`` choices of the examples, the least and the greatest
     mean of a choice, and the least adapter's mean. ``by_adapter``: with the most examples.
     """
-    names = list(data.examples)
-    random.Random(seed).shuffle(names)
-    names.sort(key=lambda name: data.groups.get(name, ""))
-    parts = [names[i :: min(folds, len(names))] for i in range(min(folds, len(names)))]
+    parts = split(data, folds, seed)
     positions = by_adapter(cases)
     most = max(counts)
     hits: dict[int, dict[str, list[float]]] = {n: {} for n in counts}
@@ -77,6 +74,15 @@ def cross_fit(
         "draws": draws,
     }
     return CrossFit(figures, scored_parts)
+
+
+def split(data: FittingData, folds: int, seed: int) -> list[list[str]]:
+    """The adapters in folds of about one size, each group's spread as evenly."""
+    names = list(data.examples)
+    random.Random(seed).shuffle(names)
+    names.sort(key=lambda name: data.groups.get(name, ""))
+    count = min(folds, len(names))
+    return [names[i::count] for i in range(count)]
 
 
 def without(data: FittingData, names: Sequence[str]) -> FittingData:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from router_training.evaluation.cases import texts
-from router_training.evaluation.held_out import cross_fit, without
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_training.evaluation.cases import FittingData, texts
+from router_training.evaluation.held_out import cross_fit, split, without
 
 
 def test_every_adapter_is_left_out_of_one_fit(method, data, cases):
@@ -23,9 +26,6 @@ def test_every_adapter_is_left_out_of_one_fit(method, data, cases):
 
     found = cross_fit(watched, data, cases, (1, 8), folds=3, draws=2)
     left_out = [set(data.examples) - set(part.examples) for part in fits]
-    for group in set(data.groups.values()):
-        own = [sum(data.groups[name] == group for name in names) for names in left_out]
-        assert max(own) - min(own) <= 1
     assert sorted(name for names in left_out for name in names) == sorted(data.examples)
     for part, names in zip(fits, left_out, strict=True):
         assert not any(names & set(case.adapters) for case in part.pairs)
@@ -36,6 +36,17 @@ def test_every_adapter_is_left_out_of_one_fit(method, data, cases):
             assert len(prompts) in (1, 8, 16)
             assert set(prompts) <= set(texts(data.examples[name]))
     assert set(found.figures["by_adapter"]) == set(data.examples)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(1, 6), st.integers())
+def test_folds_spread_the_adapters_of_a_group(groups, folds, seed):
+    """Every adapter is in one fold; of no group has a fold two more than another."""
+    own = {f"adapter-{i}": group for i, group in enumerate(groups)}
+    found = split(FittingData(dict.fromkeys(own, ()), groups=own), folds, seed)
+    assert sorted(name for part in found for name in part) == sorted(own)
+    for group in set(groups):
+        counts = [sum(own[name] == group for name in part) for part in found]
+        assert max(counts) - min(counts) <= 1
 
 
 def test_more_examples_help(method, data, cases):
