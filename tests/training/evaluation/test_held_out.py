@@ -29,9 +29,9 @@ def test_every_adapter_is_left_out_of_one_fit(method, data, cases):
     assert sorted(name for names in left_out for name in names) == sorted(data.examples)
     for part, names in zip(fits, left_out, strict=True):
         assert not any(names & set(case.adapters) for case in part.pairs)
-    for part, given in cards:
-        assert set(given) == set(data.examples)
-        for name, prompts in given.items():
+    for part, shown in cards:
+        assert set(shown) == set(data.examples)
+        for name, prompts in shown.items():
             assert len(prompts) == (16 if name in part.examples else len(prompts))
             assert len(prompts) in (1, 8, 16)
             assert set(prompts) <= set(texts(data.examples[name]))
