@@ -140,18 +140,23 @@ def test_the_event_loop_is_watched_from_the_start(serving):
 
 
 def test_cancelled_and_late_requests_are_counted(client, serving):
+    """A late one is the server's to count, unless the client's own clock gives up first: then it
+    is one that was cancelled, or has not even arrived."""
     before = scrape(serving)
-    stream = client.stream("hello", **LONG)
-    stream.cancel()
-    with pytest.raises(errors.DeadlineExceeded):
-        client.generate("hello", timeout=0.05, **LONG)
 
     def grown(reason: str) -> float:
         name = f"mora_request_success_total{{{reason}}}"
         return scrape(serving)[name] - before[name]
 
+    client.stream("hello", **LONG).cancel()
     wait_for(lambda: grown("cancelled") == 1)
-    wait_for(lambda: grown("deadline") == 1)
+    for _ in range(10):
+        with pytest.raises(errors.DeadlineExceeded):
+            client.generate("hello", timeout=0.05, **LONG)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: grown("deadline") == 1, 2.0)
+            break
+    assert grown("deadline") == 1
 
 
 @pytest.fixture
