@@ -190,8 +190,9 @@ def merge_cheapest(losses: Array, labels: Ints, count: int) -> list[int]:
     return [min(group, key=lambda c: t[c]) for group, t in zip(groups, total, strict=True)]
 
 
-def distinct(losses: Array, labels: Ints, same: float) -> list[int]:
-    """The adapters that are left when of two that are the same the smaller one goes.
+def distinct(losses: Array, labels: Ints, same: float, least: float = 0.0) -> list[int]:
+    """The adapters that are left when of two that are the same the smaller one goes, and then
+    those with fewer than ``least`` rows.
 
     Two are the same when each serves the other's rows nearly as well as the other does: worse by
     less than ``same`` times the median of what rows lose under an adapter that is not theirs. One
@@ -210,4 +211,4 @@ def distinct(losses: Array, labels: Ints, same: float) -> list[int]:
     for c in kept:
         if all(max(means[c, other], means[other, c]) >= limit for other in found):
             found.append(c)
-    return sorted(found)
+    return sorted(c for c in found if counts[c] >= least)

@@ -229,9 +229,8 @@ class _Search:
 
     def needed(self, losses: Array, labels: Ints) -> list[int]:
         """Adapters that are no other's double and have more than a few rows."""
-        counts = np.bincount(labels, minlength=losses.shape[1])
         idle = IDLE * len(labels) / self.working
-        return [c for c in distinct(losses, labels, self.recipe.same) if counts[c] >= idle]
+        return distinct(losses, labels, self.recipe.same, idle)
 
     def worst_served(self, losses: Array, labels: Ints) -> list[int]:
         """Clusters of more than a few rows, those with the largest loss of all rows first."""

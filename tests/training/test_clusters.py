@@ -126,6 +126,14 @@ def test_of_two_adapters_that_are_the_same_the_smaller_goes():
     assert distinct(idle, OWN, same=0.01) == [0, 1, 2, 3]
 
 
+def test_adapters_of_few_rows_go_where_many_are_asked_for():
+    """Three rows, two and one, each with an adapter that is nobody's double."""
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    losses = np.where(np.eye(3)[labels] > 0, 0.1, 3.0)
+    for least, left in ((1, [0, 1, 2]), (2, [0, 1]), (3, [0]), (4, [])):
+        assert distinct(losses, labels, same=0.01, least=least) == left
+
+
 def test_an_adapter_that_knows_a_second_task_is_not_the_second_tasks():
     """Adapter 0 serves all rows, adapter 1 only its own: both stay."""
     losses = np.array([[0.1, 3.0, 3.0], [0.1, 0.1, 3.0], [3.0, 3.0, 0.1]])

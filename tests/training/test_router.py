@@ -10,6 +10,7 @@ import pytest
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.router.features import Features, NGrams, PooledHidden
+from mora_serve.router.format import Calibration
 from mora_serve.router.router import Router
 from router_training.demo.evaluate import routing_summary
 from router_training.demo.routing import RouterRecipe, demo_data
@@ -17,9 +18,10 @@ from router_training.demo.suite import demo_suite
 from router_training.demo.tasks import HELD_OUT, KNOWN, TASKS
 from router_training.evaluation.routing import measure_routing
 from router_training.evaluation.scored import RouterScorer
+from router_training.gates import Case, fit_gates
 from router_training.router import LEAST_GAIN, FitOptions, fit_router
 from router_training.router_data import Labelled, RouterData
-from router_training.router_report import FitReport
+from router_training.router_report import FitReport, decision_figures
 
 SMALL = FitOptions(Features(NGrams(dim=256)), dims=32, strengths=(1.0,), blends=(0.5,), folds=2)
 
@@ -99,6 +101,31 @@ def test_the_report_is_on_prompts_kept_out_of_the_fit(fitted: tuple[bytes, FitRe
     assert report.corrected == (report.tried["corrected"] > plain + LEAST_GAIN)
     chosen = report.tried["corrected"] if report.corrected else plain
     assert np.mean(list(report.held_out.values())) == chosen
+
+
+def test_the_report_is_of_gates_that_have_not_seen_what_judges_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All prompts judge once, under gates fitted on others; the file's gates are fitted on all."""
+    seen_by: dict[Calibration, list[Case]] = {}
+    judged: list[Case] = []
+
+    def fit(cases: Sequence[Case], blend: float) -> Calibration:
+        calibration = fit_gates(cases, blend)
+        seen_by[calibration] = list(cases)
+        return calibration
+
+    def judge(cases: Sequence[Case], calibration: Calibration) -> dict[str, float]:
+        assert not {id(case) for case in cases} & {id(case) for case in seen_by[calibration]}
+        judged.extend(cases)
+        return decision_figures(cases, calibration)
+
+    monkeypatch.setattr("router_training.router.fit_gates", fit)
+    monkeypatch.setattr("router_training.router.decision_figures", judge)
+    file, _ = fit_router(data(), options=SMALL)
+    everything = max(seen_by.values(), key=len)
+    assert sorted(map(id, judged)) == sorted(map(id, everything))
+    assert seen_by[Router.load(file).calibration] == everything
 
 
 def test_the_same_data_give_the_same_file_whatever_their_order() -> None:
