@@ -46,6 +46,11 @@ class Served:
         """HOST:PORT."""
         return self._process.address
 
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
     def run(self, prompts: Sequence[Sequence[int]], mixtures: Mixtures, tokens: int) -> Run:
         """All prompts at once, each a stream of its own. Raises unless every answer is whole."""
         return asyncio.run(ask_all(self.address, prompts, mixtures, tokens))
