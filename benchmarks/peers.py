@@ -8,22 +8,23 @@ cache, and of adapters in bf16 and in fp32 (``settle`` measures it).
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.turns import Work
 from benchmarks.workload import Mixtures, Run, Workload
 
 SETTLE_STEPS = 12
-
-Work = Callable[[Sequence[Sequence[int]], Mixtures, int], Run]
 
 
 class Clock:
@@ -57,7 +58,10 @@ class Clock:
 
 
 class Peers:
-    """transformers with and without PEFT's adapters, on files that ``Workload`` wrote."""
+    """transformers with and without PEFT's adapters, on files that ``Workload`` wrote.
+
+    Models are loaded when they are first asked.
+    """
 
     def __init__(self, root: Path, workload: Workload, adapters: Sequence[str]) -> None:
         quieten()
@@ -66,8 +70,15 @@ class Peers:
         self.settings: dict[str, Any] = {}
         self._cache: dict[tuple[str, int], str] = {}  # by kind and number of requests
         self._steps: int | None = None  # where to stop before the end of the answer
-        self._plain = load(root / "base")
-        self._peft = with_adapters(load(root / "base"), root / "adapters", self.adapters)
+        self._root = root
+
+    @cached_property
+    def _plain(self) -> Any:
+        return load(self._root / "base")
+
+    @cached_property
+    def _peft(self) -> Any:
+        return with_adapters(load(self._root / "base"), self._root / "adapters", self.adapters)
 
     def generate(self, prompts: Sequence[Sequence[int]], _: Mixtures, tokens: int) -> Run:
         """transformers' ``generate`` on the whole batch, without adapters."""
@@ -129,44 +140,42 @@ class Peers:
         times = [[t - start for t in o.timestamps] for o in found]
         return Run([o.generated_tokens for o in found], times)
 
-    def settle(self, counts: Sequence[int]) -> None:
+    def settle(self, counts: Sequence[int], kinds: Sequence[str] = ("none", "mixed")) -> None:
         """Choose the cache for each number of requests, and the adapters' type for the largest.
 
-        The median step in the middle of an answer decides; ``settings`` tells what was measured, in
-        milliseconds a step.
+        ``kinds``: ``none`` for ``generate``, ``mixed`` for PEFT. The median step in the middle of
+        an answer decides; ``settings`` tells what was measured, in milliseconds a step.
         """
         half = self.workload.tokens // 2
         later = replace(self.workload, prompt=self.workload.prompt + half)
         measured: dict[str, float] = {}
+        distinct = [{name: 1.0} for name in self.adapters]
 
         def step(name: str, run: Work, wanted: Mixtures) -> float:
             got = run(later.prompts(len(wanted), -1), wanted, half)
             measured[f"{name}, {len(wanted)} requests"] = 1e3 * statistics.median(got.gaps)
             return statistics.median(got.gaps)
 
-        def faster_cache(kind: str, run: Work, wanted: Mixtures) -> None:
-            seconds = {}
-            for cache in ("dynamic", "static"):
-                self._cache[kind, len(wanted)] = cache
-                seconds[cache] = step(f"{kind}, {cache} cache", run, wanted)
-            self._cache[kind, len(wanted)] = min(seconds, key=seconds.__getitem__)
-
         self._steps = SETTLE_STEPS
-        distinct = [{name: 1.0} for name in self.adapters[: max(counts)]]
-        seconds = {}
-        for dtype in (torch.bfloat16, torch.float32):
-            self._cast(dtype)
-            seconds[dtype] = step(f"mixed, adapters in {dtype}", self.mixed_batch, distinct)
-        self._cast(dtype := min(seconds, key=seconds.__getitem__))
-        for count in counts:
-            faster_cache("none", self.generate, [{}] * count)
-            faster_cache("mixed", self.mixed_batch, distinct[:count])
+        if "mixed" in kinds:
+            seconds = {}
+            for dtype in (torch.bfloat16, torch.float32):
+                self._cast(dtype)
+                wanted = distinct[: max(counts)]
+                seconds[dtype] = step(f"mixed, adapters in {dtype}", self.mixed_batch, wanted)
+            self._cast(dtype := min(seconds, key=seconds.__getitem__))
+            self.settings["adapters_dtype"] = str(dtype)
+        for kind, count in itertools.product(kinds, counts):
+            run = self.generate if kind == "none" else self.mixed_batch
+            wanted = [{}] * count if kind == "none" else distinct[:count]
+            by_cache = {}
+            for cache in ("dynamic", "static"):
+                self._cache[kind, count] = cache
+                by_cache[cache] = step(f"{kind}, {cache} cache", run, wanted)
+            self._cache[kind, count] = min(by_cache, key=by_cache.__getitem__)
         self._steps = None
-        self.settings = {
-            "step_ms": measured,
-            "cache": {f"{kind}, {n} requests": c for (kind, n), c in self._cache.items()},
-            "adapters_dtype": str(dtype),
-        }
+        self.settings["step_ms"] = measured
+        self.settings["cache"] = {f"{k}, {n} requests": c for (k, n), c in self._cache.items()}
 
     @torch.inference_mode()
     def _generate(

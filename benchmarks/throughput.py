@@ -19,42 +19,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import report
-from benchmarks.peers import Peers, Work, notes
+from benchmarks.peers import Peers, notes
 from benchmarks.served import Served
-from benchmarks.workload import Run, Workload, latencies, mixtures
+from benchmarks.turns import OURS, System, row, take_turns
+from benchmarks.workload import Workload, mixtures
 from mora_serve.cli.output import table
 
-OURS = "mora-serve"
 CLAIMED = (1, 16)  # requests
+CLAIMED_SYSTEMS = (OURS, "transformers generate", "PEFT mixed batch")
 KINDS = ("none", "one", "distinct", "mixtures")
 SHORTER = (64, 128)  # tokens that a peer's later repetitions may be cut to
 MOST_IN_TURN = 16  # requests that are answered one after another
 # tokens/s of design.md, 16 requests but for the last
 DESIGN = {"generate": 319.0, "one": 251.0, "distinct": 92.0, "generate at 1": 80.0}
-
-
-@dataclass
-class System:
-    """Who answers in a cell; ``claimed`` ones are repeated, ``most`` requests at most."""
-
-    name: str
-    work: Work
-    claimed: bool = False
-    most: int = 1 << 30
-    runs: list[Run] = field(default_factory=list)
-    tokens: int = 0
-    whole: dict[str, float] = field(default_factory=dict)
-    failure: str = ""
 
 
 def main() -> None:
@@ -105,7 +90,7 @@ def compare(root: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]],
     with Served(root, names, flags) as served:
         for kind in args.kinds:
             for count in args.requests:
-                systems = [System(OURS, served.run, claimed=True), *peers_of(peers, kind, count)]
+                systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
                 rows += cell(workload, kind, count, systems, args)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}
     return rows, said
@@ -117,13 +102,14 @@ def peers_of(peers: Peers | None, kind: str, count: int) -> list[System]:
         return []
     if kind == "none":
         return [
-            System("transformers generate", peers.generate, claimed=True),
+            System("transformers generate", peers.generate),
             System("transformers continuous batching", peers.continuous),
         ]
-    mixed = System("PEFT mixed batch", peers.mixed_batch, claimed=True)
+    mixed = System("PEFT mixed batch", peers.mixed_batch)
     if kind == "one":
         return [mixed, System("PEFT one adapter set", peers.one_active)]
-    return [mixed, System("PEFT one after another", peers.one_after_another, most=MOST_IN_TURN)]
+    in_turn = [System("PEFT one after another", peers.one_after_another)]
+    return [mixed, *(in_turn if count <= MOST_IN_TURN else [])]
 
 
 def adapters_of(kind: str, count: int) -> list[dict[str, float]]:
@@ -145,35 +131,20 @@ def cell(
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """A row for each system: they take turns."""
-    wanted = adapters_of(kind, count)
-    claimed = count in CLAIMED
-    systems = [s for s in systems if count <= s.most]
     for system in systems:
-        system.tokens = args.tokens if claimed and system.claimed else args.other_tokens
-        try:  # warm
-            system.work(workload.prompts(count, -2), wanted, min(4, system.tokens))
-        except Exception as e:  # a peer that cannot do the work: say so and go on
-            if system.name == OURS:
-                raise
-            system.failure = f"{type(e).__name__}: {e}"[:300]
-    for turn in range(args.repeat):
-        prompts = workload.prompts(count, turn)
-        for system in systems:
-            if not system.failure and turn < repetitions(system, claimed, args.repeat):
-                system.runs.append(system.work(prompts, wanted, system.tokens))
-                if turn == 0 and claimed and system.claimed and system.name != OURS:
-                    cut(system, args.tolerance)
-    rows = [row(kind, count, system, systems[0]) for system in systems]
-    for r in rows:
-        report.log(line(r))
-    return rows
+        claimed = count in CLAIMED and system.name in CLAIMED_SYSTEMS
+        system.tokens = args.tokens if claimed else args.other_tokens
+        system.repeat = (
+            args.repeat if claimed else min(3 if system.name == OURS else 1, args.repeat)
+        )
 
+    def after(system: System) -> None:
+        if system.repeat > 1 and len(system.runs) == 1 and system.name != OURS:
+            cut(system, args.tolerance)
 
-def repetitions(system: System, claimed: bool, repeat: int) -> int:
-    """How often a system answers a cell."""
-    if claimed and system.claimed:
-        return repeat
-    return min(3, repeat) if system.name == OURS else 1
+    take_turns(systems, workload, adapters_of(kind, count), after)
+    described = {"adapters": kind, "requests": count}
+    return [row(described, system, systems[0]) for system in systems]
 
 
 def cut(system: System, tolerance: float) -> None:
@@ -183,30 +154,6 @@ def cut(system: System, tolerance: float) -> None:
     lengths = [n for n in (*SHORTER, system.tokens) if n <= system.tokens]
     system.whole = {str(n): run.rate(n) for n in lengths}
     system.tokens = next(n for n in lengths if abs(run.rate(n) / whole - 1) <= tolerance)
-
-
-def row(kind: str, count: int, system: System, ours: System) -> dict[str, Any]:
-    """One system's figures in a cell; rates and latencies up to the same number of tokens."""
-    described = {"adapters": kind, "requests": count, "system": system.name}
-    if system.failure:
-        return {**described, "failure": system.failure}
-    rates = [run.rate(system.tokens) for run in system.runs]
-    same = [
-        a[0] == b[0]
-        for mine, theirs in zip(ours.runs, system.runs, strict=False)
-        for a, b in zip(mine.tokens, theirs.tokens, strict=True)
-    ]
-    return {
-        **described,
-        "tokens_per_second": statistics.median(rates),
-        "least": min(rates),
-        "most": max(rates),
-        "repetitions": len(rates),
-        "new_tokens": system.tokens,
-        "by_tokens": system.whole,
-        **latencies(system.runs),
-        "same_first_tokens_as_ours": sum(same) / len(same),
-    }
 
 
 def rate(rows: Sequence[Mapping[str, Any]], kind: str, count: int, system: str) -> float | None:
@@ -255,14 +202,6 @@ def peer_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "largest_deviation": max(abs(d) for d in off.values()),
         "weakest_deviation": min(off.values()),
     }
-
-
-def line(r: Mapping[str, Any]) -> str:
-    """A row as progress."""
-    name = f"{r['adapters']}, {r['requests']} requests, {r['system']}"
-    if "failure" in r:
-        return f"{name}: {r['failure']}"
-    return f"{name}: {r['tokens_per_second']:.1f} tokens/s ({r['least']:.1f}-{r['most']:.1f})"
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import throughput
-from benchmarks.throughput import OURS, System, adapters_of, cut, figures, peer_ratios, repetitions
-from benchmarks.workload import Run, Workload, latencies, mixtures
+from benchmarks.throughput import adapters_of, cut, figures, peer_ratios
+from benchmarks.turns import OURS, System, Work, take_turns
+from benchmarks.workload import Mixtures, Run, Workload, latencies, mixtures
 
 
 def run_of(*times: list[float]) -> Run:
@@ -73,13 +75,29 @@ def test_a_peers_answers_are_cut_only_where_its_rate_stays(first_step: float, le
     assert set(system.whole) == {"64", "128", "256"}
 
 
-def test_cells_that_claims_rest_on_are_repeated() -> None:
-    ours, peer, slow = (System(n, lambda *_: run_of([1.0]), c) for n, c in MEMBERS)
-    assert [repetitions(s, True, 5) for s in (ours, peer, slow)] == [5, 5, 1]
-    assert [repetitions(s, False, 5) for s in (ours, peer, slow)] == [3, 1, 1]
+def test_systems_take_turns_on_the_same_prompts_and_a_peer_may_fail() -> None:
+    order: list[tuple[str, int]] = []
 
+    def works(name: str) -> Work:
+        def work(prompts: Sequence[Sequence[int]], _: Mixtures, tokens: int) -> Run:
+            order.append((name, prompts[0][0]))
+            return run_of([float(i + 1) for i in range(tokens)])
 
-MEMBERS = ((OURS, True), ("transformers generate", True), ("PEFT one after another", False))
+        return work
+
+    def fails(*_: object) -> Run:
+        raise ValueError("no such kernel")
+
+    ours, peer = System(OURS, works("ours"), 3, 8), System("peer", works("peer"), 2, 8)
+    broken = System("broken", fails, 2, 8)
+    take_turns([ours, peer, broken], Workload(), [{}])
+    warm, turns = order[:2], order[2:]
+    assert [name for name, _ in turns] == ["ours", "peer", "ours", "peer", "ours"]
+    assert turns[0][1] == turns[1][1] != turns[2][1]
+    assert warm[0][1] not in {prompt for _, prompt in turns}
+    assert (broken.failure, broken.runs) == ("ValueError: no such kernel", [])
+    with pytest.raises(ValueError, match="no such kernel"):
+        take_turns([System(OURS, fails)], Workload(), [{}])
 
 
 def row(kind: str, count: int, system: str, rate: float) -> dict[str, object]:
