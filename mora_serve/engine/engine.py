@@ -365,7 +365,9 @@ class Engine:
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
         try:
             self.runner.clear(self.cache.take_new())
+            started = time.monotonic()
             outputs = self.runner.run(batch)
+            self.scheduler.measured(batch, time.monotonic() - started)
         except Exception:
             log.exception("a step failed; its %d requests are ended", len(batch))
             for chunk in batch:

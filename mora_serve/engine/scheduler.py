@@ -1,7 +1,8 @@
 """What each step computes: pure policy, no tensors.
 
-A step has a budget of tokens. Every running request that decodes gets one; the rest goes to
-prompts, running or waiting, always to the least served tenant next (see fairness.py).
+A step has a budget of tokens. Every running request that decodes gets one; the rest, as far as
+the streams' pace allows (see pace.py), goes to prompts, running or waiting, always to the least
+served tenant next (see fairness.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 from mora_serve.config import EngineConfig
 from mora_serve.engine.fairness import FairQueue
 from mora_serve.engine.kv_cache import IntegrityError, KVCache
+from mora_serve.engine.pace import MIN_TOKENS, StepPace
 from mora_serve.engine.sequence import Sequence
 
 
@@ -62,6 +64,7 @@ class Scheduler:
         self._cache = cache
         self._residency = residency
         self._queue = FairQueue()
+        self._pace = StepPace(limits.step_pace, limits.step_tokens)
         self._running: dict[Sequence, None] = {}
         self._orders = 0
         self._claimant: Sequence | None = None  # the next free slots are its
@@ -131,8 +134,13 @@ class Scheduler:
                 budget -= 1
             else:
                 short = True
-        chunks = self._prompts(budget, now, admit=not short)
+        chunks = self._prompts(self._paced(budget, len(decodes), spent), now, admit=not short)
         return tuple(sorted(decodes + chunks, key=lambda chunk: chunk.length > 1))
+
+    def measured(self, batch: Batch, seconds: float) -> None:
+        """How long the step took: what the next steps' chunks are sized by."""
+        decodes = sum(chunk.length == 1 for chunk in batch)
+        self._pace.observe(decodes, sum(c.length for c in batch) - decodes, seconds)
 
     def advance(self, batch: Batch) -> None:
         """After the step: its tokens are in their pages. Removed requests are left alone."""
@@ -159,6 +167,14 @@ class Scheduler:
             raise IntegrityError("a waiting request holds pages")
         if not self._running and not len(self._queue) and not self._queue.idle:
             raise IntegrityError("nobody runs or waits, but the queue counts somebody as active")
+
+    def _paced(self, budget: int, decodes: int, spent: int) -> int:
+        """What prompts may have of a budget in tokens beside so many decodes."""
+        unfinished = sum(s.pending > 1 for s in self._running)
+        room = self._limits.max_batch - self.running_count
+        prompts = unfinished + min(self.waiting_count, room)
+        limit = self._pace.limit(decodes, prompts)
+        return min(budget, max(limit - spent, min(limit, MIN_TOKENS)))
 
     def _prompts(self, budget: int, now: float, admit: bool) -> list[Chunk]:
         """Chunks for unfinished prompts and admissions, the least served tenant first."""

@@ -62,6 +62,11 @@ class Slots:
             self.ready_in[digest] = self.delay
 
 
+def seconds(batch: Batch) -> float:
+    """What a step takes here: a fixed part, and little a token."""
+    return 0.01 + 0.0001 * sum(c.length for c in batch)
+
+
 class Engine:
     """Steps the real scheduler; the model is left out: the next token is a hash of the last."""
 
@@ -74,8 +79,11 @@ class Engine:
         slots: int = 4,
         delay: int = 0,
         prefix_cache: bool = True,
+        pace: float = 0.0,
     ) -> None:
-        limits = EngineConfig(max_batch=max_batch, step_tokens=step_tokens, page_size=page_size)
+        limits = EngineConfig(
+            max_batch=max_batch, step_tokens=step_tokens, page_size=page_size, step_pace=pace
+        )
         self.limits = limits
         self.cache = KVCache(pages, page_size, prefix_cache)
         self.slots = Slots(slots, delay)
@@ -107,6 +115,7 @@ class Engine:
         self.check(batch)
         for chunk in batch:
             self.write(chunk.sequence, chunk.start, chunk.length)
+        self.scheduler.measured(batch, seconds(batch))
         self.scheduler.advance(batch)
         for chunk in batch:
             sequence = chunk.sequence
@@ -181,6 +190,7 @@ requests = st.lists(
     st.integers(2, 4),
     st.integers(0, 3),
     st.booleans(),
+    st.sampled_from([0.0, 1.0, 1.5]),
 )
 def test_every_request_finishes_and_nothing_leaks(
     load: list[tuple[int, int, list[str], str, int, bool | None]],
@@ -190,6 +200,7 @@ def test_every_request_finishes_and_nothing_leaks(
     slots: int,
     delay: int,
     prefix_cache: bool,
+    pace: float,
 ) -> None:
     """Whatever arrives, with whatever room: budgets hold, pages stay apart, all finish."""
     engine = Engine(
@@ -199,6 +210,7 @@ def test_every_request_finishes_and_nothing_leaks(
         slots=slots,
         delay=delay,
         prefix_cache=prefix_cache,
+        pace=pace,
     )
     live: list[tuple[Sequence, bool | None]] = []
     expected = set()
@@ -252,6 +264,27 @@ def test_decodes_go_first_and_prompts_take_the_rest() -> None:
         [("a", 3, 1, True), ("long", 7, 7, False)],
         [("a", 4, 1, True), ("long", 14, 3, True)],
     ]
+
+
+def test_a_long_prompt_leaves_running_streams_their_pace() -> None:
+    """Its chunks fit twice the seconds of a step without them; alone it is not cut up."""
+    engine = Engine(pages=600, max_batch=4, step_tokens=1000, pace=2.0)
+    stream = engine.add("stream", (1, 2), max_tokens=60)
+    for _ in range(5):
+        engine.step()
+    long = engine.add("long", tuple(range(1000)), max_tokens=2)
+    chunks = []
+    while long.pending > 1:
+        batch = engine.step()
+        chunks += [c.length for c in batch if c.sequence is long]
+        assert any(c.sequence is stream for c in batch)
+    assert chunks[0] == 32
+    assert max(chunks) <= 102
+    assert sum(chunks) == 1000
+    assert len(chunks) < 20
+    engine.drain()
+    engine.add("alone", tuple(range(7, 1000)), max_tokens=2)
+    assert [c.length for c in engine.step()] == [993]
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
