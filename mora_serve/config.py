@@ -70,6 +70,9 @@ class AdaptersConfig:
 
     root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
     slots: int = _doc(32, "adapters on the device at the same time")
+    host_bytes: int = _doc(
+        256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
+    )
     max_rank: int = _doc(64, "largest LoRA rank that can be registered")
     max_mixture: int = _doc(4, "adapters in one mixture")
     max_adapters: int = _doc(10_000, "adapters registered in all")

@@ -88,7 +88,12 @@ class Engine:
         self._signalled = False
         self._stopping = False
         self.pool = AdapterPool(
-            decoder, slots, open_adapter, self._signal, config.adapters.max_mixture
+            decoder,
+            slots,
+            open_adapter,
+            self._signal,
+            config.adapters.max_mixture,
+            config.adapters.host_bytes,
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)

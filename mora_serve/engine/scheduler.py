@@ -35,6 +35,16 @@ class Residency(Protocol):
     def assigned(self, digests: tuple[str, ...]) -> bool:
         """Every one has a slot, be it loaded or still loading: only time is missing."""
 
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether loads ahead of need may be started now."""
+
+    def prefetch(self, line: list[tuple[str, ...]]) -> bool:
+        """Start loads for the requests next in line, at the expense of nobody who needs a slot.
+
+        True: there is nothing more to start for this line.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -47,6 +57,8 @@ class Chunk:
 
 
 Batch = tuple[Chunk, ...]
+
+LINE = 16  # requests next in line whose adapters are loaded ahead
 
 
 class Scheduler:
@@ -70,6 +82,7 @@ class Scheduler:
         self._claimant: Sequence | None = None  # the next free slots are its
         self._held: dict[str, Counter[str]] = {}  # tenant -> adapter -> running requests
         self._patience = max(1, limits.max_batch // 4)
+        self._prefetched = False  # for the line as it is now
 
     @property
     def running(self) -> list[Sequence]:
@@ -101,6 +114,7 @@ class Scheduler:
         self._orders += 1
         self._queue.enter(sequence)
         self._queue.push(sequence)
+        self._prefetched = False
 
     def remove(self, sequence: Sequence, dirty: bool = False) -> None:
         """End a request, running or waiting; its pages and slots are free at once.
@@ -114,6 +128,7 @@ class Scheduler:
         else:
             self._queue.remove(sequence)
         self._queue.leave(sequence)
+        self._prefetched = False
         if sequence is self._claimant:
             self._claimant = None
 
@@ -135,6 +150,7 @@ class Scheduler:
             else:
                 short = True
         chunks = self._prompts(self._paced(budget, len(decodes), spent), now, admit=not short)
+        self._prefetch()
         return tuple(sorted(decodes + chunks, key=lambda chunk: chunk.length > 1))
 
     def measured(self, batch: Batch, seconds: float) -> None:
@@ -205,6 +221,17 @@ class Scheduler:
             budget -= chunks[-1].length
         return chunks
 
+    def _prefetch(self) -> None:
+        """Load ahead for those next in line. They may have to wait for anything, or for nothing."""
+        if self._prefetched or not self._residency.can_prefetch:
+            return
+        heads = (self._entry(s) for s in self._queue.heads() if s.digests)
+        line = heapq.nsmallest(LINE, heads)
+        nearest = [entry[-1].digests for entry in line]
+        if self._claimant is not None:
+            nearest.insert(0, self._claimant.digests)
+        self._prefetched = self._residency.prefetch(nearest)
+
     def _entry(self, sequence: Sequence) -> _Entry:
         tenant, adapters = self._queue.rank(sequence)
         return tenant, sequence not in self._running, adapters, sequence.order, sequence
@@ -233,6 +260,7 @@ class Scheduler:
             return False
         cache.extend(pages, len(sequence.tokens))
         self._queue.remove(sequence)
+        self._prefetched = False
         self._running[sequence] = None
         sequence.pages, sequence.computed = pages, cached
         sequence.skips, sequence.loading = 0, False
@@ -299,6 +327,7 @@ class Scheduler:
         return True
 
     def _stop(self, sequence: Sequence, dirty: bool = False) -> None:
+        self._prefetched = False
         del self._running[sequence]
         self._cache.release(sequence.pages, dirty)
         sequence.pages, sequence.computed = [], 0
