@@ -75,13 +75,13 @@ class Scheduler:
         self._limits = limits
         self._cache = cache
         self._residency = residency
-        self._queue = FairQueue()
+        self._patience = max(1, limits.max_batch // 4)
+        self._queue = FairQueue(self._patience)
         self._pace = StepPace(limits.step_pace, limits.step_tokens)
         self._running: dict[Sequence, None] = {}
         self._orders = 0
         self._claimant: Sequence | None = None  # the next free slots are its
         self._held: dict[str, Counter[str]] = {}  # tenant -> adapter -> running requests
-        self._patience = max(1, limits.max_batch // 4)
         self._prefetched = False  # for the line as it is now
 
     @property
@@ -233,8 +233,9 @@ class Scheduler:
         self._prefetched = self._residency.prefetch(nearest)
 
     def _entry(self, sequence: Sequence) -> _Entry:
-        tenant, adapters = self._queue.rank(sequence)
-        return tenant, sequence not in self._running, adapters, sequence.order, sequence
+        tenant, in_time, since = self._queue.rank(sequence)
+        waiting = sequence not in self._running
+        return tenant, waiting, in_time, since, sequence.order, sequence
 
     def _plan(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + length
@@ -342,8 +343,8 @@ class Scheduler:
                 del self._held[sequence.request.tenant]
 
 
-# (service of the tenant, waiting, service of its adapter set, order, who)
-_Entry = tuple[float, bool, float, int, Sequence]
+# (service of the tenant, waiting, what speaks for its adapter set: see FairQueue.rank, order, who)
+_Entry = tuple[float, bool, bool, float, int, Sequence]
 
 
 @dataclass(slots=True)

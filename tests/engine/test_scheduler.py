@@ -42,6 +42,21 @@ class Slots:
     def assigned(self, digests: tuple[str, ...]) -> bool:
         return all(d in self.refs for d in digests)
 
+    @property
+    def can_prefetch(self) -> bool:
+        return len(self.ready_in) < 2
+
+    def prefetch(self, line: list[tuple[str, ...]]) -> bool:
+        wanted = tuple(d for digests in line for d in digests)
+        for digest in wanted:
+            if digest not in self.refs:
+                if not self.can_prefetch:
+                    return False
+                self._load(digest, wanted)
+                if digest not in self.refs:
+                    break
+        return True
+
     def drop(self, digests: tuple[str, ...]) -> None:
         for digest in digests:
             assert self.refs[digest] > 0
@@ -377,6 +392,47 @@ def test_adapters_of_one_tenant_are_served_alike() -> None:
     assert sum(n.startswith("x") for n in engine.done) <= 7
 
 
+def test_adapters_of_those_next_in_line_are_loaded_while_all_places_are_taken() -> None:
+    """The nearest first, and only into slots that nobody in line needs."""
+    engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=4, delay=2)
+    for i in range(2):
+        engine.add(f"running{i}", max_tokens=40, digests=(DIGESTS[i],))
+    while engine.scheduler.running_count < 2:
+        engine.step()
+    for i in range(2, 6):
+        engine.add(f"waiting{i}", digests=(DIGESTS[i],))
+    for _ in range(8):
+        engine.step()
+    assert set(engine.slots.refs) == set(DIGESTS[:4])
+    assert engine.scheduler.waiting_count == 4
+    engine.drain()
+
+
+def test_adapters_in_demand_wait_a_bounded_time_behind_ever_new_ones() -> None:
+    """Each new adapter is less served, yet only so many requests pass one that is in line."""
+    engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=8)
+    names = 0
+
+    def newcomers() -> None:
+        nonlocal names
+        while engine.scheduler.waiting_count < 6:
+            engine.add(f"new{names}", max_tokens=2, digests=(f"{names + 8:064x}",))
+            names += 1
+
+    engine.add("popular", digests=(DIGESTS[0],))
+    while "popular" not in engine.done:
+        newcomers()
+        engine.step()
+    engine.add("again", digests=(DIGESTS[0],))
+    before = len(engine.done)
+    while "again" not in engine.done:
+        newcomers()
+        engine.step()
+    # In line before it, running with it, and two batches.
+    assert len(engine.done) - before <= 6 + 4 + 2 * 2
+    engine.scheduler.check_integrity()
+
+
 def test_loading_adapters_stop_nobody() -> None:
     """While one request waits for its load all others are admitted and finish."""
     engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=3, delay=1)
@@ -466,15 +522,15 @@ def test_behind_somebody_without_slots_nobody_starts_loads() -> None:
 
 
 def test_what_preemption_repeats_is_not_charged_again() -> None:
-    queue = FairQueue()
+    queue = FairQueue(patience=8)
     sequence = Sequence(Request("r", (1,) * 6), TextStream(str))
     queue.enter(sequence)
     queue.charge(sequence, 0, 6)
     once = queue.rank(sequence)
     queue.charge(sequence, 0, 6)
-    assert queue.rank(sequence) == once == (6.0, 6.0)
+    assert queue.rank(sequence) == once == (6.0, True, 6.0)
     queue.charge(sequence, 4, 8)
-    assert queue.rank(sequence) == (10.0, 10.0)
+    assert queue.rank(sequence) == (10.0, True, 10.0)
 
 
 def test_no_tenant_takes_more_slots_while_another_waits_for_one() -> None:
