@@ -58,6 +58,7 @@ class Chunk:
 
 Batch = tuple[Chunk, ...]
 
+PATIENCE = 3  # of a tenant with many adapters, every one in demand has a place in 4
 LINE = 16  # requests next in line whose adapters are loaded ahead
 
 
@@ -76,7 +77,7 @@ class Scheduler:
         self._cache = cache
         self._residency = residency
         self._patience = max(1, limits.max_batch // 4)
-        self._queue = FairQueue(self._patience)
+        self._queue = FairQueue(PATIENCE)
         self._pace = StepPace(limits.step_pace, limits.step_tokens)
         self._running: dict[Sequence, None] = {}
         self._orders = 0
