@@ -87,10 +87,13 @@ def main() -> None:
 
 
 def engine(root: Path, limits: EngineConfig, slots: int = len(oracle.VARIANTS)) -> LocalEngine:
-    """An unquantised fp32 engine; adapters are in their slots already where all have one."""
+    """An unquantised fp32 engine; adapters are in their slots already where all have one.
+
+    The size of a step does not depend on what others took, so that a run repeats itself.
+    """
     config = Config(
         BaseConfig(str(root / "base"), quantization="none", dtype="fp32", device="cpu"),
-        limits,
+        dataclasses.replace(limits, step_pace=0.0),
         AdaptersConfig(slots=slots, max_rank=64),
     )
     local = LocalEngine(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class LocalEngine:
         self.base = load_base(config.base)
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
+        self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
         self.engine = Engine(self.base, config, self._open)
         self.steps: list[Sequence[Event | AdapterLoad]] = []
         self._count = 0
@@ -86,6 +87,7 @@ class LocalEngine:
         return events
 
     def _open(self, digest: str) -> ValidatedAdapter:
+        self.open_hook(digest)
         if digest not in self.adapters:
             raise NotFound(f"adapter: no content {digest[:12]}", field="adapter")
         return self.adapters[digest]

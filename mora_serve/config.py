@@ -46,6 +46,11 @@ class EngineConfig:
 
     max_batch: int = _doc(64, "requests that run at the same time")
     step_tokens: int = _doc(512, "tokens computed a step, prefill chunks included")
+    step_pace: float = _doc(
+        2.0,
+        "while streams run, prompt chunks are sized so that a step takes at most about this many "
+        "times as long as one without prompt tokens; 0 for no such limit",
+    )
     page_size: int = _doc(16, "tokens a page of the key/value cache")
     kv_pages: int = _doc(0, "pages of the key/value cache; 0 sizes it from kv_bytes")
     kv_bytes: int = _doc(1 << 30, "memory for the key/value cache, in bytes")
@@ -68,6 +73,9 @@ class AdaptersConfig:
 
     root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
     slots: int = _doc(32, "adapters on the device at the same time")
+    host_bytes: int = _doc(
+        256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
+    )
     max_rank: int = _doc(64, "largest LoRA rank that can be registered")
     max_mixture: int = _doc(4, "adapters in one mixture")
     max_adapters: int = _doc(10_000, "adapters registered in all")
@@ -261,6 +269,12 @@ def _check(config: Config) -> None:
             f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "
             f"({config.engine.max_batch}); each running request needs one token a step",
             field="engine.step_tokens",
+        )
+    if 0 < config.engine.step_pace < 1:
+        raise ConfigError(
+            f"engine.step_pace: {config.engine.step_pace:g} is out of range; no step with prompt "
+            "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
+            field="engine.step_pace",
         )
     if config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(

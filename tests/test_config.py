@@ -96,6 +96,8 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_key_and_value(
         ("router.feedback_bytes", LEAST_FEEDBACK_BYTES - 1),
         ("engine.stall_seconds", float("nan")),
         ("engine.stall_seconds", float("inf")),
+        ("engine.step_pace", 0.5),
+        ("engine.step_pace", -1.0),
         ("server.port", 65536),
         ("server.port", -1),
         ("server.metrics_port", -2),

@@ -27,7 +27,7 @@ class ServerProcess:
     """
 
     def __init__(self, flags: Mapping[str, object] | None = None) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         settings = {
             "server.host": "127.0.0.1",
             "server.port": self.address.rpartition(":")[2],
@@ -103,7 +103,8 @@ class ServerProcess:
         return os.pread(self._log.fileno(), 4000, max(0, size - 4000)).decode(errors="replace")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

@@ -1,41 +1,45 @@
 """Which adapters are on the device: a fixed number of slots, LRU, reference counts, pins.
 
 Only the engine's thread changes the pool. A load runs on the pool's own thread and writes into a
-slot that nobody reads until the engine has seen it complete, so running streams never wait.
+slot that nobody reads until the engine has seen it complete, so running streams never wait. That
+thread has a low priority: a load takes longer then, a step does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from mora_serve.adapters.validate import TensorRef, ValidatedAdapter
+from mora_serve.adapters.validate import ValidatedAdapter
 from mora_serve.core import AdapterLoad
+from mora_serve.engine.host_adapters import HostAdapter, HostAdapters
 from mora_serve.errors import Failure, MoraError, ResourceExhausted
 from mora_serve.model.decoder import Decoder
-from mora_serve.model.lora import AdapterSlots, ProjectionSlots, dora_scale
-from mora_serve.model.shape import SITES
+from mora_serve.model.lora import AdapterSlots
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # An adapter just loaded and not yet used is left in its slot for this many polls: the request
 # that asked for it must get a turn before another's load can take the slot.
 GRACE_POLLS = 16
-# Adapters whose DoRA scales are kept on the host: each takes passes over the whole base to make.
-DORA_KEPT = 256
+# Loads under way while more are started ahead of need: a request whose turn it is would have to
+# wait for all of them.
+AHEAD = 2
+NICENESS = 10  # of the loading thread, where the system has priorities of threads
 
 
 class _State(enum.Enum):
@@ -56,7 +60,8 @@ class AdapterPool:
     """Brings adapters, named by digest, into device slots.
 
     ``open_adapter`` gives an adapter's content (raises MoraError when it is gone); ``wake`` is
-    called from the loading thread when a load has ended.
+    called from the loading thread when a load has ended. ``host_bytes`` of converted adapters are
+    kept beside the slots.
     """
 
     def __init__(
@@ -66,11 +71,17 @@ class AdapterPool:
         open_adapter: Callable[[str], ValidatedAdapter],
         wake: Callable[[], None],
         reserve: int = 1,
+        host_bytes: int = 256 << 20,
     ) -> None:
         self.slots = slots
         self.hits = self.misses = self.evictions = 0
-        self._decoder, self._open, self._wake = decoder, open_adapter, wake
+        self._host = HostAdapters(decoder, slots, open_adapter, host_bytes)
+        self._wake = wake
         self._reserve = reserve
+        # What each slot holds: (layer, projection) -> rows that are not zero.
+        self._filled: list[dict[tuple[int, str], int]] = [{} for _ in range(slots.slots)]
+        self._loads = 0  # under way, or in line for the loading thread
+        self._staging: set[str] = set()  # being converted ahead of a slot
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._free = list(range(slots.slots - 1, -1, -1))
         self._pinned: set[str] = set()
@@ -85,13 +96,17 @@ class AdapterPool:
             else None
         )
         # One thread of its own: a second team would take the cores of the running step.
-        self._loader = ThreadPoolExecutor(1, "adapter-load", torch.set_num_threads, (1,))
-        self._dora: OrderedDict[str, dict[tuple[int, str], Tensor]] = OrderedDict()
+        self._loader = ThreadPoolExecutor(1, "adapter-load", _start_loading_thread)
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Digests that can be used now."""
         return tuple(d for d, e in self._entries.items() if e.state is _State.READY)
+
+    @property
+    def loading(self) -> bool:
+        """Whether loads or conversions are under way."""
+        return bool(self._loads or self._staging)
 
     def slot(self, digest: str) -> int:
         """The slot of an adapter that the caller holds."""
@@ -109,7 +124,7 @@ class AdapterPool:
         for digest in digests:
             entry = self._entries.get(digest)
             if entry is None:
-                self._begin(digest, digests)
+                self._begin(digest, frozenset(digests))
             missing = missing or entry is None or entry.state is _State.LOADING
         if missing:
             return False
@@ -123,6 +138,31 @@ class AdapterPool:
     def assigned(self, digests: tuple[str, ...]) -> bool:
         """Every one has a slot, be it loaded or still loading: only time is missing."""
         return all(d in self._entries for d in digests)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether loads ahead of need may be started: few are under way."""
+        return self._loads + len(self._staging) < AHEAD
+
+    def prefetch(self, line: Seq[tuple[str, ...]]) -> bool:
+        """Start loads for the requests next in line, the nearest first.
+
+        Nobody is robbed: an adapter makes room only if no request of the line needs it, and
+        behind a request that finds no room the others take none; their adapters are converted on
+        the host meanwhile. True: all that can be done for this line has been started.
+        """
+        wanted = {digest for digests in line for digest in digests}
+        room = True
+        for digest in (d for digests in line for d in digests):
+            if digest in self._entries:
+                continue
+            if not self.can_prefetch:
+                return False
+            room = room and self._begin(digest, wanted)
+            if not room and digest not in self._host and digest not in self._staging:
+                self._staging.add(digest)
+                self._loader.submit(self._stage, digest)
+        return True
 
     def drop(self, digests: tuple[str, ...]) -> None:
         """Give back references taken by ``hold``."""
@@ -158,6 +198,7 @@ class AdapterPool:
         ended = []
         while not self._done.empty():
             load = self._done.get()
+            self._loads -= 1
             ended.append(load)
             entry = self._entries[load.digest]
             if load.error is not None:
@@ -187,18 +228,20 @@ class AdapterPool:
         if leaked:
             raise RuntimeError(f"adapters are held by nobody that runs: {leaked}")
 
-    def _begin(self, digest: str, beside: tuple[str, ...] = ()) -> None:
-        """Start a load if there is a slot for it; those ``beside`` it do not make room."""
-        if not self._free and not self._evict(beside):
-            return
+    def _begin(self, digest: str, kept: Set[str] = frozenset()) -> bool:
+        """Start a load if there is a slot for it; those ``kept`` do not make room."""
+        if not self._free and not self._evict(kept):
+            return False
         # The lowest free slot: the batched product runs over a range of slots.
         self._free.sort(reverse=True)
         slot = self._free.pop()
         self._entries[digest] = _Entry(slot)
         self.misses += 1
+        self._loads += 1
         self._loader.submit(self._load, digest, slot)
+        return True
 
-    def _evict(self, kept: tuple[str, ...]) -> bool:
+    def _evict(self, kept: Set[str]) -> bool:
         for digest, entry in self._entries.items():
             fresh = not entry.used and self._polls - entry.ready_poll < GRACE_POLLS
             if entry.state is _State.READY and not entry.references and not fresh:
@@ -210,15 +253,25 @@ class AdapterPool:
                 return True
         return False
 
+    def _stage(self, digest: str) -> None:
+        """Convert an adapter that has no slot yet. Its load will say what is wrong with it."""
+        try:
+            self._host.get(digest)
+        except Exception:
+            log.debug("adapter %s cannot be converted ahead", digest[:12], exc_info=True)
+        finally:
+            self._staging.discard(digest)
+            self._wake()
+
     def _load(self, digest: str, slot: int) -> None:
         started = time.monotonic()
         error: Failure | None = None
         nbytes = 0
         try:
-            adapter = self._open(digest)
-            nbytes = adapter.nbytes
+            adapter = self._host.get(digest)
+            nbytes = adapter.file_bytes
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                self._fill(slot, digest, adapter)
+                self._fill(slot, adapter)
         except MoraError as e:
             error = Failure.of(e)
         except Exception:
@@ -232,64 +285,44 @@ class AdapterPool:
         self._wake()
 
     @torch.no_grad()
-    def _fill(self, slot: int, digest: str, adapter: ValidatedAdapter) -> None:
-        self._clear(slot)
-        self.slots.ranks[slot] = self.slots.max_rank  # what to clear if this load breaks off
-        scales = self._dora.pop(digest, {})
+    def _fill(self, slot: int, adapter: HostAdapter) -> None:
+        """Copy an adapter into a slot, and zero what the one before leaves there besides."""
+        slots, filled = self.slots, self._filled[slot]
+        before = dict(filled)
         for module in adapter.modules:
-            part = self.slots.projection(module.layer, module.projection)
-            a, b = self._tensor(adapter, module.a), self._tensor(adapter, module.b)
-            b = (b.float() * module.scaling).T
-            part.a[slot, : module.rank].copy_(a, non_blocking=True)
-            part.b[slot, : module.rank].copy_(b)
-            if module.magnitude is not None:
-                key = (module.layer, module.projection)
-                if key not in scales:
-                    weight = self._base_weight(*key, part)
-                    magnitude = self._tensor(adapter, module.magnitude).flatten()
-                    on_base = (t.to(weight.device) for t in (a, b, magnitude))
-                    scales[key] = (dora_scale(weight, *on_base) - 1).cpu()
+            key = module.layer, module.projection
+            part, rank, old = slots.projection(*key), len(module.a), before.pop(key, 0)
+            filled[key] = max(rank, old)  # noted first: a load may break off
+            part.a[slot, :rank].copy_(module.a, non_blocking=True)
+            part.b[slot, :rank].copy_(module.b, non_blocking=True)
+            if old > rank:
+                part.a[slot, rank:old] = 0
+                part.b[slot, rank:old] = 0
+                filled[key] = rank
+            if module.dora is not None:
                 if part.dora is None:
                     part.dora = torch.zeros(
-                        self.slots.slots,
-                        part.width,
-                        dtype=self.slots.dtype,
-                        device=self.slots.device,
+                        slots.slots, part.width, dtype=slots.dtype, device=slots.device
                     )
-                part.dora[slot].copy_(scales[key])
-        self.slots.ranks[slot] = adapter.rank
-        self.slots.has_dora[slot] = adapter.dora
-        if scales:
-            self._dora[digest] = scales
-            if len(self._dora) > DORA_KEPT:
-                self._dora.popitem(last=False)
+                part.dora[slot].copy_(module.dora, non_blocking=True)
+            elif part.dora is not None:
+                part.dora[slot] = 0
+        for key, old in before.items():
+            part = slots.projection(*key)
+            part.a[slot, :old] = 0
+            part.b[slot, :old] = 0
+            if part.dora is not None:
+                part.dora[slot] = 0
+            del filled[key]
+        slots.ranks[slot] = adapter.rank
+        slots.has_dora[slot] = adapter.dora
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _tensor(self, adapter: ValidatedAdapter, ref: TensorRef) -> Tensor:
-        host = tensor(adapter, ref)
-        if self._stream is None:
-            return host
-        return host.pin_memory().to(self.slots.device, non_blocking=True)
 
-    def _clear(self, slot: int) -> None:
-        rank = self.slots.ranks[slot]
-        for part in self.slots.parts():
-            part.a[slot, :rank] = 0
-            part.b[slot, :rank] = 0
-            if part.dora is not None:
-                part.dora[slot] = 0
-
-    def _base_weight(self, layer: int, projection: str, part: ProjectionSlots) -> Tensor:
-        site = next(s for s, names in SITES.items() if projection in names)
-        linear = self._decoder.layers[layer].sites[site]
-        return linear.dequantise(torch.float32, part.start, part.start + part.width)
-
-
-def tensor(adapter: ValidatedAdapter, ref: TensorRef) -> Tensor:
-    """A copy of one tensor of an adapter (the mapped file itself is read-only)."""
-    out = torch.empty(ref.shape, dtype=DTYPES[ref.dtype])
-    bits = out.view(torch.int16) if ref.dtype == "BF16" else out
-    array = adapter.array(ref)
-    bits.numpy()[...] = array.view(np.int16) if ref.dtype == "BF16" else array
-    return out
+def _start_loading_thread() -> None:
+    """One thread of torch's: a second team would take the cores of the running step."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # elsewhere priorities are those of the process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

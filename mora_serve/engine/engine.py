@@ -88,7 +88,12 @@ class Engine:
         self._signalled = False
         self._stopping = False
         self.pool = AdapterPool(
-            decoder, slots, open_adapter, self._signal, config.adapters.max_mixture
+            decoder,
+            slots,
+            open_adapter,
+            self._signal,
+            config.adapters.max_mixture,
+            config.adapters.host_bytes,
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
@@ -365,7 +370,9 @@ class Engine:
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
         try:
             self.runner.clear(self.cache.take_new())
+            started = time.monotonic()
             outputs = self.runner.run(batch)
+            self.scheduler.measured(batch, time.monotonic() - started)
         except Exception:
             log.exception("a step failed; its %d requests are ended", len(batch))
             for chunk in batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from mora_serve.engine.sequence import Sequence
@@ -57,13 +58,29 @@ class ServiceCounters(Generic[K]):
         return len(self._active)
 
 
-class FairQueue:
-    """Waiting requests by tenant and adapter set, and the service that each has received."""
+@dataclass(slots=True)
+class _Line:
+    """One tenant's: how many have left it, and at how many each adapter set in it is overdue."""
 
-    def __init__(self) -> None:
+    left: int = 0
+    due: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+
+class FairQueue:
+    """Waiting requests by tenant and adapter set, and the service that each has received.
+
+    Less served first would be never for an adapter set in demand while ever new ones arrive. So
+    once ``patience`` requests of its tenant have left the line since a request of the set did, or
+    since there is one in it, the set is overdue; those go first, in the order in which they became
+    so. One that is always in demand thus has 1 of ``patience + 1`` places, or one a round.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
         self._tenants: ServiceCounters[str] = ServiceCounters()
         self._sets: dict[str, ServiceCounters[tuple[str, ...]]] = {}
         self._waiting: dict[tuple[str, tuple[str, ...]], deque[Sequence]] = {}
+        self._lines: dict[str, _Line] = {}  # tenant -> its part of the line
         self._count = 0
 
     def __len__(self) -> int:
@@ -83,6 +100,7 @@ class FairQueue:
         tenant = sequence.request.tenant
         self._tenants.enter(tenant)
         self._sets.setdefault(tenant, ServiceCounters()).enter(sequence.digests)
+        self._lines.setdefault(tenant, _Line())
 
     def leave(self, sequence: Sequence) -> None:
         """The request ended."""
@@ -90,7 +108,7 @@ class FairQueue:
         self._tenants.leave(tenant)
         self._sets[tenant].leave(sequence.digests)
         if not len(self._sets[tenant]):
-            del self._sets[tenant]
+            del self._sets[tenant], self._lines[tenant]
 
     def charge(self, sequence: Sequence, start: int, end: int) -> None:
         """Account for computing tokens ``start`` to ``end``; what preemption repeats is free."""
@@ -104,15 +122,25 @@ class FairQueue:
         self._tenants.charge(tenant, cost)
         self._sets[tenant].charge(sequence.digests, cost)
 
-    def rank(self, sequence: Sequence) -> tuple[float, float]:
-        """What its tenant and its adapter set have received; less goes first."""
-        tenant = sequence.request.tenant
-        return self._tenants[tenant], self._sets[tenant][sequence.digests]
+    def rank(self, sequence: Sequence) -> tuple[float, bool, float]:
+        """Its place in line: the service of its tenant, then what speaks for its adapter set.
+
+        That is since when it is overdue, else (True) the service that it has received.
+        """
+        tenant, digests = sequence.request.tenant, sequence.digests
+        line = self._lines[tenant]
+        due = line.due.get(digests, line.left + 1)
+        if due <= line.left:
+            return self._tenants[tenant], False, due
+        return self._tenants[tenant], True, self._sets[tenant][digests]
 
     def push(self, sequence: Sequence) -> None:
         """Put in line, by age: what was preempted is older than all that still wait."""
         key = sequence.request.tenant, sequence.digests
-        queue = self._waiting.setdefault(key, deque())
+        if key not in self._waiting:
+            self._waiting[key] = deque()
+            self._expect(key)
+        queue = self._waiting[key]
         behind: list[Sequence] = []
         while queue and queue[-1].order > sequence.order:
             behind.append(queue.pop())
@@ -122,12 +150,22 @@ class FairQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take out of the line. KeyError or ValueError if it is not in it."""
-        key = sequence.request.tenant, sequence.digests
+        key = tenant, digests = sequence.request.tenant, sequence.digests
         queue = self._waiting[key]
         queue.remove(sequence)
-        if not queue:
-            del self._waiting[key]
         self._count -= 1
+        line = self._lines[tenant]
+        line.left += 1
+        if queue:
+            self._expect(key)
+        else:
+            del self._waiting[key], line.due[digests]
+
+    def _expect(self, key: tuple[str, tuple[str, ...]]) -> None:
+        """When the next request of a set is overdue."""
+        tenant, digests = key
+        line = self._lines[tenant]
+        line.due[digests] = line.left + self._patience
 
     def heads(self) -> list[Sequence]:
         """The first in line of every adapter set of every tenant, in no order."""

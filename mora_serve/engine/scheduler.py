@@ -1,7 +1,8 @@
 """What each step computes: pure policy, no tensors.
 
-A step has a budget of tokens. Every running request that decodes gets one; the rest goes to
-prompts, running or waiting, always to the least served tenant next (see fairness.py).
+A step has a budget of tokens. Every running request that decodes gets one; the rest, as far as
+the streams' pace allows (see pace.py), goes to prompts, running or waiting, always to the least
+served tenant next (see fairness.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 from mora_serve.config import EngineConfig
 from mora_serve.engine.fairness import FairQueue
 from mora_serve.engine.kv_cache import IntegrityError, KVCache
+from mora_serve.engine.pace import MIN_TOKENS, StepPace
 from mora_serve.engine.sequence import Sequence
 
 
@@ -33,6 +35,16 @@ class Residency(Protocol):
     def assigned(self, digests: tuple[str, ...]) -> bool:
         """Every one has a slot, be it loaded or still loading: only time is missing."""
 
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether loads ahead of need may be started now."""
+
+    def prefetch(self, line: list[tuple[str, ...]]) -> bool:
+        """Start loads for the requests next in line, at the expense of nobody who needs a slot.
+
+        True: there is nothing more to start for this line.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -45,6 +57,9 @@ class Chunk:
 
 
 Batch = tuple[Chunk, ...]
+
+PATIENCE = 3  # of a tenant with many adapters, every one in demand has a place in 4
+LINE = 16  # requests next in line whose adapters are loaded ahead
 
 
 class Scheduler:
@@ -61,12 +76,14 @@ class Scheduler:
         self._limits = limits
         self._cache = cache
         self._residency = residency
-        self._queue = FairQueue()
+        self._patience = max(1, limits.max_batch // 4)
+        self._queue = FairQueue(PATIENCE)
+        self._pace = StepPace(limits.step_pace, limits.step_tokens)
         self._running: dict[Sequence, None] = {}
         self._orders = 0
         self._claimant: Sequence | None = None  # the next free slots are its
         self._held: dict[str, Counter[str]] = {}  # tenant -> adapter -> running requests
-        self._patience = max(1, limits.max_batch // 4)
+        self._prefetched = False  # for the line as it is now
 
     @property
     def running(self) -> list[Sequence]:
@@ -98,6 +115,7 @@ class Scheduler:
         self._orders += 1
         self._queue.enter(sequence)
         self._queue.push(sequence)
+        self._prefetched = False
 
     def remove(self, sequence: Sequence, dirty: bool = False) -> None:
         """End a request, running or waiting; its pages and slots are free at once.
@@ -111,6 +129,7 @@ class Scheduler:
         else:
             self._queue.remove(sequence)
         self._queue.leave(sequence)
+        self._prefetched = False
         if sequence is self._claimant:
             self._claimant = None
 
@@ -131,8 +150,14 @@ class Scheduler:
                 budget -= 1
             else:
                 short = True
-        chunks = self._prompts(budget, now, admit=not short)
+        chunks = self._prompts(self._paced(budget, len(decodes), spent), now, admit=not short)
+        self._prefetch()
         return tuple(sorted(decodes + chunks, key=lambda chunk: chunk.length > 1))
+
+    def measured(self, batch: Batch, seconds: float) -> None:
+        """How long the step took: what the next steps' chunks are sized by."""
+        decodes = sum(chunk.length == 1 for chunk in batch)
+        self._pace.observe(decodes, sum(c.length for c in batch) - decodes, seconds)
 
     def advance(self, batch: Batch) -> None:
         """After the step: its tokens are in their pages. Removed requests are left alone."""
@@ -159,6 +184,14 @@ class Scheduler:
             raise IntegrityError("a waiting request holds pages")
         if not self._running and not len(self._queue) and not self._queue.idle:
             raise IntegrityError("nobody runs or waits, but the queue counts somebody as active")
+
+    def _paced(self, budget: int, decodes: int, spent: int) -> int:
+        """What prompts may have of a budget in tokens beside so many decodes."""
+        unfinished = sum(s.pending > 1 for s in self._running)
+        room = self._limits.max_batch - self.running_count
+        prompts = unfinished + min(self.waiting_count, room)
+        limit = self._pace.limit(decodes, prompts)
+        return min(budget, max(limit - spent, min(limit, MIN_TOKENS)))
 
     def _prompts(self, budget: int, now: float, admit: bool) -> list[Chunk]:
         """Chunks for unfinished prompts and admissions, the least served tenant first."""
@@ -189,9 +222,21 @@ class Scheduler:
             budget -= chunks[-1].length
         return chunks
 
+    def _prefetch(self) -> None:
+        """Load ahead for those next in line. They may have to wait for anything, or for nothing."""
+        if self._prefetched or not self._residency.can_prefetch:
+            return
+        heads = (self._entry(s) for s in self._queue.heads() if s.digests)
+        line = heapq.nsmallest(LINE, heads)
+        nearest = [entry[-1].digests for entry in line]
+        if self._claimant is not None:
+            nearest.insert(0, self._claimant.digests)
+        self._prefetched = self._residency.prefetch(nearest)
+
     def _entry(self, sequence: Sequence) -> _Entry:
-        tenant, adapters = self._queue.rank(sequence)
-        return tenant, sequence not in self._running, adapters, sequence.order, sequence
+        tenant, in_time, since = self._queue.rank(sequence)
+        waiting = sequence not in self._running
+        return tenant, waiting, in_time, since, sequence.order, sequence
 
     def _plan(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + length
@@ -217,6 +262,7 @@ class Scheduler:
             return False
         cache.extend(pages, len(sequence.tokens))
         self._queue.remove(sequence)
+        self._prefetched = False
         self._running[sequence] = None
         sequence.pages, sequence.computed = pages, cached
         sequence.skips, sequence.loading = 0, False
@@ -283,6 +329,7 @@ class Scheduler:
         return True
 
     def _stop(self, sequence: Sequence, dirty: bool = False) -> None:
+        self._prefetched = False
         del self._running[sequence]
         self._cache.release(sequence.pages, dirty)
         sequence.pages, sequence.computed = [], 0
@@ -297,8 +344,8 @@ class Scheduler:
                 del self._held[sequence.request.tenant]
 
 
-# (service of the tenant, waiting, service of its adapter set, order, who)
-_Entry = tuple[float, bool, float, int, Sequence]
+# (service of the tenant, waiting, what speaks for its adapter set: see FairQueue.rank, order, who)
+_Entry = tuple[float, bool, bool, float, int, Sequence]
 
 
 @dataclass(slots=True)

@@ -25,11 +25,13 @@ def make_engine(model_root):
     """Engines over the shared base, stopped at the end of the test."""
     made = []
 
-    def make(slots: int = 6, names=tuple(oracle.VARIANTS), **limits) -> LocalEngine:
+    def make(
+        slots: int = 6, names=tuple(oracle.VARIANTS), host_bytes: int = 1 << 20, **limits
+    ) -> LocalEngine:
         config = Config(
             BaseConfig(str(model_root / "base"), quantization="none", dtype="fp32", device="cpu"),
             EngineConfig(**limits),
-            AdaptersConfig(slots=slots),
+            AdaptersConfig(slots=slots, host_bytes=host_bytes),
         )
         engine = LocalEngine(config)
         for name in names:

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mora_serve.engine import adapter_pool
-from mora_serve.engine.adapter_pool import GRACE_POLLS, tensor
+from mora_serve.engine import host_adapters
+from mora_serve.engine.adapter_pool import GRACE_POLLS
 from mora_serve.errors import ResourceExhausted
 from mora_serve.model.shape import projection_path
 
@@ -153,24 +153,6 @@ def test_a_reused_slot_keeps_nothing_of_the_adapter_before(make_engine):
     assert all(p.dora is None or (p.dora[slot] == 0).all() for p in parts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype):
-    """Tensors of the file arrive bit for bit."""
-    source = model_root / "adapters" / "rank-4"
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "adapter_config.json").write_bytes(
-        (source / "adapter_config.json").read_bytes()
-    )
-    tensors = {k: v.to(dtype) for k, v in load_file(source / "adapter_model.safetensors").items()}
-    save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
-    local = make_engine(names=())
-    local.register("x", tmp_path, "x")
-    adapter = local.adapters[local.digests["x"]]
-    module = adapter.modules[0]
-    key = f"base_model.model.model.layers.0.mlp.{module.projection}.lora_A.weight"
-    assert torch.equal(tensor(adapter, module.a), tensors[key])
-
-
 def test_a_dora_slot_holds_what_the_norms_say(make_engine, model_root):
     """c - 1 with c = m / ||W + s B A|| per output row, from the files of base and adapter."""
     local = make_engine(names=("dora",))
@@ -197,8 +179,8 @@ def test_dora_scales_are_made_once(make_engine, monkeypatch):
     """A DoRA adapter that comes back to the device needs no pass over the base."""
     local = make_engine(slots=4)
     made = []
-    scale = adapter_pool.dora_scale
-    monkeypatch.setattr(adapter_pool, "dora_scale", lambda *a: made.append(1) or scale(*a))
+    scale = host_adapters.dora_scale
+    monkeypatch.setattr(host_adapters, "dora_scale", lambda *a: made.append(1) or scale(*a))
     pool = local.engine.pool
     first = hold(local, "dora")
     scales = [p.dora[pool.slot(*first)].clone() for p in pool.slots.parts() if p.dora is not None]
@@ -211,3 +193,125 @@ def test_dora_scales_are_made_once(make_engine, monkeypatch):
     assert count == len(made) > 0
     kept = [p.dora[pool.slot(*again)] for p in pool.slots.parts() if p.dora is not None]
     assert all(map(torch.equal, scales, kept))
+
+
+def slot_contents(pool, digest):
+    """Copies of all that an adapter's slot holds."""
+    slot = pool.slot(digest)
+    return [t[slot].clone() for p in pool.slots.parts() for t in (p.a, p.b)]
+
+
+def test_an_adapter_that_comes_back_is_not_read_again(make_engine):
+    """Its tensors were kept on the host; without room for them it is opened at each load."""
+    names = ("rank-1", "rank-2", "rank-4", "rank-8", "rank-16")
+    for host_bytes, opened in ((1 << 20, 5), (0, 6)):
+        local = make_engine(slots=4, host_bytes=host_bytes)
+        pool = local.engine.pool
+        opens = []
+        local.open_hook = opens.append
+        first = hold(local, "rank-1")
+        before = slot_contents(pool, *first)
+        pool.drop(first)
+        for name in names[1:]:
+            pool.drop(hold(local, name))
+        assert first[0] not in pool.resident
+        again = hold(local, "rank-1")
+        assert len(opens) == opened
+        assert all(map(torch.equal, slot_contents(pool, *again), before))
+
+
+def prefetched(local, *line):
+    """Prefetch until all that can be has been done, as the engine does step by step."""
+    line = [tuple(local.digests[n] for n in names) for names in line]
+    for _ in range(2000):
+        if local.engine.pool.prefetch(line):
+            return
+        time.sleep(0.002)
+        local.engine.pool.poll()
+    raise TimeoutError(line)
+
+
+def settle(local):
+    """Wait for the loads under way."""
+    for _ in range(GRACE_POLLS + 1000):
+        local.engine.pool.poll()
+        if not local.engine.pool.loading:
+            return
+        time.sleep(0.002)
+
+
+def test_adapters_of_the_next_in_line_are_loaded_ahead(make_engine):
+    """Into slots that nobody needs; they are there when their turn comes."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    held = hold(local, "rank-1")
+    pool.drop(hold(local, "rank-2"))
+    prefetched(local, ("rank-4", "rank-8"), ("rank-16",))
+    settle(local)
+    wanted = {local.digests[n] for n in ("rank-4", "rank-8", "rank-16")}
+    assert set(pool.resident) == wanted | set(held)
+    misses = pool.misses
+    assert pool.hold((local.digests["rank-16"],))
+    assert pool.misses == misses
+
+
+def test_what_is_loaded_ahead_robs_nobody(make_engine):
+    """Neither those in use nor those that others in line need make room for it."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    hold(local, "rank-1", "rank-2")
+    for name in ("rank-4", "rank-8"):
+        pool.drop(hold(local, name))
+    before = set(pool.resident)
+    prefetched(local, ("rank-16",), ("rank-4",), ("rank-8",))
+    settle(local)
+    assert set(pool.resident) == before
+    assert pool.evictions == 0
+
+
+def test_behind_a_request_without_room_nobody_takes_any(make_engine):
+    """Two adapters are needed and one slot is left: the next in line does not get it."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    hold(local, "rank-1", "rank-2", "rank-4")
+    prefetched(local, ("rank-8", "rank-16"), ("rank-32",))
+    settle(local)
+    pool.drop((local.digests["rank-1"],))
+    assert local.digests["rank-8"] in pool.resident
+    assert not pool.assigned((local.digests["rank-32"],))
+
+
+def test_without_a_slot_an_adapter_is_made_ready_on_the_host(make_engine):
+    """Its file is read while the slots are in use: the load itself is a copy."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    held = hold(local, "rank-1", "rank-2", "rank-4", "rank-8")
+    opens = []
+    local.open_hook = opens.append
+    prefetched(local, ("rank-16",), ("rank-32",))
+    settle(local)
+    assert opens == [local.digests["rank-16"], local.digests["rank-32"]]
+    assert set(pool.resident) == set(held)
+    pool.drop(held[:1])
+    hold(local, "rank-16")
+    assert len(opens) == 2
+
+
+def test_what_cannot_be_read_ahead_fails_when_it_is_loaded(make_engine):
+    """The request that needs it gets the error, nobody before."""
+    local = make_engine(slots=4)
+    pool = local.engine.pool
+    held = hold(local, "rank-1", "rank-2", "rank-4", "rank-8")
+    adapter = local.adapters.pop(local.digests["rank-16"])
+    line = [(adapter.digest,)]
+    while not pool.prefetch(line):
+        pool.poll()
+    settle(local)
+    assert not pool.assigned(line[0])
+    pool.drop(held)
+    assert not pool.hold(line[0])
+    ended = []
+    while not ended:
+        ended = pool.poll()
+        time.sleep(0.002)
+    assert ended[0].error.code == "NOT_FOUND"

@@ -60,6 +60,34 @@ def test_zero_weights_are_the_base(make_engine):
     assert local.engine.stats().slot_misses == 0
 
 
+def test_prompts_beside_a_running_stream_come_in_chunks(make_engine):
+    """At a pace of 1 the smallest that there are, whatever a step takes; answers are the same."""
+    job = (list(range(4, 104)), {"rank-4": 1.0}, GREEDY)
+    local = make_engine(step_pace=1.0, prefix_cache=False)
+    (alone,) = drive(local, [local.request(job)])
+    stream = local.request((PROMPT, {}, SamplingParams(200, ignore_eos=True)))
+    local.engine.submit(stream)
+    while not any(isinstance(e, Event) for e in local.step()):
+        pass
+    request = local.request(job)
+    local.engine.submit(request)
+    computed = []
+    while not any(isinstance(e, Event) and e.request_id == request.id for e in local.step()):
+        computed += [s.computed for s in local.engine.scheduler.running if s.request is request]
+    assert set(computed) == {32, 64, 96}
+    tokens = []
+    while len(tokens) < len(ids(alone)):
+        tokens += [
+            t.id
+            for step in local.steps
+            for e in step
+            if isinstance(e, Event) and e.request_id == request.id
+            for t in e.tokens
+        ][len(tokens) :]
+        local.step()
+    assert tokens == ids(alone)
+
+
 def test_numbers_that_are_not_finite_end_one_request_only(make_engine, model_root, tmp_path):
     """An adapter that overflows fails its own request; neighbours and pages are untouched."""
     shutil.copytree(model_root / "adapters" / "rank-4", tmp_path / "overflow")

@@ -42,6 +42,21 @@ class Slots:
     def assigned(self, digests: tuple[str, ...]) -> bool:
         return all(d in self.refs for d in digests)
 
+    @property
+    def can_prefetch(self) -> bool:
+        return len(self.ready_in) < 2
+
+    def prefetch(self, line: list[tuple[str, ...]]) -> bool:
+        wanted = tuple(d for digests in line for d in digests)
+        for digest in wanted:
+            if digest not in self.refs:
+                if not self.can_prefetch:
+                    return False
+                self._load(digest, wanted)
+                if digest not in self.refs:
+                    break
+        return True
+
     def drop(self, digests: tuple[str, ...]) -> None:
         for digest in digests:
             assert self.refs[digest] > 0
@@ -62,6 +77,11 @@ class Slots:
             self.ready_in[digest] = self.delay
 
 
+def seconds(batch: Batch) -> float:
+    """What a step takes here: a fixed part, and little a token."""
+    return 0.01 + 0.0001 * sum(c.length for c in batch)
+
+
 class Engine:
     """Steps the real scheduler; the model is left out: the next token is a hash of the last."""
 
@@ -74,8 +94,11 @@ class Engine:
         slots: int = 4,
         delay: int = 0,
         prefix_cache: bool = True,
+        pace: float = 0.0,
     ) -> None:
-        limits = EngineConfig(max_batch=max_batch, step_tokens=step_tokens, page_size=page_size)
+        limits = EngineConfig(
+            max_batch=max_batch, step_tokens=step_tokens, page_size=page_size, step_pace=pace
+        )
         self.limits = limits
         self.cache = KVCache(pages, page_size, prefix_cache)
         self.slots = Slots(slots, delay)
@@ -107,6 +130,7 @@ class Engine:
         self.check(batch)
         for chunk in batch:
             self.write(chunk.sequence, chunk.start, chunk.length)
+        self.scheduler.measured(batch, seconds(batch))
         self.scheduler.advance(batch)
         for chunk in batch:
             sequence = chunk.sequence
@@ -181,6 +205,7 @@ requests = st.lists(
     st.integers(2, 4),
     st.integers(0, 3),
     st.booleans(),
+    st.sampled_from([0.0, 1.0, 1.5]),
 )
 def test_every_request_finishes_and_nothing_leaks(
     load: list[tuple[int, int, list[str], str, int, bool | None]],
@@ -190,6 +215,7 @@ def test_every_request_finishes_and_nothing_leaks(
     slots: int,
     delay: int,
     prefix_cache: bool,
+    pace: float,
 ) -> None:
     """Whatever arrives, with whatever room: budgets hold, pages stay apart, all finish."""
     engine = Engine(
@@ -199,6 +225,7 @@ def test_every_request_finishes_and_nothing_leaks(
         slots=slots,
         delay=delay,
         prefix_cache=prefix_cache,
+        pace=pace,
     )
     live: list[tuple[Sequence, bool | None]] = []
     expected = set()
@@ -252,6 +279,27 @@ def test_decodes_go_first_and_prompts_take_the_rest() -> None:
         [("a", 3, 1, True), ("long", 7, 7, False)],
         [("a", 4, 1, True), ("long", 14, 3, True)],
     ]
+
+
+def test_a_long_prompt_leaves_running_streams_their_pace() -> None:
+    """Its chunks fit twice the seconds of a step without them; alone it is not cut up."""
+    engine = Engine(pages=600, max_batch=4, step_tokens=1000, pace=2.0)
+    stream = engine.add("stream", (1, 2), max_tokens=60)
+    for _ in range(5):
+        engine.step()
+    long = engine.add("long", tuple(range(1000)), max_tokens=2)
+    chunks = []
+    while long.pending > 1:
+        batch = engine.step()
+        chunks += [c.length for c in batch if c.sequence is long]
+        assert any(c.sequence is stream for c in batch)
+    assert chunks[0] == 32
+    assert max(chunks) <= 102
+    assert sum(chunks) == 1000
+    assert len(chunks) < 20
+    engine.drain()
+    engine.add("alone", tuple(range(7, 1000)), max_tokens=2)
+    assert [c.length for c in engine.step()] == [993]
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
@@ -344,6 +392,47 @@ def test_adapters_of_one_tenant_are_served_alike() -> None:
     assert sum(n.startswith("x") for n in engine.done) <= 7
 
 
+def test_adapters_of_those_next_in_line_are_loaded_while_all_places_are_taken() -> None:
+    """The nearest first, and only into slots that nobody in line needs."""
+    engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=4, delay=2)
+    for i in range(2):
+        engine.add(f"running{i}", max_tokens=40, digests=(DIGESTS[i],))
+    while engine.scheduler.running_count < 2:
+        engine.step()
+    for i in range(2, 6):
+        engine.add(f"waiting{i}", digests=(DIGESTS[i],))
+    for _ in range(8):
+        engine.step()
+    assert set(engine.slots.refs) == set(DIGESTS[:4])
+    assert engine.scheduler.waiting_count == 4
+    engine.drain()
+
+
+def test_adapters_in_demand_wait_a_bounded_time_behind_ever_new_ones() -> None:
+    """Each new adapter is less served, yet only so many requests pass one that is in line."""
+    engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=8)
+    names = 0
+
+    def newcomers() -> None:
+        nonlocal names
+        while engine.scheduler.waiting_count < 6:
+            engine.add(f"new{names}", max_tokens=2, digests=(f"{names + 8:064x}",))
+            names += 1
+
+    engine.add("popular", digests=(DIGESTS[0],))
+    while "popular" not in engine.done:
+        newcomers()
+        engine.step()
+    engine.add("again", digests=(DIGESTS[0],))
+    before = len(engine.done)
+    while "again" not in engine.done:
+        newcomers()
+        engine.step()
+    # In line before it, running with it, and two batches.
+    assert len(engine.done) - before <= 6 + 4 + 2 * 2
+    engine.scheduler.check_integrity()
+
+
 def test_loading_adapters_stop_nobody() -> None:
     """While one request waits for its load all others are admitted and finish."""
     engine = Engine(pages=200, max_batch=2, step_tokens=16, slots=3, delay=1)
@@ -433,15 +522,15 @@ def test_behind_somebody_without_slots_nobody_starts_loads() -> None:
 
 
 def test_what_preemption_repeats_is_not_charged_again() -> None:
-    queue = FairQueue()
+    queue = FairQueue(patience=8)
     sequence = Sequence(Request("r", (1,) * 6), TextStream(str))
     queue.enter(sequence)
     queue.charge(sequence, 0, 6)
     once = queue.rank(sequence)
     queue.charge(sequence, 0, 6)
-    assert queue.rank(sequence) == once == (6.0, 6.0)
+    assert queue.rank(sequence) == once == (6.0, True, 6.0)
     queue.charge(sequence, 4, 8)
-    assert queue.rank(sequence) == (10.0, 10.0)
+    assert queue.rank(sequence) == (10.0, True, 10.0)
 
 
 def test_no_tenant_takes_more_slots_while_another_waits_for_one() -> None:

@@ -1,0 +1,64 @@
+"""Adapters on the host: exact tensors, few bytes, the least recently used go first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mora_serve.engine.host_adapters import HostAdapters
+from mora_serve.model.shape import projection_path
+
+
+def host(local, limit=1 << 20):
+    engine = local.engine
+    return HostAdapters(local.base.decoder, engine.pool.slots, local._open, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype):
+    """A bit for bit, B transposed and scaled in float32, wherever the file puts them."""
+    source = model_root / "adapters" / "rank-4"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_config.json").write_bytes(
+        (source / "adapter_config.json").read_bytes()
+    )
+    tensors = {k: v.to(dtype) for k, v in load_file(source / "adapter_model.safetensors").items()}
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    save_file(tensors, file)
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for spaces in (0, 1):  # after the header: with one of them no tensor is aligned
+        header = (length + spaces).to_bytes(8, "little") + data[8 : 8 + length] + b" " * spaces
+        file.write_bytes(header + data[8 + length :])
+        local = make_engine(names=())
+        local.register("x", tmp_path, "x")
+        adapter = local.adapters[local.digests["x"]]
+        found = host(local).get(adapter.digest)
+        assert len(found.modules) == len(adapter.modules)
+        for module, stored in zip(found.modules, adapter.modules, strict=True):
+            prefix = f"base_model.model.{projection_path(module.layer, module.projection)}"
+            assert torch.equal(module.a, tensors[f"{prefix}.lora_A.weight"].float())
+            b = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
+            assert torch.equal(module.b, b)
+            assert module.dora is None
+
+
+def test_the_least_recently_used_adapter_goes_first_and_the_bytes_hold(make_engine):
+    local = make_engine()
+    digests = [local.digests[n] for n in ("rank-1", "rank-2", "rank-4")]
+    sizes = [host(local).get(d).nbytes for d in digests]
+    kept = host(local, limit=sizes[0] + sizes[2])
+    for digest in (*digests[:2], digests[0], digests[2]):
+        kept.get(digest)
+    assert [d in kept for d in digests] == [True, False, True]
+    assert kept.nbytes == sizes[0] + sizes[2]
+
+
+def test_what_is_larger_than_the_limit_is_given_but_not_kept(make_engine):
+    local = make_engine()
+    digest = local.digests["rank-8"]
+    kept = host(local, limit=100)
+    assert kept.get(digest).rank == 8
+    assert digest not in kept
+    assert kept.nbytes == 0
