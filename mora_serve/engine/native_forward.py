@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from mora_serve.engine.scheduler import Chunk
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.memory import Arena
 from mora_serve.model.native.library import (
     LayerStruct,
     LinearStruct,
@@ -40,16 +42,21 @@ def can_run(decoder: Decoder) -> bool:
 
 
 class NativeForward:
-    """Runs batches. The decoder's 4-bit weights are put in tiles, in place."""
+    """Runs batches. The decoder's weights are put in the native layout, in place."""
 
     def __init__(
         self, decoder: Decoder, slots: AdapterSlots, kv: KVPages, max_context: int, threads: int
     ) -> None:
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self.native = Native(decoder.dtype, threads)
+        arena = Arena()
         for layer in decoder.layers:
             for site in layer.sites.values():
-                site.parts = tuple(tiled(p, self.native) for p in site.parts)
+                site.parts = tuple(tiled(p, self.native, arena) for p in site.parts)
+        tied = decoder.head.data_ptr() == decoder.embedding.data_ptr()
+        decoder.head = arena.copy(decoder.head)
+        if tied:
+            decoder.embedding = decoder.head
         shape = decoder.shape
         self._kept: list[NativeLinear] = []
         layers = [self._layer(i) for i in range(shape.layers)]
@@ -69,6 +76,8 @@ class NativeForward:
             *(self._ranks.ctypes.data, self._has_dora.ctypes.data),
         )
         self._logits = torch.empty(0, shape.vocab_size)
+        # float64 [PHASES], where somebody wants to know what steps spend their time on
+        self.seconds: npt.NDArray[np.float64] | None = None
 
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward."""
@@ -96,6 +105,7 @@ class NativeForward:
             *(len(batch), len(tokens), len(wanted)),
             *(x.ctypes.data for x in held),
             *(logits.data_ptr(), best.ctypes.data, finite.ctypes.data),
+            None if self.seconds is None else self.seconds.ctypes.data,
         )
         self.native.forward(self._model, step)
         return Logits(logits, best.tolist(), finite.astype(bool).tolist()) if wanted else None

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_serve.model.memory import Arena
+
 
 class Attention(Protocol):
     """What the decoder needs of an attention."""
@@ -124,8 +126,8 @@ class KVPages:
         device: torch.device,
     ) -> None:
         shape = (layers, kv_heads, pages, page_size, dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        arena = Arena()
+        self.k, self.v = (arena.zeros(shape, dtype, device) for _ in range(2))
         self.page_size = page_size
 
     def clear(self, pages: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mora_serve.model.memory import Arena
 from mora_serve.model.shape import SITES, ModelShape
 
 
@@ -60,14 +61,16 @@ class AdapterSlots:
         self.ranks = [0] * slots
         self.has_dora = [False] * slots
         self.layers: list[dict[str, tuple[ProjectionSlots, ...]]] = []
+        arena = Arena()
         for _ in range(shape.layers):
             sites = {}
             for site, projections in SITES.items():
                 parts, start = [], 0
                 for projection in projections:
                     rows, columns = shape.projection(projection)
-                    a = torch.zeros(slots, max_rank, columns, dtype=dtype, device=device)
-                    b = torch.zeros(slots, max_rank, rows, dtype=dtype, device=device)
+                    a, b = (
+                        arena.zeros((slots, max_rank, n), dtype, device) for n in (columns, rows)
+                    )
                     parts.append(ProjectionSlots(a, b, start))
                     start += rows
                 sites[site] = tuple(parts)

@@ -10,7 +10,7 @@
 #include "batch.h"
 #include "product.h"
 
-enum { SHRINK_ROWS = 32 };
+enum { SHRINK_ROWS = 32, STRIPS_TOGETHER = 4 };
 
 /* The inner products A x of one adapter for some of its pairs, at all projections of a site. */
 static void shrink(const Forward *f, const Projection *projections, const Segment *segment,
@@ -56,49 +56,77 @@ static void shrink_unit(const Forward *f, const Projection *projections, int uni
     }
 }
 
-/* Adds w B inner of each adapter of the row to y [width], outputs first .. first + width of one
-   projection; then its bias. Outputs beyond whole registers go one by one. */
-static void expand(const Forward *f, const Projection *projection, int p, const Row *row, float *y,
-                   int first, int width, const real *bias)
+/* Adds w B inner of each adapter of the row to y, `count` registers of outputs from `first` on. */
+INLINE void expand_strips(int count, const Forward *f, const Projection *projection, int p,
+                          const Row *row, float *y, int first)
 {
     const Model *m = f->model;
     const Workspace *s = f->space;
-    int adapters = row->chunk->adapters;
-    for (int out = 0; out < width; out += VL) {
-        int lanes = width - out < VL ? width - out : VL;
-        float base_lanes[VL] = {0};
-        memcpy(base_lanes, y + out, lanes * sizeof(float));
-        vf base = load(base_lanes), total = base;
-        for (int i = 0; i < adapters; i++) {
-            int pair = row->pair + i, slot = s->pair_slot[pair], rank = m->ranks[slot];
-            const float *inner = s->inner + ((size_t)pair * 3 + p) * m->max_rank;
-            const real *b = (const real *)projection->b
-                            + (size_t)slot * m->max_rank * projection->width + first + out;
-            vf delta = splat(0), scale = splat(0);
-            if (lanes == VL) {
-                for (int r = 0; r < rank; r++)
-                    delta += load_real(b + (size_t)r * projection->width) * inner[r];
-            } else {
-                for (int r = 0; r < rank; r++)
-                    for (int j = 0; j < lanes; j++)
-                        delta[j] += to_float(b[(size_t)r * projection->width + j]) * inner[r];
-            }
-            if (projection->dora && m->has_dora[slot]) {
-                const real *dora = (const real *)projection->dora
-                                   + (size_t)slot * projection->width + first + out;
-                if (lanes == VL)
-                    scale = load_real(dora);
-                for (int j = 0; lanes < VL && j < lanes; j++)
-                    scale[j] = to_float(dora[j]);
-                delta += scale * (delta + base);
-            }
-            total += delta * s->pair_weight[pair];
+    size_t width = projection->width;
+    vf base[STRIPS_TOGETHER], total[STRIPS_TOGETHER];
+    UNROLL for (int n = 0; n < count; n++)
+        total[n] = base[n] = load(y + n * VL);
+    for (int i = 0; i < row->chunk->adapters; i++) {
+        int pair = row->pair + i, slot = s->pair_slot[pair], rank = m->ranks[slot];
+        const float *inner = s->inner + ((size_t)pair * 3 + p) * m->max_rank;
+        const real *b = (const real *)projection->b + (size_t)slot * m->max_rank * width + first;
+        vf delta[STRIPS_TOGETHER];
+        UNROLL for (int n = 0; n < count; n++)
+            delta[n] = splat(0);
+        for (int r = 0; r < rank; r++, b += width) {
+            fetch(b + count * VL, count * VL * sizeof(real)); /* the next call's */
+            UNROLL for (int n = 0; n < count; n++)
+                delta[n] += load_real(b + n * VL) * inner[r];
         }
-        if (bias)
-            for (int j = 0; j < lanes; j++)
-                total[j] += to_float(bias[first + out + j]);
-        memcpy(y + out, &total, lanes * sizeof(float));
+        if (projection->dora && m->has_dora[slot]) {
+            const real *dora = (const real *)projection->dora + slot * width + first;
+            UNROLL for (int n = 0; n < count; n++)
+                delta[n] += load_real(dora + n * VL) * (delta[n] + base[n]);
+        }
+        UNROLL for (int n = 0; n < count; n++)
+            total[n] += delta[n] * s->pair_weight[pair];
     }
+    UNROLL for (int n = 0; n < count; n++)
+        store(y + n * VL, total[n]);
+}
+
+/* The same for one output, where a projection's width is not made of whole registers. */
+static float expand_one(const Forward *f, const Projection *projection, int p, const Row *row,
+                        float base, int first)
+{
+    const Model *m = f->model;
+    const Workspace *s = f->space;
+    size_t width = projection->width;
+    float total = base;
+    for (int i = 0; i < row->chunk->adapters; i++) {
+        int pair = row->pair + i, slot = s->pair_slot[pair];
+        const float *inner = s->inner + ((size_t)pair * 3 + p) * m->max_rank;
+        const real *b = (const real *)projection->b + (size_t)slot * m->max_rank * width + first;
+        float delta = 0;
+        for (int r = 0; r < m->ranks[slot]; r++)
+            delta += to_float(b[r * width]) * inner[r];
+        if (projection->dora && m->has_dora[slot])
+            delta += to_float(((const real *)projection->dora)[slot * width + first])
+                     * (delta + base);
+        total += delta * s->pair_weight[pair];
+    }
+    return total;
+}
+
+/* Adds the row's adapters to y [width], outputs first .. first + width of one projection, then
+   their bias. */
+static void expand(const Forward *f, const Projection *projection, int p, const Row *row, float *y,
+                   int first, int width, const real *bias)
+{
+    int out = row->chunk->adapters ? 0 : width;
+    for (; out + STRIPS_TOGETHER * VL <= width; out += STRIPS_TOGETHER * VL)
+        expand_strips(STRIPS_TOGETHER, f, projection, p, row, y + out, first + out);
+    for (; out + VL <= width; out += VL)
+        expand_strips(1, f, projection, p, row, y + out, first + out);
+    for (; out < width; out++)
+        y[out] = expand_one(f, projection, p, row, y[out], first + out);
+    for (out = 0; bias && out < width; out++)
+        y[out] += to_float(bias[first + out]);
 }
 
 #endif

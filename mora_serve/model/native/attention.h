@@ -57,11 +57,16 @@ static void write_heads(const Forward *f, int layer, int r, int kv_head, float *
 
 static void softmax(float *scores, int n, float scale)
 {
-    float most = scores[0];
-    vf total_lanes = splat(0);
+    vf most_lanes = splat(-INFINITY), total_lanes = splat(0);
     int i = 0;
-    for (int j = 1; j < n; j++)
-        most = scores[j] > most ? scores[j] : most;
+    for (; i + VL <= n; i += VL) {
+        vf x = load(scores + i);
+        most_lanes = select_vf(x > most_lanes, x, most_lanes);
+    }
+    float most = greatest(most_lanes);
+    for (; i < n; i++)
+        most = scores[i] > most ? scores[i] : most;
+    i = 0;
     for (; i + VL <= n; i += VL) {
         vf e = exp_vf((load(scores + i) - most) * scale);
         store(scores + i, e);
@@ -114,8 +119,13 @@ static void attend(const Forward *f, int layer, int r, int kv_head, float *score
                 xs[i] = q + (h + i) * dim;
                 ys[i] = scores + (size_t)(h + i) * length + t - begin;
             }
-            dot_products(xs, heads, (const real *)l->keys + page_row(m, f->step, row, kv_head, t),
-                         dim, n, dim, ys);
+            size_t page = page_row(m, f->step, row, kv_head, t);
+            if (h == 0)
+                fetch((const real *)l->values + page, n * dim * sizeof(real));
+            if (h == 0 && t + n < end)
+                fetch((const real *)l->keys + page_row(m, f->step, row, kv_head, t + n),
+                      size * dim * sizeof(real));
+            dot_products(xs, heads, (const real *)l->keys + page, dim, n, dim, ys);
             t += n;
         }
     }

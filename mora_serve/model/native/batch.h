@@ -3,8 +3,10 @@
 #ifndef BATCH_H
 #define BATCH_H
 
-#include "vector.h"
+#include <time.h>
+
 #include "team.h"
+#include "vector.h"
 
 /* A row: one token. */
 typedef struct {
@@ -36,6 +38,21 @@ typedef struct {
     const Step *step;
     Workspace *space;
     int segments, threads;
+    double marked; /* when the last phase ended */
 } Forward;
+
+/* Ends a phase: all threads are done with it. */
+static void end_phase(Team *team, int thread, Forward *f, int phase)
+{
+    team_barrier(team);
+    if (thread || !f->step->seconds)
+        return;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double seconds = now.tv_sec + 1e-9 * now.tv_nsec;
+    if (f->marked > 0)
+        f->step->seconds[phase] += seconds - f->marked;
+    f->marked = seconds;
+}
 
 #endif

@@ -64,8 +64,8 @@ static void product_unit(const Linear *linear, int unit, const real *x, size_t s
 }
 
 /* A site's product and the first half of its adapters' for all rows, up to the barrier. */
-static void site_products(Team *team, const Forward *f, int layer, int site, const real *x,
-                          float *y)
+static void site_products(Team *team, int thread, Forward *f, int layer, int site,
+                          const real *x, float *y)
 {
     const Linear *linear = &f->model->layer[layer].sites[site];
     const Projection *projections = f->model->layer[layer].projections[site];
@@ -79,11 +79,12 @@ static void site_products(Team *team, const Forward *f, int layer, int site, con
         else
             product_unit(linear, unit - shrinks, x, columns, f->step->rows, y, width);
     }
-    team_barrier(team);
+    static const int PHASE[SITES] = {QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT};
+    end_phase(team, thread, f, PHASE[site]);
 }
 
 /* h += y with the adapters' part of a site that has one projection; y is used up. */
-static void add_row(const Forward *f, int layer, int site, const Row *row, float *y, float *h)
+static void add_row(Forward *f, int layer, int site, const Row *row, float *y, float *h)
 {
     const Layer *l = &f->model->layer[layer];
     int hidden = f->model->hidden;
@@ -93,7 +94,7 @@ static void add_row(const Forward *f, int layer, int site, const Row *row, float
 }
 
 /* The gate's and the up projection's outputs first .. first + width -> silu(gate) * up. */
-static void swiglu(const Forward *f, int layer, const Row *row, float *y, int first, int width,
+static void swiglu(Forward *f, int layer, const Row *row, float *y, int first, int width,
                    real *out)
 {
     const Layer *l = &f->model->layer[layer];
@@ -118,7 +119,7 @@ static void embed(const Model *m, int token, float *h)
 
 /* --- all of it ------------------------------------------------------------------------------- */
 
-static void run_layer(Team *team, int thread, const Forward *f, int layer)
+static void run_layer(Team *team, int thread, Forward *f, int layer)
 {
     const Model *m = f->model;
     const Layer *l = &m->layer[layer];
@@ -127,42 +128,42 @@ static void run_layer(Team *team, int thread, const Forward *f, int layer)
     int q_width = m->heads * m->head_dim, width = q_width + 2 * m->kv_heads * m->head_dim;
     int units = rows * m->kv_heads, pieces = (inner + SEGMENT - 1) / SEGMENT;
 
-    site_products(team, f, layer, QKV, s->x, s->y);
+    site_products(team, thread, f, layer, QKV, s->x, s->y);
     for (int unit; (unit = team_next(team)) < units;) {
         int r = unit / m->kv_heads;
         write_heads(f, layer, r, unit % m->kv_heads, s->y + (size_t)r * width);
     }
-    team_barrier(team);
+    end_phase(team, thread, f, HEADS);
     for (int unit; (unit = team_next(team)) < units;)
         attend(f, layer, unit / m->kv_heads, unit % m->kv_heads,
                s->scores + thread * s->score_size);
-    team_barrier(team);
+    end_phase(team, thread, f, ATTENTION);
 
-    site_products(team, f, layer, O, s->attended, s->y);
+    site_products(team, thread, f, layer, O, s->attended, s->y);
     for (int r; (r = team_next(team)) < rows;) {
         float *y = s->y + (size_t)r * hidden, *h = s->h + (size_t)r * hidden;
         add_row(f, layer, O, &s->row[r], y, h);
         norm_row(h, l->post_norm, hidden, m->eps, y, s->x + (size_t)r * hidden);
     }
-    team_barrier(team);
+    end_phase(team, thread, f, O_ROWS);
 
-    site_products(team, f, layer, GATE_UP, s->x, s->y);
+    site_products(team, thread, f, layer, GATE_UP, s->x, s->y);
     for (int unit; (unit = team_next(team)) < rows * pieces;) {
         int r = unit / pieces, first = unit % pieces * SEGMENT;
         int count = inner - first < SEGMENT ? inner - first : SEGMENT;
         swiglu(f, layer, &s->row[r], s->y + (size_t)r * 2 * inner, first, count,
                s->wide + (size_t)r * inner + first);
     }
-    team_barrier(team);
+    end_phase(team, thread, f, SWIGLU);
 
-    site_products(team, f, layer, DOWN, s->wide, s->y);
+    site_products(team, thread, f, layer, DOWN, s->wide, s->y);
     const real *next = layer + 1 < m->layers ? m->layer[layer + 1].input_norm : m->norm;
     for (int r; (r = team_next(team)) < rows;) {
         float *y = s->y + (size_t)r * hidden, *h = s->h + (size_t)r * hidden;
         add_row(f, layer, DOWN, &s->row[r], y, h);
         norm_row(h, next, hidden, m->eps, y, s->x + (size_t)r * hidden);
     }
-    team_barrier(team);
+    end_phase(team, thread, f, DOWN_ROWS);
 }
 
 static void judge(const float *logits, int n, int32_t *best, int32_t *finite)
@@ -191,7 +192,7 @@ static void judge(const float *logits, int n, int32_t *best, int32_t *finite)
 
 static void forward(Team *team, int thread, void *argument)
 {
-    const Forward *f = argument;
+    Forward *f = argument;
     const Model *m = f->model;
     const Step *step = f->step;
     Workspace *s = f->space;
@@ -201,7 +202,7 @@ static void forward(Team *team, int thread, void *argument)
         norm_row(h, m->layer[0].input_norm, m->hidden, m->eps, s->y + (size_t)r * m->hidden,
                  s->x + (size_t)r * m->hidden);
     }
-    team_barrier(team);
+    end_phase(team, thread, f, EMBEDDING);
     for (int layer = 0; layer < m->layers; layer++)
         run_layer(team, thread, f, layer);
     for (int i; (i = team_next(team)) < step->wanted;)
@@ -212,8 +213,9 @@ static void forward(Team *team, int thread, void *argument)
     for (int unit; step->wanted && (unit = team_next(team)) < units;)
         product_unit(&m->head, unit, s->wide, m->hidden, step->wanted, step->logits,
                      m->vocabulary);
-    team_barrier(team);
+    end_phase(team, thread, f, HEAD_PRODUCT);
     for (int i; (i = team_next(team)) < step->wanted;)
         judge(step->logits + (size_t)i * m->vocabulary, m->vocabulary, step->best + i,
               step->finite + i);
+    end_phase(team, thread, f, JUDGEMENT);
 }

@@ -19,6 +19,12 @@ LANES = 16  # outputs of one tile of a 4-bit weight
 DENSE, NF4 = 0, 1
 
 
+PHASES = (
+    *("embedding", "qkv product", "heads", "attention", "o product", "o rows"),
+    *("gate_up product", "swiglu", "down product", "down rows", "head product", "judgement"),
+)
+
+
 class WeightStruct(Structure):
     """One part of a linear layer."""
 
@@ -86,7 +92,7 @@ class StepStruct(Structure):
     _fields_ = [
         *((n, c_int32) for n in ("chunks", "rows", "wanted")),
         *((n, c_void_p) for n in ("chunk", "tokens", "pages", "mixture_slot", "mixture_weight")),
-        *((n, c_void_p) for n in ("wanted_rows", "logits", "best", "finite")),
+        *((n, c_void_p) for n in ("wanted_rows", "logits", "best", "finite", "seconds")),
     ]
 
 

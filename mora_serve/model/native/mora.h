@@ -75,7 +75,12 @@ typedef struct {
     float *logits;                         /* [wanted][vocabulary] */
     int32_t *best;                         /* [wanted] the first of the greatest logits */
     int32_t *finite;                       /* [wanted] whether all logits are finite */
+    double *seconds;                       /* [PHASES] time spent is added; or NULL */
 } Step;
+
+/* What a step's time goes into. */
+enum { EMBEDDING, QKV_PRODUCT, HEADS, ATTENTION, O_PRODUCT, O_ROWS, GATE_UP_PRODUCT, SWIGLU,
+       DOWN_PRODUCT, DOWN_ROWS, HEAD_PRODUCT, JUDGEMENT, PHASES };
 
 typedef struct Team Team;
 typedef struct Workspace Workspace;

@@ -114,6 +114,7 @@ INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t
     TABLE table = nf4_table();
     vf total[CHAINS][TILE_ROWS], part[CHAINS][TILE_ROWS];
     const real *row[TILE_ROWS];
+    const uint8_t *next = codes + offset[0] + (size_t)N * columns / 8 * GROUP_BYTES / STRIPS;
     size_t k = 0;
     UNROLL for (int r = 0; r < R; r++)
         row[r] = x + r * stride;
@@ -125,8 +126,11 @@ INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t
             UNROLL for (int r = 0; r < R; r++)
                 part[n][r] = splat(0);
         for (size_t end = k + BLOCK; k < end; k += 8)
-            UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int n = 0; n < N; n++) {
+                if (N > 1) /* what comes next, in the order of memory (see dots) */
+                    __builtin_prefetch(next += GROUP_BYTES / STRIPS);
                 group_product(R, part[n], row, k, codes + offset[n] + k * LANES / 2, table);
+            }
         UNROLL for (int n = 0; n < N; n++) {
             vf scale = load(absmax + scales[n] + block * LANES);
             UNROLL for (int r = 0; r < R; r++)
@@ -183,6 +187,7 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
 #define DOT_ROWS 2
 #endif
 #define DOT_OUTS 4
+#define FETCH_AHEAD 8 /* rows */
 
 /* acc + x[0..DOT_STEP] * w[0..DOT_STEP] by lanes, in bfloat16 two to a lane. */
 #if BF16
@@ -215,9 +220,11 @@ INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
 }
 #endif
 
-/* y[r][n] = x[r] . w[n] for R rows and N outputs, N being 1 or 4. */
+/* y[r][n] = x[r] . w[n] for R rows and N outputs, N being 1 or 4. Meanwhile the N outputs that come
+   `ahead` outputs later are fetched, in the order of memory: a processor foresees one stream of
+   reads, but not N that run side by side. */
 INLINE void dots(int R, int N, const real *const x[], const real *w, size_t stride, int columns,
-                 float *const y[])
+                 size_t ahead, float *const y[])
 {
     vf acc[DOT_ROWS][DOT_OUTS];
     UNROLL for (int r = 0; r < R; r++)
@@ -225,9 +232,12 @@ INLINE void dots(int R, int N, const real *const x[], const real *w, size_t stri
             acc[r][n] = splat(0);
     int k = 0;
     for (; k + DOT_STEP <= columns; k += DOT_STEP)
-        UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int n = 0; n < N; n++) {
+            if (ahead)
+                __builtin_prefetch(w + ahead * stride + N * k + n * DOT_STEP);
             UNROLL for (int r = 0; r < R; r++)
                 acc[r][n] = dot_step(acc[r][n], x[r] + k, w + n * stride + k);
+        }
     if (k < columns)
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++)
@@ -248,24 +258,25 @@ static void dot_products(const real *const x[], int rows, const real *w, size_t 
         int width = outs - n < DOT_OUTS ? outs - n : DOT_OUTS;
         for (int r = 0; r < rows; r += DOT_ROWS) {
             int count = rows - r < DOT_ROWS ? rows - r : DOT_ROWS;
+            size_t ahead = r == 0 ? FETCH_AHEAD : 0;
             float *out[DOT_ROWS];
             for (int i = 0; i < count; i++)
                 out[i] = y[r + i] + n;
             if (width < DOT_OUTS)
                 for (int i = 0; i < count; i++)
                     for (int j = 0; j < width; j++)
-                        dots(1, 1, x + r + i, v + j * stride, stride, columns,
+                        dots(1, 1, x + r + i, v + j * stride, stride, columns, 0,
                              (float *[]){out[i] + j});
 #if DOT_ROWS == 4
             else if (count == 4)
-                dots(4, DOT_OUTS, x + r, v, stride, columns, out);
+                dots(4, DOT_OUTS, x + r, v, stride, columns, ahead, out);
             else if (count == 3)
-                dots(3, DOT_OUTS, x + r, v, stride, columns, out);
+                dots(3, DOT_OUTS, x + r, v, stride, columns, ahead, out);
 #endif
             else if (count == 2)
-                dots(2, DOT_OUTS, x + r, v, stride, columns, out);
+                dots(2, DOT_OUTS, x + r, v, stride, columns, ahead, out);
             else
-                dots(1, DOT_OUTS, x + r, v, stride, columns, out);
+                dots(1, DOT_OUTS, x + r, v, stride, columns, ahead, out);
         }
     }
 }

@@ -2,25 +2,30 @@
 #include "team.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { SPINS = 4000, YIELDS = 50 };
+enum { SPINS = 1500 };
+
+/* A counter that threads wait for. */
+typedef struct {
+    _Alignas(64) atomic_int value;
+    atomic_int sleepers;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+} Gate;
 
 struct Team {
     int threads;
     TeamFunction function;
     void *argument;
     pthread_mutex_t one_run;
-    pthread_mutex_t sleep;
-    pthread_cond_t wake;
     pthread_t *workers;
     int stopping;
-    _Alignas(64) atomic_int run;      /* number of the run under way */
-    _Alignas(64) atomic_int next;     /* work */
-    _Alignas(64) atomic_int arrived;  /* at the barrier */
-    _Alignas(64) atomic_int passed;   /* barriers */
+    Gate runs;                       /* begun */
+    Gate barriers;                   /* passed */
+    _Alignas(64) atomic_int next;    /* unit of work */
+    _Alignas(64) atomic_int arrived; /* at the barrier */
 };
 
 typedef struct {
@@ -37,20 +42,37 @@ static inline void pause_core(void)
 #endif
 }
 
-/* Until *value is no longer `old`: spins first, since most waits are short. */
-static int changed(atomic_int *value, int old, int yields)
+static void gate_init(Gate *gate)
+{
+    pthread_mutex_init(&gate->lock, NULL);
+    pthread_cond_init(&gate->changed, NULL);
+}
+
+/* Until the counter is no longer `old`. Most waits are short, so a thread spins first; then it
+   leaves its core, which may be what the thread that it waits for is waiting for. */
+static void gate_wait(Gate *gate, int old)
 {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(value, memory_order_acquire) != old)
-            return 1;
+        if (atomic_load_explicit(&gate->value, memory_order_acquire) != old)
+            return;
         pause_core();
     }
-    for (int i = 0; yields < 0 || i < yields; i++) {
-        if (atomic_load_explicit(value, memory_order_acquire) != old)
-            return 1;
-        sched_yield();
+    pthread_mutex_lock(&gate->lock);
+    atomic_fetch_add(&gate->sleepers, 1);
+    while (atomic_load(&gate->value) == old)
+        pthread_cond_wait(&gate->changed, &gate->lock);
+    atomic_fetch_sub(&gate->sleepers, 1);
+    pthread_mutex_unlock(&gate->lock);
+}
+
+static void gate_step(Gate *gate)
+{
+    atomic_fetch_add(&gate->value, 1);
+    if (atomic_load(&gate->sleepers)) {
+        pthread_mutex_lock(&gate->lock);
+        pthread_cond_broadcast(&gate->changed);
+        pthread_mutex_unlock(&gate->lock);
     }
-    return 0;
 }
 
 static void *work(void *argument)
@@ -58,27 +80,13 @@ static void *work(void *argument)
     Worker worker = *(Worker *)argument;
     Team *team = worker.team;
     free(argument);
-    for (int run = 0;;) {
-        if (!changed(&team->run, run, YIELDS)) {
-            pthread_mutex_lock(&team->sleep);
-            while (atomic_load(&team->run) == run)
-                pthread_cond_wait(&team->wake, &team->sleep);
-            pthread_mutex_unlock(&team->sleep);
-        }
-        run = atomic_load(&team->run);
+    for (int run = 0;; run++) {
+        gate_wait(&team->runs, run);
         if (team->stopping)
             return NULL;
         team->function(team, worker.thread, team->argument);
         team_barrier(team);
     }
-}
-
-static void begin(Team *team)
-{
-    pthread_mutex_lock(&team->sleep);
-    atomic_fetch_add(&team->run, 1);
-    pthread_cond_broadcast(&team->wake);
-    pthread_mutex_unlock(&team->sleep);
 }
 
 Team *team_new(int threads)
@@ -88,8 +96,8 @@ Team *team_new(int threads)
         return NULL;
     *team = (Team){.threads = 1};
     pthread_mutex_init(&team->one_run, NULL);
-    pthread_mutex_init(&team->sleep, NULL);
-    pthread_cond_init(&team->wake, NULL);
+    gate_init(&team->runs);
+    gate_init(&team->barriers);
     team->workers = calloc(threads > 1 ? threads : 1, sizeof(pthread_t));
     for (int i = 1; i < threads && team->workers; i++) {
         Worker *worker = malloc(sizeof(Worker));
@@ -108,7 +116,7 @@ Team *team_new(int threads)
 void team_free(Team *team)
 {
     team->stopping = 1;
-    begin(team);
+    gate_step(&team->runs);
     for (int i = 1; i < team->threads; i++)
         pthread_join(team->workers[i], NULL);
     free(team->workers);
@@ -126,8 +134,7 @@ void team_run(Team *team, TeamFunction function, void *argument)
     team->function = function;
     team->argument = argument;
     atomic_store(&team->next, 0);
-    if (team->threads > 1)
-        begin(team);
+    gate_step(&team->runs);
     function(team, 0, argument);
     team_barrier(team);
     pthread_mutex_unlock(&team->one_run);
@@ -140,12 +147,12 @@ int team_next(Team *team)
 
 void team_barrier(Team *team)
 {
-    int passed = atomic_load(&team->passed);
+    int passed = atomic_load(&team->barriers.value);
     if (atomic_fetch_add(&team->arrived, 1) + 1 == team->threads) {
         atomic_store(&team->arrived, 0);
         atomic_store(&team->next, 0);
-        atomic_store_explicit(&team->passed, passed + 1, memory_order_release);
+        gate_step(&team->barriers);
     } else {
-        changed(&team->passed, passed, -1);
+        gate_wait(&team->barriers, passed);
     }
 }

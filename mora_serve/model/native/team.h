@@ -1,8 +1,7 @@
 /* A team of threads that go through one function together, from barrier to barrier.
 
    Work between two barriers is handed out by a counter, so a thread whose core is busy elsewhere
-   takes less of it. Waiting threads spin for a while, then give their core away; between two runs
-   they sleep. */
+   takes less of it. Waiting threads spin for a moment, then sleep. */
 
 #ifndef TEAM_H
 #define TEAM_H

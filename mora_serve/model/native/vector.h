@@ -28,7 +28,6 @@
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
-typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 #if BF16
 typedef uint16_t real;
@@ -43,6 +42,13 @@ static const float NF4_VALUES[16] = {
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
 };
+
+/* Asks for `bytes` of memory that will be read soon; addresses beyond an array do no harm. */
+INLINE void fetch(const void *p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)p + i);
+}
 
 INLINE vf splat(float x)
 {
@@ -118,9 +124,8 @@ INLINE vf select_vf(vi mask, vf yes, vf no)
 
 INLINE vf load_real(const real *p)
 {
-    vh x;
-    memcpy(&x, p, sizeof x);
-    return (vf)(__builtin_convertvector(x, vu) << 16);
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (vf)_mm512_slli_epi32(x, 16);
 }
 
 INLINE float to_float(real x)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_serve.model.memory import Arena
 from mora_serve.model.native.library import (
     DENSE,
     LANES,
@@ -85,17 +86,17 @@ def can_tile(weight: Weight) -> bool:
     return rows % LANES == 0 and columns % BLOCK == 0 and block % BLOCK == 0
 
 
-def tiled(weight: Weight, native: Native) -> Weight:
-    """The same numbers in the native layout; dense weights stay what they are, in one piece."""
+def tiled(weight: Weight, native: Native, arena: Arena) -> Weight:
+    """The same numbers in the native layout, in the arena's memory."""
     if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.weight.contiguous())
+        return DenseWeight(arena.copy(weight.weight))
     if not isinstance(weight, NF4Weight):
         return weight
     rows, columns = weight.shape
     repeats = columns // weight.absmax.shape[1] // BLOCK
     absmax = weight.absmax.repeat_interleave(repeats, dim=1).contiguous()
-    codes = torch.empty(rows // LANES, columns // 8, 64, dtype=torch.uint8)
-    scales = torch.empty(rows // LANES, columns // BLOCK, LANES)
+    codes = arena.zeros((rows // LANES, columns // 8, 64), torch.uint8)
+    scales = arena.zeros((rows // LANES, columns // BLOCK, LANES), torch.float32)
     before = (weight.codes.contiguous(), absmax)
     native.lib.mora_tile(
         *(t.data_ptr() for t in before), rows, columns, codes.data_ptr(), scales.data_ptr()
