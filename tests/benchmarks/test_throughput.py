@@ -153,4 +153,4 @@ def test_all_systems_do_the_same_work(
     alike = [r["same_first_tokens_as_ours"] for r in rows.values() if r["requests"] == 4]
     assert sum(alike) / len(alike) > 0.8
     assert "none_1_over_generate" in result["figures"]
-    assert result["peers"]["settings"]["cache"]
+    assert result["peers"]["settings"]["chosen"]
