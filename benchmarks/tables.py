@@ -35,13 +35,25 @@ def throughput(result: Result) -> str:
             continue
         rows.append((*named, *_rates(r), *_latency(r), str(r["repetitions"]), str(r["new_tokens"])))
     ratios = result["peers"].get("ratios", {}).get("over_generate", {})
-    peers = [(name, f"{r['here']:.3f}", f"{r['design']:.3f}") for name, r in ratios.items()]
+    peers = [
+        (
+            *(name, f"{r['here']:.3f}", f"{r['earlier']:.3f}"),
+            *(f"{r['tokens_per_second']:.1f}", f"{r['earlier_tokens_per_second']:.1f}"),
+        )
+        for name, r in ratios.items()
+    ]
     figures = [(name, f"{value:.2f}") for name, value in result["figures"].items()]
     return "\n\n".join(
         (
             markdown(headers, rows),
             markdown(("ratio of ours", "measured"), figures),
-            markdown(("peers' rates over generate at 16 requests", "here", "design.md"), peers),
+            markdown(
+                (
+                    *("peers' rates over generate at 16 requests", "here", "earlier"),
+                    *("tokens/s here", "tokens/s earlier"),
+                ),
+                peers,
+            ),
             *(f"- {note}" for note in result["peers"].get("notes", [])),
         )
     )

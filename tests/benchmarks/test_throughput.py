@@ -121,7 +121,7 @@ def test_figures_are_ratios_of_the_cells_that_were_measured() -> None:
     assert figures([{"adapters": "none", "requests": 16, "system": OURS, "failure": "no"}]) == {}
 
 
-def test_peers_are_held_to_their_ratios_in_the_design() -> None:
+def test_peers_are_held_to_earlier_ratios() -> None:
     generate, peft = "transformers generate", "PEFT mixed batch"
     rows = [
         row("none", 16, generate, 638.0),
