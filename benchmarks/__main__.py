@@ -29,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Part:
-    """A module of benchmarks/, its flags, those that make it shorter, and how its result is shown."""
+    """A module of benchmarks/, its flags, those that shorten it, and how its result is shown."""
 
     module: str
     flags: tuple[str, ...] = ()

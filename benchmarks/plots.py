@@ -93,7 +93,7 @@ def overhead(result: Result) -> Any:
 
 def save(figure: Any, path: Path) -> None:
     """Write a small PNG: few colours suffice."""
-    from PIL import Image  # matplotlib comes with it
+    from PIL import Image
 
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DOTS_PER_INCH, metadata={"Software": None})
