@@ -7,13 +7,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 TAG ?= core
+PARTS ?=
 ARGS ?=
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -euc
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint format proto claims gpu clean
+.PHONY: help demo serve test lint format proto claims bench gpu clean
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.core
@@ -51,6 +52,9 @@ proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1
 
 claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 	@$(PY) -m benchmarks.claims --tag $(TAG) $(ARGS)
+
+bench: $(DEV) ## measure performance beside peers: JSON, tables, plots; PARTS="throughput growth"
+	@$(PY) -m benchmarks $(PARTS) $(ARGS)
 
 gpu: $(DEV) ## on a machine with a card: the GPU tests and a first measurement
 	@$(PY) -m benchmarks.gpu_check $(ARGS)

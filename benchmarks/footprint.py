@@ -50,9 +50,8 @@ def memory_by_part(root: Path, work: Workload, requests: int) -> dict[str, Any]:
     """Bytes of each part of a server that answers ``requests`` streams with distinct adapters.
 
     Python and libraries: the resident memory of a process that has imported all and loaded nothing.
-    The other parts are what their tensors hold; pages of the key/value cache and slots take memory
-    from the kernel only when they are first used, so the server's own resident memory, which is
-    given beside them, can be less than the sum.
+    The other parts are what their tensors hold. The resident memory of the server itself, after its
+    start and after the streams, is given beside them.
     """
     work.write_base(root / "base")
     names = work.write_adapters(root / "adapters", requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -23,14 +24,17 @@ class Served:
         self._process = ServerProcess(
             {"base.model": root / "base", "adapters.root": root / "adapters", **(flags or {})}
         )
+        self._opened = ExitStack()
         self.ready_seconds = 0.0
 
     def __enter__(self) -> Served:
-        self._process.__enter__()
-        with Client(self.address, timeout=600.0) as client:
+        with ExitStack() as opened:  # a server that does not get ready is stopped, too
+            opened.enter_context(self._process)
+            client = opened.enter_context(Client(self.address, timeout=600.0))
             self.ready_seconds = self._process.wait_until_ready(client, timeout=900.0)
             for name in self._adapters:
                 client.register_adapter(name, name)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
@@ -39,7 +43,7 @@ class Served:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.__exit__(kind, error, trace)
+        self._opened.__exit__(kind, error, trace)
 
     @property
     def address(self) -> str:

@@ -1,0 +1,149 @@
+"""Pictures of the benchmarks' parts, each from the JSON that the part printed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.turns import OURS
+from router_training.report.style import COLOURS, MUTED, panels
+
+Result = Mapping[str, Any]
+
+KINDS = {
+    "none": "no adapter",
+    "one": "one adapter for all",
+    "distinct": "all distinct",
+    "mixtures": "two-adapter mixtures",
+}
+_PALETTE = list(COLOURS.values())
+SYSTEMS = {
+    OURS: (_PALETTE[0], "o"),
+    "transformers generate": (_PALETTE[1], "s"),
+    "transformers continuous batching": (_PALETTE[2], "^"),
+    "PEFT mixed batch": (_PALETTE[3], "D"),
+    "PEFT one adapter set": (_PALETTE[4], "v"),
+    "PEFT one after another": (_PALETTE[5], "P"),
+}
+DOTS_PER_INCH = 80
+
+
+def throughput(result: Result) -> Any:
+    """Tokens a second and first tokens against parallel requests; a column a kind of mixtures."""
+    rows = [r for r in result["rows"] if "failure" not in r]
+    kinds = [kind for kind in KINDS if any(r["adapters"] == kind for r in rows)]
+    figure, columns = _grid(len(kinds), "row")
+    for column, kind in zip(columns, kinds, strict=True):
+        of_kind = [r for r in rows if r["adapters"] == kind]
+        _column(column, of_kind, "requests", "parallel requests")
+        column[0].set_title(KINDS[kind])
+        for axis in column:
+            axis.set_yscale("log")
+    _legend(figure, columns)
+    return figure
+
+
+def growth(result: Result) -> Any:
+    """Tokens a second and first tokens against what grows; a column a sweep."""
+    sweeps = {
+        name: [r for r in rows if "failure" not in r] for name, rows in result["sweeps"].items()
+    }
+    titles = {
+        "active": "active adapters",
+        "rank": "rank",
+        "prompt": "tokens of the prompt",
+        "mixture": "adapters of each request",
+    }
+    figure, columns = _grid(len(sweeps), "none")
+    for column, (name, rows) in zip(columns, sweeps.items(), strict=True):
+        _column(column, [r for r in rows if r.get("adapters") != "distinct"], name, titles[name])
+        distinct = [r for r in rows if r.get("adapters") == "distinct"]
+        for axis, value in zip(column, (_rate, _first), strict=True):
+            if distinct:
+                colour, mark = SYSTEMS[OURS]
+                at, y = [r[name] for r in distinct], [value(r) for r in distinct]
+                label = f"{OURS}, distinct adapters"
+                axis.plot(at, y, mark, ls="--", color=colour, mfc="white", ms=5, label=label)
+            axis.set_ylim(bottom=0)
+    _legend(figure, columns)
+    return figure
+
+
+def overhead(result: Result) -> Any:
+    """Throughput in-process and streamed, and memory by part."""
+    figure, axes = panels(8, 3.0, 2)
+    streaming, memory = result.get("streaming", {}), result.get("memory", {}).get("bytes", {})
+    kinds = [kind for kind in KINDS if kind in streaming]
+    for shift, (way, colour) in enumerate(
+        (("in_process", MUTED), ("streamed", SYSTEMS[OURS][0])),
+    ):
+        at = [i + 0.38 * (shift - 0.5) for i in range(len(kinds))]
+        heights = [streaming[kind][way] for kind in kinds]
+        axes[0].bar(at, heights, 0.36, color=colour, label=way.replace("_", "-"))
+    axes[0].set_xticks(range(len(kinds)), [KINDS[kind] for kind in kinds])
+    axes[0].set_ylabel("tokens a second")
+    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes[1].barh(list(memory), [size / 1e6 for size in memory.values()], color=SYSTEMS[OURS][0])
+    axes[1].invert_yaxis()
+    axes[1].set_xlabel("memory in MB")
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a small PNG: few colours suffice."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def _grid(columns: int, share: Literal["none", "row"]) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A figure of two rows, and its axes by column: tokens a second above the first token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.7 * columns, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, columns, squeeze=False, sharey=share, sharex="col")
+    top[0].set_ylabel("tokens a second")
+    bottom[0].set_ylabel("first token, ms")
+    return figure, list(zip(top, bottom, strict=True))
+
+
+def _rate(r: Result) -> float:
+    return float(r["tokens_per_second"])
+
+
+def _first(r: Result) -> float:
+    return float(r["first_token_ms"]["p50"])
+
+
+def _column(column: tuple[Any, Any], rows: Sequence[Result], x: str, label: str) -> None:
+    """A line a system in both axes, with the range of the rates of its repetitions."""
+    rates, firsts = column
+    for name, (colour, mark) in SYSTEMS.items():
+        own = [r for r in rows if r["system"] == name]
+        if not own:
+            continue
+        at = [r[x] for r in own]
+        low = [_rate(r) - r["least"] for r in own]
+        high = [r["most"] - _rate(r) for r in own]
+        style = {"color": colour, "ms": 5, "label": name}
+        rates.errorbar(at, [_rate(r) for r in own], [low, high], fmt=mark, ls="-", **style)
+        firsts.plot(at, [_first(r) for r in own], mark, ls="-", **style)
+    values = sorted({r[x] for r in rows})
+    if values and values[-1] >= 16 * values[0]:
+        rates.set_xscale("log", base=2)
+    firsts.set_xticks(values, [str(v) for v in values])
+    firsts.minorticks_off()
+    firsts.set_xlabel(label)
+
+
+def _legend(figure: Any, columns: Sequence[tuple[Any, Any]]) -> None:
+    """One legend below all panels."""
+    found: dict[str, Any] = {}
+    for axis, _ in columns:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3)

@@ -1,0 +1,179 @@
+"""Tables in Markdown of the benchmarks' parts, and the section of the README that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import KINDS
+from benchmarks.turns import OURS
+
+Result = Mapping[str, Any]
+
+BEGIN = "<!-- written by python -m benchmarks --readme: begin -->"
+END = "<!-- written by python -m benchmarks --readme: end -->"
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; columns after the first are right-aligned."""
+    rule = ["---", *("---:" for _ in headers[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))
+
+
+def throughput(result: Result) -> str:
+    """Every system at every number of requests."""
+    headers = (
+        *("adapters", "requests", "system", "tokens/s", "least", "most"),
+        *("first token, ms", "p99", "between tokens, ms", "p99", "runs", "new tokens"),
+    )
+    rows = []
+    for r in result["rows"]:
+        named = (KINDS[r["adapters"]], str(r["requests"]), r["system"])
+        if "failure" in r:
+            rows.append((*named, f"cannot: {r['failure']}", *[""] * 8))
+            continue
+        rows.append((*named, *_rates(r), *_latency(r), str(r["repetitions"]), str(r["new_tokens"])))
+    ratios = result["peers"].get("ratios", {}).get("over_generate", {})
+    peers = [
+        (
+            *(name, f"{r['here']:.3f}", f"{r['earlier']:.3f}"),
+            *(f"{r['tokens_per_second']:.1f}", f"{r['earlier_tokens_per_second']:.1f}"),
+        )
+        for name, r in ratios.items()
+    ]
+    figures = [(name, f"{value:.2f}") for name, value in result["figures"].items()]
+    return "\n\n".join(
+        (
+            markdown(headers, rows),
+            markdown(("ratio of ours", "measured"), figures),
+            markdown(
+                (
+                    *("peers' rates over generate at 16 requests", "here", "earlier"),
+                    *("tokens/s here", "tokens/s earlier"),
+                ),
+                peers,
+            ),
+            *(f"- {note}" for note in result["peers"].get("notes", [])),
+        )
+    )
+
+
+def growth(result: Result) -> str:
+    """A table a sweep."""
+    found = []
+    for name, rows in result["sweeps"].items():
+        headers = (
+            *(name, "requests", "system", "tokens/s", "least", "most"),
+            *("first token, ms", "p99", "between tokens, ms", "p99"),
+        )
+        cells = []
+        for r in rows:
+            kind = f", {KINDS[r['adapters']]}" if "adapters" in r else ""
+            named = (f"{r[name]}{kind}", str(r["requests"]), r["system"])
+            failed = (f"cannot: {r.get('failure')}", *[""] * 6)
+            cells.append((*named, *(failed if "failure" in r else (*_rates(r), *_latency(r)))))
+        found.append(markdown(headers, cells))
+    return "\n\n".join(found)
+
+
+def overhead(result: Result) -> str:
+    """Streaming, routing, start-up, memory: those that were measured."""
+    rows = []
+    if "streaming" in result:
+        for kind in ("none", "distinct"):
+            r = result["streaming"][kind]
+            rows += [
+                (f"tokens/s in-process, {KINDS[kind]}", f"{r['in_process']:.1f}"),
+                (f"tokens/s through gRPC streaming, {KINDS[kind]}", f"{r['streamed']:.1f}"),
+                (f"lost, {KINDS[kind]}", f"{r['lost']:.3f}"),
+            ]
+    if "routing" in result:
+        adapters, part = result["routing"]["adapters"], result["routing"]["first_token_ms"]
+        rows.append((f"routing among {adapters} adapters in the first token, ms", f"{part:.2f}"))
+    if "startup" in result:
+        rows.append(("first answer after the start, s", f"{result['startup']['seconds']:.2f}"))
+    for name, size in result.get("memory", {}).get("bytes", {}).items():
+        rows.append((f"memory, {name}, MB", f"{size / 1e6:.1f}"))
+    return markdown(("", "measured"), rows)
+
+
+def others(result: Result) -> str:
+    """Every number of a part that has no table of its own."""
+    return markdown(("", "measured"), [(k, f"{v:.4g}") for k, v in _numbers(result)])
+
+
+def where(result: Result) -> str:
+    """Date, machine and versions of a part."""
+    there = result["environment"]
+    machine, versions = there["machine"], there["versions"]
+    load = ", ".join(f"{x:g}" for x in there["load"])
+    return (
+        f"{there['date'][:10]}, {machine['cores']} cores ({machine['processor']}), load {load}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}"
+    )
+
+
+def readme(results: Mapping[str, Result], pictures: Mapping[str, str]) -> str:
+    """The README's section: ours beside the best peer at each number of requests, and pictures.
+
+    ``pictures`` are the paths of the parts' pictures, from the README.
+    """
+    parts = []
+    if "throughput" in results:
+        headers = ("adapters", "requests", OURS, "best peer", "its tokens/s", "ratio")
+        rows = results["throughput"]["rows"]
+        lines = []
+        for ours in (r for r in rows if r["system"] == OURS):
+            cell = ours["adapters"], ours["requests"]
+            rate = ours["tokens_per_second"]
+            peers = [
+                (r["tokens_per_second"], r["system"])
+                for r in rows
+                if (r["adapters"], r["requests"]) == cell and r is not ours and "failure" not in r
+            ]
+            best, name = max(peers, default=(0.0, ""))
+            named = (KINDS[ours["adapters"]], str(ours["requests"]), f"{rate:.0f}")
+            against = (name, f"{best:.0f}", f"{rate / best:.2f}") if peers else ("none", "", "")
+            lines.append((*named, *against))
+        work = results["throughput"]["arguments"]
+        parts += [
+            "Tokens a second of whole requests, prompts included, through gRPC streaming, beside "
+            f"transformers and PEFT on the same model (a Llama of {work['layers']} layers, hidden "
+            f"size {work['hidden']}, NF4), prompts ({work['prompt']} tokens) and adapters (rank "
+            f"{work['rank']}), in turn. {where(results['throughput'])}.",
+            markdown(headers, lines),
+        ]
+    parts += [f"![{name}]({path})" for name, path in pictures.items() if name in results]
+    return "\n\n".join(parts)
+
+
+def write_readme(path: Path, section: str) -> None:
+    """Put the section between its markers. Raises ValueError where they are missing."""
+    text = path.read_text()
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise ValueError(f"{path.name} has no markers; put in the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}")
+
+
+def _rates(r: Result) -> tuple[str, ...]:
+    return tuple(f"{r[key]:.1f}" for key in ("tokens_per_second", "least", "most"))
+
+
+def _latency(r: Result) -> tuple[str, ...]:
+    first, between = r["first_token_ms"], r["inter_token_ms"]
+    values = (first.get("p50"), first.get("p99"), between.get("p50"), between.get("p99"))
+    return tuple("" if v is None else f"{v:.1f}" for v in values)
+
+
+def _numbers(value: Any, path: str = "") -> Iterable[tuple[str, float]]:
+    """The numbers of nested objects, by dotted path; lists, arguments and the machine left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in ("environment", "arguments"):
+                yield from _numbers(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, float(value)
