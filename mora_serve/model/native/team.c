@@ -2,10 +2,11 @@
 #include "team.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { SPINS = 1500 };
+enum { SPINS = 1500, YIELDS = 2000 };
 
 /* A counter that threads wait for. */
 typedef struct {
@@ -48,14 +49,25 @@ static void gate_init(Gate *gate)
     pthread_cond_init(&gate->changed, NULL);
 }
 
-/* Until the counter is no longer `old`. Most waits are short, so a thread spins first; then it
-   leaves its core, which may be what the thread that it waits for is waiting for. */
+static int passed(Gate *gate, int old)
+{
+    return atomic_load_explicit(&gate->value, memory_order_acquire) != old;
+}
+
+/* Until the counter is no longer `old`. Most waits are short, so a thread spins first. Then it
+   yields: it may be on the very core that the thread it waits for needs, and as it stays runnable
+   the system sees that two threads share a core and moves one. Only then it sleeps. */
 static void gate_wait(Gate *gate, int old)
 {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&gate->value, memory_order_acquire) != old)
+        if (passed(gate, old))
             return;
         pause_core();
+    }
+    for (int i = 0; i < YIELDS; i++) {
+        if (passed(gate, old))
+            return;
+        sched_yield();
     }
     pthread_mutex_lock(&gate->lock);
     atomic_fetch_add(&gate->sleepers, 1);
@@ -147,12 +159,12 @@ int team_next(Team *team)
 
 void team_barrier(Team *team)
 {
-    int passed = atomic_load(&team->barriers.value);
+    int old = atomic_load(&team->barriers.value);
     if (atomic_fetch_add(&team->arrived, 1) + 1 == team->threads) {
         atomic_store(&team->arrived, 0);
         atomic_store(&team->next, 0);
         gate_step(&team->barriers);
     } else {
-        gate_wait(&team->barriers, passed);
+        gate_wait(&team->barriers, old);
     }
 }
