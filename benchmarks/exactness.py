@@ -17,7 +17,7 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from benchmarks import families, oracle, report
 from benchmarks.local import LocalEngine
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import SamplingParams, TokenOut
+from mora_serve.engine.forward import Logits
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
 from mora_serve.model.attention import DenseCausal
@@ -168,13 +169,13 @@ class Capture:
     def __init__(self, engine: LocalEngine) -> None:
         self.logits: dict[str, list[Tensor]] = {}
         self.chunks: dict[str, int] = {}
-        runner, decoder = engine.engine.runner, engine.base.decoder
-        run, make = runner.run, decoder.logits
+        runner = engine.engine.runner
+        run, forward = runner.run, runner.forward
         rows: list[Tensor] = []
 
-        def logits(hidden: Tensor) -> Tensor:
-            out = make(hidden)
-            rows[:] = out.clone()
+        def forwarded(batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:
+            out = forward(batch, slot)
+            rows[:] = [] if out is None else out.values.clone()
             return out
 
         def captured(batch: Sequence[Chunk]) -> list[tuple[Running, TokenOut | None]]:
@@ -189,7 +190,7 @@ class Capture:
             return results
 
         runner.run = captured  # type: ignore[method-assign]
-        decoder.logits = logits  # type: ignore[method-assign]
+        runner.forward = forwarded
 
 
 def local_engine(

@@ -9,14 +9,15 @@ measurement failed, with 2 where torch sees no CUDA device.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ def first_figures(sizes: Sequence[int], tokens: int = 128) -> dict[str, Any]:
 
     ``sizes``: hidden, intermediate, layers, vocabulary. Whole requests of 32 prompt tokens.
     """
-    import torch
-
-    from benchmarks import memory, throughput
+    from benchmarks import memory
+    from benchmarks.served import ask_all
+    from benchmarks.workload import Workload
     from mora_serve.client import Client
     from mora_serve.demo.process import ServerProcess
 
     hidden, intermediate, layers, vocabulary = sizes
+    prompts = Workload(vocabulary=vocabulary).prompts
     with tempfile.TemporaryDirectory() as folder:
         log("writing a random model ...")
         config = memory.llama_config(hidden, intermediate, layers, vocabulary)
@@ -108,10 +110,12 @@ def first_figures(sizes: Sequence[int], tokens: int = 128) -> dict[str, Any]:
             ready = server.wait_until_ready(client, timeout=900.0)
             rows = []
             for count in (1, 4, 16, 64):
-                prompts = torch.randint(4, vocabulary, (count, 32))
-                work = partial(throughput.served, client, prompts, False, tokens)
-                (seconds,) = throughput.in_turn(3, work)
-                rows.append({"requests": count, "tokens_per_second": count * tokens / seconds})
+                runs = [
+                    asyncio.run(ask_all(server.address, prompts(count, i), [{}] * count, tokens))
+                    for i in range(4)
+                ]
+                rate = statistics.median(run.rate() for run in runs[1:])
+                rows.append({"requests": count, "tokens_per_second": rate})
                 log(str(rows[-1]))
     return {"sixteen_bit_bytes": size, "ready_seconds": ready, "rows": rows}
 

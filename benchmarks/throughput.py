@@ -1,169 +1,229 @@
-"""Tokens a second of the served system beside transformers and PEFT, on the same 4-bit base.
+"""Tokens a second and latencies of the served system beside transformers and PEFT.
 
-A Llama of 100M parameters (or any other size by flags) in NF4, prompts of 32 tokens, adapters of
-rank 16 on all seven projections. Ours runs in a server process and is asked over gRPC, all
-requests at once; the peers run in this process: transformers' ``generate`` for no adapter, PEFT's
-mixed batch (one adapter a row) for all-distinct adapters. Ours and the peer take turns, and the
-median of the repetitions counts.
+A Llama of 100M parameters (or any other size by flags) in NF4; prompts of 32 and answers of 256
+tokens; adapters of rank 16 on all seven projections. Ours runs in a server process and is asked
+through gRPC streaming, all requests at once; the peers run in this process on the same files. Ours
+and the peers take turns (A B A B), each turn with prompts of its own, which are the same for all;
+medians count. Prompts are included.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.throughput --json
+What claims rest on, 1 and 16 requests, has ``--repeat`` repetitions of ``--tokens`` tokens. There a
+peer's repetitions after the first are cut to fewer tokens where its first whole one shows that its
+rate until there is the same (``--tolerance``). Other cells have answers of ``--other-tokens`` for
+all, three repetitions of ours and one of each peer.
+
+    python -m benchmarks.throughput --json                      # 1 and 16 requests
+    python -m benchmarks.throughput --requests 1 4 16 64        # all cells
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import memory, oracle, report
-from mora_serve.client import Client
-from mora_serve.demo.process import ServerProcess
+from benchmarks import report
+from benchmarks.peers import Peers, notes
+from benchmarks.served import Served
+from benchmarks.turns import OURS, System, row, take_turns
+from benchmarks.workload import Workload, mixtures
+from mora_serve.cli.output import table
+
+CLAIMED = (1, 16)  # requests
+CLAIMED_SYSTEMS = (OURS, "transformers generate", "PEFT mixed batch")
+KINDS = ("none", "one", "distinct", "mixtures")
+SHORTER = (64, 128)  # tokens that a peer's later repetitions may be cut to
+MOST_IN_TURN = 16  # requests that are answered one after another
+# tokens/s of design.md, 16 requests but for the last
+DESIGN = {"generate": 319.0, "one": 251.0, "distinct": 92.0, "generate at 1": 80.0}
 
 
 def main() -> None:
     """Measure, print a table, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--requests", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--requests", type=int, nargs="*", default=list(CLAIMED))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--other-tokens", type=int, default=64)
+    parser.add_argument(
+        "--tolerance", type=float, default=0.03, help="of the rate, by fewer tokens"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    Workload.add_arguments(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(Path(folder), args)
-    report.log(f"{'':>12} {'requests':>8} {'ours':>8} {'peer':>8} {'ratio':>6}   tokens/s")
-    for row in rows:
-        report.log(
-            f"{row['adapters']:>12} {row['requests']:>8} {row['ours']:>8.1f} {row['peer']:>8.1f} "
-            f"{row['ratio']:>6.2f}   {row['peer_name']}"
-        )
-    report.emit({"rows": rows, "arguments": vars(args), "environment": report.environment()})
+        rows, peers = compare(Path(folder), args)
+    report.log(as_table(rows))
+    report.emit(
+        {
+            "rows": rows,
+            "figures": figures(rows),
+            "peers": {**peers, "ratios": peer_ratios(rows)},
+            "threads": torch.get_num_threads(),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
+            "arguments": vars(args),
+            "environment": report.environment(),
+        }
+    )
 
 
-def compare(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cells of the table."""
-    (root / "base").mkdir()
-    sizes = (args.hidden, args.intermediate, args.layers, args.vocabulary)
-    memory.write_model(root / "base", memory.llama_config(*sizes))
-    peft = peer(root, max(args.requests))
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(args.requests), args.prompt)
-    prompts = torch.randint(4, args.vocabulary, shape, generator=generator)
-    flags = {"base.model": root / "base", "adapters.root": root / "adapters"}
-    rows = []
-    with ServerProcess(flags) as server, Client(server.address, timeout=600.0) as client:
-        server.wait_until_ready(client)
-        for i in range(max(args.requests)):
-            client.register_adapter(f"a{i}", f"a{i}")
-        for distinct in (False, True):
+def compare(root: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All cells, and what there is to say of the peers."""
+    workload = Workload.of(args)
+    workload.write_base(root / "base")
+    names = workload.write_adapters(root / "adapters", max(*args.requests, 2))
+    peers = None
+    if not args.no_peers:
+        report.log("loading the peers ...")
+        peers = Peers(root, workload, names)
+        peers.settle([n for n in args.requests if n in CLAIMED] or args.requests)
+        report.log(str(peers.settings))
+    rows: list[dict[str, Any]] = []
+    flags = {"adapters.max_rank": workload.rank, "adapters.slots": max(32, len(names))}
+    with Served(root, names, flags) as served:
+        for kind in args.kinds:
             for count in args.requests:
-                batch = prompts[:count]
-                ours, theirs = in_turn(
-                    args.repeat,
-                    partial(served, client, batch, distinct, args.tokens),
-                    partial(generated, peft, batch, distinct, args.tokens),
-                )
-                row = {
-                    "adapters": "all distinct" if distinct else "none",
-                    "requests": count,
-                    "ours": count * args.tokens / ours,
-                    "peer": count * args.tokens / theirs,
-                    "ratio": theirs / ours,
-                    "peer_name": "PEFT, mixed batch" if distinct else "transformers generate",
-                }
-                report.log(str(row))
-                rows.append(row)
-    return rows
+                systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
+                rows += cell(workload, kind, count, systems, args)
+    said = {"settings": peers.settings, "notes": notes()} if peers else {}
+    return rows, said
 
 
-def in_turn(repeat: int, *measured: Callable[[], None]) -> list[float]:
-    """Median seconds of each, run A B A B after one warm-up of each."""
-    for run in measured:
-        run()
-    seconds: list[list[float]] = [[] for _ in measured]
-    for _ in range(repeat):
-        for run, times in zip(measured, seconds, strict=True):
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in seconds]
+def peers_of(peers: Peers | None, kind: str, count: int) -> list[System]:
+    """The peers that can do a cell's work."""
+    if peers is None or kind == "mixtures":
+        return []
+    if kind == "none":
+        return [
+            System("transformers generate", peers.generate),
+            System("transformers continuous batching", peers.continuous),
+        ]
+    mixed = System("PEFT mixed batch", peers.mixed_batch)
+    if kind == "one":
+        return [mixed, System("PEFT one adapter set", peers.one_active)]
+    in_turn = [System("PEFT one after another", peers.one_after_another)]
+    return [mixed, *(in_turn if count <= MOST_IN_TURN else [])]
 
 
-def served(client: Client, prompts: torch.Tensor, distinct: bool, tokens: int) -> None:
-    """All prompts at once through gRPC; raises unless every answer has ``tokens`` tokens."""
+def adapters_of(kind: str, count: int) -> list[dict[str, float]]:
+    """The mixtures of a cell's requests; two-adapter ones are over as many adapters."""
+    active, size = {
+        "none": (1, 0),
+        "one": (1, 1),
+        "distinct": (count, 1),
+        "mixtures": (max(count, 2), 2),
+    }[kind]
+    return mixtures(count, active, size)
 
-    def ask(i: int) -> int:
-        result = client.generate(
-            token_ids=prompts[i].tolist(),
-            adapters={f"a{i}": 1.0} if distinct else None,
-            base=not distinct,
-            max_tokens=tokens,
-            ignore_eos=True,
-            temperature=0.0,
+
+def cell(
+    workload: Workload,
+    kind: str,
+    count: int,
+    systems: Sequence[System],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A row for each system: they take turns."""
+    for system in systems:
+        claimed = count in CLAIMED and system.name in CLAIMED_SYSTEMS
+        system.tokens = args.tokens if claimed else args.other_tokens
+        system.repeat = (
+            args.repeat if claimed else min(3 if system.name == OURS else 1, args.repeat)
         )
-        return len(result.tokens)
 
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        counts: Sequence[int] = list(threads.map(ask, range(len(prompts))))
-    if any(n != tokens for n in counts):
-        raise RuntimeError(f"answers have {counts} tokens, not {tokens}")
+    def after(system: System) -> None:
+        if system.repeat > 1 and len(system.runs) == 1 and system.name != OURS:
+            cut(system, args.tolerance)
+
+    take_turns(systems, workload, adapters_of(kind, count), after)
+    described = {"adapters": kind, "requests": count}
+    return [row(described, system, systems[0]) for system in systems]
 
 
-@torch.no_grad()
-def generated(peft: Any, prompts: torch.Tensor, distinct: bool, tokens: int) -> None:
-    """The same work by transformers or PEFT."""
-    options = {
-        "input_ids": prompts,
-        "attention_mask": torch.ones_like(prompts),
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
+def cut(system: System, tolerance: float) -> None:
+    """Shorten the repetitions to come where the first shows that the rate stays the same."""
+    (run,) = system.runs
+    whole = run.rate()
+    lengths = [n for n in (*SHORTER, system.tokens) if n <= system.tokens]
+    system.whole = {str(n): run.rate(n) for n in lengths}
+    system.tokens = next(n for n in lengths if abs(run.rate(n) / whole - 1) <= tolerance)
+
+
+def rate(rows: Sequence[Mapping[str, Any]], kind: str, count: int, system: str) -> float | None:
+    """A cell's tokens a second, if it was measured."""
+    for r in rows:
+        if (r["adapters"], r["requests"], r["system"]) == (kind, count, system):
+            return r.get("tokens_per_second")
+    return None
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The ratios that claims are about, of those whose cells were measured."""
+    none, one, distinct, mixed = ((kind, 16, OURS) for kind in KINDS)
+    generate, peft = "transformers generate", "PEFT mixed batch"
+    wanted = {
+        "distinct_16_over_peft": (distinct, ("distinct", 16, peft)),
+        "mixtures_16_over_distinct": (mixed, distinct),
+        "none_16_over_generate": (none, ("none", 16, generate)),
+        "none_1_over_generate": (("none", 1, OURS), ("none", 1, generate)),
+        "distinct_16_over_none": (distinct, none),
+        "one_16_over_none": (one, none),
     }
-    if distinct:
-        peft.generate(**options, adapter_names=[f"a{i}" for i in range(len(prompts))])
-    else:
-        with peft.disable_adapter():
-            peft.generate(**options)
+    found = {name: (rate(rows, *a), rate(rows, *b)) for name, (a, b) in wanted.items()}
+    return {name: a / b for name, (a, b) in found.items() if a and b}
 
 
-def peer(root: Path, count: int) -> Any:
-    """The base in 4 bits under transformers, with ``count`` random adapters, each also saved."""
-    from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def peer_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The peers' rates over that of ``generate`` at 16 requests, beside design.md's."""
+    here = {
+        "generate": rate(rows, "none", 16, "transformers generate"),
+        "one": rate(rows, "one", 16, "PEFT mixed batch"),
+        "distinct": rate(rows, "distinct", 16, "PEFT mixed batch"),
+        "generate at 1": rate(rows, "none", 1, "transformers generate"),
+    }
+    if (unit := here["generate"]) is None:
+        return {}
+    ratios = {
+        name: {"here": got / unit, "design": DESIGN[name] / DESIGN["generate"]}
+        for name, got in here.items()
+        if got is not None
+    }
+    off = {name: r["here"] / r["design"] - 1 for name, r in ratios.items()}
+    return {
+        "over_generate": ratios,
+        "deviation": off,
+        "largest_deviation": max(abs(d) for d in off.values()),
+        "weakest_deviation": min(off.values()),
+    }
 
-    fast = torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if fast else torch.float32
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        root / "base", quantization_config=quantization, dtype=dtype
-    )
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=oracle.PROJECTIONS)
-    peft = PeftModel(model, config, adapter_name="a0")
-    for i in range(count):
-        torch.manual_seed(i)
-        if i:
-            peft.add_adapter(f"a{i}", config)
-        for module in peft.modules():
-            if hasattr(module, "lora_B"):
-                module.lora_B[f"a{i}"].weight.data.normal_(std=0.01)
-        peft.save_pretrained(str(root / "adapters"), selected_adapters=[f"a{i}"])
-    return peft.eval()
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All rows for people."""
+    cells = []
+    for r in rows:
+        if "failure" in r:
+            cells.append((r["adapters"], str(r["requests"]), r["system"], "cannot", "", "", "", ""))
+            continue
+        cells.append(
+            (
+                r["adapters"],
+                str(r["requests"]),
+                r["system"],
+                f"{r['tokens_per_second']:.1f}",
+                f"{r['first_token_ms']['p50']:.0f}",
+                *(f"{r['inter_token_ms'][p]:.1f}" for p in ("p50", "p99")),
+                f"{r['repetitions']}x{r['new_tokens']}",
+            )
+        )
+    titles = ("adapters", "requests", "system", "tokens/s", "first ms", "gap ms", "p99", "runs")
+    return table(titles, cells, right=(1, 3, 4, 5, 6))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ class EngineConfig:
     max_stop: int = _doc(16, "largest number of stop strings a request may give")
     max_logprobs: int = _doc(20, "largest number of logprobs a token")
     stall_seconds: float = _doc(60.0, "a stream whose client reads nothing this long is aborted")
-    threads: int = _doc(0, "CPU threads for the engine; 0 leaves the choice to torch")
+    threads: int = _doc(0, "CPU threads for the engine; 0 takes all cores that it may use")
+    kernels: Literal["auto", "native", "torch"] = _doc(
+        "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
+    )
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,11 @@ class ServerProcess:
         return process.wait()
 
     @property
+    def pid(self) -> int:
+        """The process id; 0 when it was not started."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
     def log(self) -> str:
         """The last 4,000 characters of what the server has written."""
         self._log.flush()

@@ -97,7 +97,7 @@ class Engine:
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
-        self.runner = Runner(decoder, self.pool, pages, config.engine.page_size)
+        self.runner = Runner(decoder, self.pool, pages, self.max_context, config.engine)
         self.pool_queue = PoolQueue(decoder, config.engine)
         self._sequences: dict[str, Sequence] = {}
         self._events: list[Event | AdapterLoad] = []  # of the step under way

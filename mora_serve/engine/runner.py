@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as Seq
 
 import torch
@@ -9,12 +10,15 @@ import torch
 from mora_serve.config import EngineConfig
 from mora_serve.core import TokenOut
 from mora_serve.engine.adapter_pool import AdapterPool
-from mora_serve.engine.sampler import SamplingRow, is_finite, sample
+from mora_serve.engine.forward import Forward
+from mora_serve.engine.native_forward import NativeForward, can_run
+from mora_serve.engine.sampler import SamplingRow, sample, takes_best
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence
-from mora_serve.model.attention import KVPages, PagedAttention, Prefill, prefill_mask
+from mora_serve.engine.torch_forward import TorchForward
+from mora_serve.errors import ConfigError
+from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
-from mora_serve.model.lora import PooledAdapters, plan_mixtures
 
 
 def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> int:
@@ -31,17 +35,44 @@ def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> i
     return max(1, min(fits, needed)) + 1
 
 
-class Runner:
-    """Owns the key/value pages and runs batches on the decoder."""
+def free_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    def __init__(self, decoder: Decoder, pool: AdapterPool, pages: int, page_size: int) -> None:
-        shape = decoder.shape
+
+class Runner:
+    """Owns the key/value pages, runs batches and samples.
+
+    ``kernels`` and ``threads`` are those of the configuration. Raises ConfigError when it asks for
+    a native path that is not there.
+    """
+
+    def __init__(
+        self, decoder: Decoder, pool: AdapterPool, pages: int, max_context: int, config: EngineConfig
+    ) -> None:
+        shape, page_size = decoder.shape, config.page_size
         self.decoder, self.pool = decoder, pool
         self.kv = KVPages(
             *(shape.layers, shape.kv_heads, shape.head_dim, pages, page_size),
             decoder.dtype,
             decoder.device,
         )
+        self.forward = self._forward(max_context, config)
+
+    def _forward(self, max_context: int, config: EngineConfig) -> Forward:
+        parts = self.decoder, self.pool.slots, self.kv
+        if config.kernels != "torch" and can_run(self.decoder):
+            return NativeForward(*parts, max_context, config.threads or free_cores())
+        if config.kernels == "native":
+            raise ConfigError(
+                "engine.kernels: 'native' asks for the compiled CPU path, which is not built or "
+                "does not take this base, type or processor; use 'auto', or install from source "
+                "where there is a C compiler",
+                field="engine.kernels",
+            )
+        return TorchForward(*parts)
 
     def clear(self, pages: Seq[int]) -> None:
         """Zero pages that have a new owner (see KVCache.take_new)."""
@@ -54,78 +85,26 @@ class Runner:
 
         A None in place of the token says that the row's logits were not finite.
         """
-        device = self.decoder.device
-        batch = sorted(batch, key=lambda c: c.length > 1)  # single tokens share one product
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        size = self.kv.page_size
-        for chunk in batch:
-            span = range(chunk.start, chunk.start + chunk.length)
-            tokens += chunk.sequence.tokens[chunk.start : span.stop]
-            positions += span
-            pages = chunk.sequence.pages
-            slots += [pages[p // size] * size + p % size for p in span]
-            if chunk.samples:
-                last.append(len(tokens) - 1)
-        hidden = self.decoder.hidden(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            self._attention(batch, torch.tensor(slots, device=device)),
-            self._adapters(batch),
-        )
-        sampling = [chunk.sequence for chunk in batch if chunk.samples]
-        if not sampling:
+        batch = sorted(batch, key=lambda c: c.length > 1)
+        logits = self.forward(batch, self.pool.slot)
+        if logits is None:
             return []
-        logits = self.decoder.logits(hidden[torch.tensor(last, device=device)])
-        finite = is_finite(logits).tolist()
-        rows = [SamplingRow(s.request.sampling, s.request.prompt, s.output) for s in sampling]
-        good = [i for i, ok in enumerate(finite) if ok]
-        if len(good) < len(rows):
-            logits, rows = logits[good], [rows[i] for i in good]
-        sampled = iter(sample(logits, rows) if rows else ())
-        return [
-            (sequence, next(sampled) if ok else None)
-            for sequence, ok in zip(sampling, finite, strict=True)
+        sampling = [chunk.sequence for chunk in batch if chunk.samples]
+        tokens: list[TokenOut | None] = [
+            TokenOut(best) if finite else None
+            for best, finite in zip(logits.best, logits.finite, strict=True)
         ]
-
-    def _attention(self, batch: Seq[Chunk], slots: torch.Tensor) -> PagedAttention:
-        device, size = self.decoder.device, self.kv.page_size
-        window = self.decoder.shape.sliding_window
-        group = self.decoder.shape.heads // self.decoder.shape.kv_heads
-        decodes = [c for c in batch if c.length == 1]
-        width = max((-(-(c.start + 1) // size) for c in decodes), default=0)
-        table = [_padded(c.sequence.pages, width) for c in decodes]
-        prefills, row = [], len(decodes)
-        for chunk in batch[len(decodes) :]:
-            used = -(-(chunk.start + chunk.length) // size)
-            prefills.append(
-                Prefill(
-                    slice(row, row + chunk.length),
-                    chunk.start,
-                    torch.tensor(chunk.sequence.pages[:used], device=device),
-                    prefill_mask(chunk.start, chunk.length, group, window, device),
-                )
-            )
-            row += chunk.length
-        return PagedAttention(
-            self.kv,
-            slots,
-            torch.tensor(table, dtype=torch.long, device=device).view(len(decodes), width),
-            torch.tensor([c.start + 1 for c in decodes], dtype=torch.long, device=device),
-            prefills,
-            window,
-        )
-
-    def _adapters(self, batch: Seq[Chunk]) -> PooledAdapters | None:
-        mixtures = [
-            tuple((self.pool.slot(digest), weight) for digest, weight in chunk.sequence.weights)
-            for chunk in batch
+        drawn = [
+            i
+            for i, sequence in enumerate(sampling)
+            if logits.finite[i] and not takes_best(sequence.request.sampling)
         ]
-        plan = plan_mixtures(self.pool.slots, mixtures, [chunk.length for chunk in batch])
-        return None if plan is None else PooledAdapters(self.pool.slots, plan)
-
-
-def _padded(pages: Seq[int], width: int) -> list[int]:
-    return list(pages[:width]) + [0] * (width - len(pages))
+        if drawn:
+            rows = [
+                SamplingRow(s.request.sampling, s.request.prompt, s.output)
+                for s in (sampling[i] for i in drawn)
+            ]
+            values = logits.values if len(drawn) == len(tokens) else logits.values[drawn]
+            for i, token in zip(drawn, sample(values, rows), strict=True):
+                tokens[i] = token
+        return list(zip(sampling, tokens, strict=True))

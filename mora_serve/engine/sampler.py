@@ -35,6 +35,17 @@ class SamplingRow:
     output: Sequence[int]
 
 
+def takes_best(params: SamplingParams) -> bool:
+    """Whether the token is simply the one with the greatest logit, and nothing else is asked."""
+    return (
+        params.temperature < GREEDY_BELOW
+        and params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.logprobs is None
+    )
+
+
 def is_finite(logits: Tensor) -> Tensor:
     """Whether each row of ``logits`` [n, V] has only finite numbers: bool [n]."""
     low, high = torch.aminmax(logits, dim=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,26 @@ class NF4Weight:
         return out
 
 
-Weight = DenseWeight | NF4Weight
+class Weight(Protocol):
+    """A [out, in] matrix, however it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident."""
+        ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [rows, in] -> x @ W.T [rows, out]."""
+        ...
+
+    def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop of the matrix in ``dtype``."""
+        ...
 
 
 @dataclass(slots=True)

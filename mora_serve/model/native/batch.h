@@ -1,0 +1,41 @@
+/* One step as the threads see it: its rows, who uses which adapter, and where results go. */
+
+#ifndef BATCH_H
+#define BATCH_H
+
+#include "vector.h"
+#include "team.h"
+
+/* A row: one token. */
+typedef struct {
+    const Chunk *chunk;
+    int position;
+    int pair; /* its first (row, adapter) pair */
+} Row;
+
+/* The pairs of one adapter, in the order of rows. */
+typedef struct {
+    int slot, first, count; /* in Workspace.order */
+} Segment;
+
+struct Workspace {
+    size_t rows, pairs, wanted;
+    Row *row;
+    Segment *segment;
+    int *order, *pair_row, *pair_slot;
+    float *pair_weight;
+    float *h, *y;
+    float *inner; /* [pairs][3][max_rank] */
+    real *x, *q, *wide, *attended;
+    float *scores; /* [threads][group * max_context] */
+    size_t score_size;
+};
+
+typedef struct {
+    const Model *model;
+    const Step *step;
+    Workspace *space;
+    int segments, threads;
+} Forward;
+
+#endif

@@ -1,0 +1,83 @@
+/* What Python hands to the native CPU path; the fields mirror the structures of library.py.
+
+   Activations and weights are `real`: bfloat16 or float, as the target was compiled. Outputs of
+   products and the residual stream are float. Nothing here is owned: all memory is Python's,
+   except the workspace and the team of threads. */
+
+#ifndef MORA_H
+#define MORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LANES 16      /* outputs of one tile of a 4-bit weight */
+#define BLOCK 64      /* weights that share one absmax */
+#define GROUP_BYTES 64 /* 16 outputs x 8 inputs, 4 bits each */
+
+enum { DENSE = 0, NF4 = 1 };
+
+typedef struct {
+    int32_t kind, rows, columns;
+    const void *weights;  /* DENSE: real [rows][columns]; NF4: see tile.h */
+    const float *absmax;  /* NF4: [rows / 16][columns / 64][16] */
+} Weight;
+
+typedef struct {
+    int32_t parts;
+    const Weight *weights; /* stacked along the output */
+    const void *bias;      /* real [rows], or NULL */
+} Linear;
+
+/* One projection of one layer in all adapter slots, see model/lora.py. */
+typedef struct {
+    int32_t start, width; /* where its outputs begin in the site, and how many */
+    const void *a;        /* real [slots][max_rank][in] */
+    const void *b;        /* real [slots][max_rank][width] */
+    const void *dora;     /* real [slots][width], or NULL */
+} Projection;
+
+enum { QKV, O, GATE_UP, DOWN, SITES };
+
+typedef struct {
+    const void *input_norm, *post_norm, *q_norm, *k_norm; /* the last two may be NULL */
+    Linear sites[SITES];
+    Projection projections[SITES][3];
+    void *keys, *values; /* real [kv_heads][pages][page_size][head_dim] */
+} Layer;
+
+typedef struct {
+    int32_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary;
+    int32_t max_context, window; /* window 0: none */
+    float eps;
+    const void *embedding, *norm; /* real [vocabulary][hidden], [hidden] */
+    const void *cos, *sin;        /* real [positions][head_dim] */
+    Linear head;
+    const Layer *layer;
+    int32_t pages, page_size;
+    int32_t slots, max_rank;
+    const int32_t *ranks, *has_dora; /* of each slot */
+} Model;
+
+/* Consecutive tokens of one sequence. */
+typedef struct {
+    int32_t start, length;    /* position of the first token, number of tokens */
+    int32_t table;            /* where the page table begins in `pages` */
+    int32_t mixture, adapters; /* where its mixture begins in `mixture_*`, and its size */
+} Chunk;
+
+typedef struct {
+    int32_t chunks, rows, wanted;
+    const Chunk *chunk;
+    const int32_t *tokens, *pages;         /* of all chunks, end to end */
+    const int32_t *mixture_slot;
+    const float *mixture_weight;
+    const int32_t *wanted_rows;            /* rows whose logits are asked for, ascending */
+    float *logits;                         /* [wanted][vocabulary] */
+    int32_t *best;                         /* [wanted] the first of the greatest logits */
+    int32_t *finite;                       /* [wanted] whether all logits are finite */
+} Step;
+
+typedef struct Team Team;
+typedef struct Workspace Workspace;
+
+#endif

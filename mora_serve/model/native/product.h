@@ -1,0 +1,273 @@
+/* Products of a few rows with a weight: x [rows][in] and W [out][in] give y [rows][out] in float.
+
+   A row's result is made by the same operations in the same order whatever the other rows are and
+   however many: equal rows of a batch, or of two batches, give equal bits.
+
+   A 4-bit weight is stored in tiles of 16 outputs, one or several registers wide (strips), so that
+   lanes are outputs and nothing has to be summed across them. 64 bytes hold 8 inputs of the 16 outputs: 32-bit word o is
+   output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p. absmax lies beside: 16 floats for
+   each 64 inputs. Each block of 64 is summed on its own and then multiplied by its absmax, which is
+   exact where a dequantised weight in bfloat16 would be rounded. */
+
+#ifndef PRODUCT_H
+#define PRODUCT_H
+
+#include "vector.h"
+
+#define STRIPS (LANES / VL) /* registers across a tile */
+
+/* How many rows share the decoding of a strip, and how many strips go together where there are
+   fewer: as many sums as there are registers for, and enough not to wait for each other. */
+#if defined(AVX512)
+#define TILE_ROWS 8
+#else
+#define TILE_ROWS 4
+#endif
+#define CHAINS 4
+
+#if BF16
+
+#define TABLE __m512i
+INLINE __m512i nf4_table(void)
+{
+    uint16_t table[32];
+    for (int i = 0; i < 32; i++)
+        table[i] = from_float(NF4_VALUES[i % 16]);
+    return _mm512_loadu_si512(table);
+}
+
+/* part[r] += x[r][k..k + 8] . w[0..8], one strip of outputs at once. The shuffle takes the low five bits of
+   each 16-bit lane, and the table is there twice, so the bit above a code does not matter. */
+INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
+                          const uint8_t *codes, __m512i table)
+{
+    __m512i packed = _mm512_loadu_si512(codes);
+    UNROLL for (int j = 0; j < 4; j++) {
+        __m512i shifted = j ? _mm512_srli_epi16(packed, 4 * j) : packed;
+        __m512bh w = (__m512bh)_mm512_permutexvar_epi16(shifted, table);
+        UNROLL for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, x[r] + k + 2 * j, sizeof pair);
+            part[r] = (vf)_mm512_dpbf16_ps((__m512)part[r], w, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+}
+
+#else
+
+#if defined(AVX512)
+INLINE vf lookup(vi codes, vf table)
+{
+    return (vf)_mm512_permutexvar_ps((__m512i)codes, (__m512)table);
+}
+#elif defined(AVX2)
+INLINE vf lookup(vi codes, const float *table)
+{
+    __m256i index = (__m256i)codes;
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+#else
+INLINE vf lookup(vi codes, const float *table)
+{
+    vf x;
+    UNROLL for (int i = 0; i < VL; i++)
+        x[i] = table[codes[i] & 15];
+    return x;
+}
+#endif
+
+#if defined(AVX512)
+#define TABLE vf
+INLINE vf nf4_table(void)
+{
+    return load(NF4_VALUES);
+}
+#else
+#define TABLE const float *
+INLINE const float *nf4_table(void)
+{
+    return NF4_VALUES;
+}
+#endif
+
+INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
+                          const uint8_t *codes, TABLE table)
+{
+    vi packed;
+    memcpy(&packed, codes, sizeof packed);
+    UNROLL for (int i = 0; i < 8; i++) {
+        vf w = lookup((vi)((vu)packed >> (4 * (i / 2) + 16 * (i % 2))), table);
+        UNROLL for (int r = 0; r < R; r++)
+            part[r] += w * x[r][k + i];
+    }
+}
+
+#endif
+
+/* R rows times N neighbouring strips; strip n begins at codes + offset[n], absmax + scales[n]. */
+INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t *codes,
+                       const float *absmax, const size_t offset[], const size_t scales[],
+                       int columns, float *y, size_t y_stride)
+{
+    TABLE table = nf4_table();
+    vf total[CHAINS][TILE_ROWS], part[CHAINS][TILE_ROWS];
+    const real *row[TILE_ROWS];
+    size_t k = 0;
+    UNROLL for (int r = 0; r < R; r++)
+        row[r] = x + r * stride;
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int r = 0; r < R; r++)
+            total[n][r] = splat(0);
+    for (int block = 0; block < columns / BLOCK; block++) {
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int r = 0; r < R; r++)
+                part[n][r] = splat(0);
+        for (size_t end = k + BLOCK; k < end; k += 8)
+            UNROLL for (int n = 0; n < N; n++)
+                group_product(R, part[n], row, k, codes + offset[n] + k * LANES / 2, table);
+        UNROLL for (int n = 0; n < N; n++) {
+            vf scale = load(absmax + scales[n] + block * LANES);
+            UNROLL for (int r = 0; r < R; r++)
+                total[n][r] += part[n][r] * scale;
+        }
+    }
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int r = 0; r < R; r++)
+            store(y + r * y_stride + n * VL, total[n][r]);
+}
+
+/* How many neighbouring strips go together. */
+static int strips_together(int rows)
+{
+    return rows <= 2 ? 4 : rows <= TILE_ROWS / 2 ? 2 : 1;
+}
+
+/* y [rows][16 tiles] = x [rows][columns] times neighbouring tiles. */
+static void tile_product(const real *x, size_t stride, int rows, const uint8_t *codes,
+                         const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+{
+    for (int from = 0; from < rows; from += TILE_ROWS) {
+        int count = rows - from < TILE_ROWS ? rows - from : TILE_ROWS;
+        int strips = tiles * STRIPS, together = strips_together(count);
+        for (int strip = 0; strip < strips; strip += together) {
+            int n = strips - strip < together ? strips - strip : together;
+            size_t offset[CHAINS], scales[CHAINS];
+            for (int i = 0; i < n; i++) {
+                size_t tile = (strip + i) / STRIPS, part = (strip + i) % STRIPS;
+                offset[i] = tile * columns / 8 * GROUP_BYTES + part * VL * 4;
+                scales[i] = tile * columns / BLOCK * LANES + part * VL;
+            }
+            const real *in = x + from * stride;
+            float *out = y + from * y_stride + strip * VL;
+#define CASE(R, N)                                                                                 \
+    case 8 * (N) + (R):                                                                            \
+        strip_rows(R, N, in, stride, codes, absmax, offset, scales, columns, out, y_stride);       \
+        break;
+            switch (8 * n + count) {
+                CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 1) CASE(2, 2) CASE(2, 3)
+                CASE(2, 4) CASE(3, 1) CASE(4, 1)
+#if TILE_ROWS == 8
+                CASE(3, 2) CASE(4, 2) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
+#endif
+            }
+#undef CASE
+        }
+    }
+}
+
+#if defined(AVX512)
+#define DOT_ROWS 4
+#else
+#define DOT_ROWS 2
+#endif
+#define DOT_OUTS 4
+
+/* acc + x[0..DOT_STEP] * w[0..DOT_STEP] by lanes, in bfloat16 two to a lane. */
+#if BF16
+#define DOT_STEP 32
+INLINE vf dot_step(vf acc, const real *x, const real *w)
+{
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x),
+                                (__m512bh)_mm512_loadu_si512(w));
+}
+
+INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
+{
+    __mmask32 mask = (1u << n) - 1;
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_maskz_loadu_epi16(mask, x),
+                                (__m512bh)_mm512_maskz_loadu_epi16(mask, w));
+}
+#else
+#define DOT_STEP VL
+INLINE vf dot_step(vf acc, const real *x, const real *w)
+{
+    return acc + load(x) * load(w);
+}
+
+INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
+{
+    float a[VL] = {0}, b[VL] = {0};
+    memcpy(a, x, n * sizeof(float));
+    memcpy(b, w, n * sizeof(float));
+    return acc + load(a) * load(b);
+}
+#endif
+
+/* y[r][n] = x[r] . w[n] for R rows and N outputs, N being 1 or 4. */
+INLINE void dots(int R, int N, const real *const x[], const real *w, size_t stride, int columns,
+                 float *const y[])
+{
+    vf acc[DOT_ROWS][DOT_OUTS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++)
+            acc[r][n] = splat(0);
+    int k = 0;
+    for (; k + DOT_STEP <= columns; k += DOT_STEP)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int r = 0; r < R; r++)
+                acc[r][n] = dot_step(acc[r][n], x[r] + k, w + n * stride + k);
+    if (k < columns)
+        for (int n = 0; n < N; n++)
+            for (int r = 0; r < R; r++)
+                acc[r][n] = dot_rest(acc[r][n], x[r] + k, w + n * stride + k, columns - k);
+    UNROLL for (int r = 0; r < R; r++)
+        if (N == 4)
+            sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], y[r]);
+        else
+            y[r][0] = sum(acc[r][0]);
+}
+
+/* y[r][0..outs] = x[r] . w[0..outs]; rows anywhere, w [outs][columns] with `stride` between. */
+static void dot_products(const real *const x[], int rows, const real *w, size_t stride, int outs,
+                         int columns, float *const y[])
+{
+    for (int n = 0; n < outs; n += DOT_OUTS) {
+        const real *v = w + n * stride;
+        int width = outs - n < DOT_OUTS ? outs - n : DOT_OUTS;
+        for (int r = 0; r < rows; r += DOT_ROWS) {
+            int count = rows - r < DOT_ROWS ? rows - r : DOT_ROWS;
+            float *out[DOT_ROWS];
+            for (int i = 0; i < count; i++)
+                out[i] = y[r + i] + n;
+            if (width < DOT_OUTS)
+                for (int i = 0; i < count; i++)
+                    for (int j = 0; j < width; j++)
+                        dots(1, 1, x + r + i, v + j * stride, stride, columns,
+                             (float *[]){out[i] + j});
+#if DOT_ROWS == 4
+            else if (count == 4)
+                dots(4, DOT_OUTS, x + r, v, stride, columns, out);
+            else if (count == 3)
+                dots(3, DOT_OUTS, x + r, v, stride, columns, out);
+#endif
+            else if (count == 2)
+                dots(2, DOT_OUTS, x + r, v, stride, columns, out);
+            else
+                dots(1, DOT_OUTS, x + r, v, stride, columns, out);
+        }
+    }
+}
+
+#endif
