@@ -1,8 +1,8 @@
 """The pace of running streams while 50 adapters are registered and used within 10 seconds.
 
 16 streams run on a Llama of 100M parameters in NF4 (or another size by flags): a quarter on the
-base, half on an adapter of their own, a quarter on a mixture of two; where one ends it begins
-again. Every round has a quiet window and a busy one, now the one first and now the other. In the
+base, half on one adapter, a quarter on a mixture of two. They begin anew in every round, which has a
+quiet window and a busy one, now the one first and now the other. In the
 busy one an adapter that the server has never seen is registered every 0.19 seconds, whether the
 last is done or not, and used at once for an answer of 8 tokens; there are fewer slots than
 adapters. What counts are the times between two messages of a stream, as the client sees them over
@@ -38,7 +38,7 @@ from mora_serve.errors import MoraError
 from mora_serve.model.shape import PROJECTIONS, shape_from_config
 
 LASTING = 8  # adapters of the streams
-LENGTH = 600  # tokens of a stream
+LENGTH = 2000  # tokens of a stream: more than come in a round
 SETTLE_SECONDS = 1.0  # before each window
 ARRIVALS = (
     0.95  # the part of a busy window in which adapters arrive, so that the last is used in it
@@ -112,13 +112,15 @@ async def measure(
     address: str, args: argparse.Namespace
 ) -> tuple[list[dict[str, list[float]]], Scene]:
     """Each round's gaps, quiet and busy, and what was noted."""
-    scene, done, rounds = Scene(), asyncio.Event(), []
-    async with AsyncClient(address, timeout=600.0) as client, asyncio.TaskGroup() as tasks:
-        for i in range(args.streams):
-            tasks.create_task(stream(client, i, args, scene, done))
-        while len(scene.gaps) < 4 * args.streams and not scene.errors:
-            await asyncio.sleep(0.05)
+    scene, rounds = Scene(), []
+    async with AsyncClient(address, timeout=600.0) as client:
         for turn in range(args.repeat):
+            begun = len(scene.gaps)
+            tasks = [
+                asyncio.create_task(stream(client, i, args, scene)) for i in range(args.streams)
+            ]
+            while len(scene.gaps) < begun + 4 * args.streams and not scene.errors:
+                await asyncio.sleep(0.05)
             gaps: dict[str, list[float]] = {}
             for kind in ("quiet", "busy") if turn % 2 == 0 else ("busy", "quiet"):
                 await asyncio.sleep(SETTLE_SECONDS)
@@ -130,9 +132,11 @@ async def measure(
                 for name in names:
                     with contextlib.suppress(MoraError):  # its registration may have failed
                         await client.unregister_adapter(name)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             rounds.append(gaps)
             report.log(f"round {turn}: { ({k: percentiles(g) for k, g in gaps.items()}) }")
-        done.set()
     return rounds, scene
 
 
@@ -163,33 +167,29 @@ async def arrivals(client: AsyncClient, names: Sequence[str], seconds: float, sc
             tasks.create_task(use(name, start + i * ARRIVALS * seconds / len(names)))
 
 
-async def stream(
-    client: AsyncClient, i: int, args: argparse.Namespace, scene: Scene, done: asyncio.Event
-) -> None:
-    """One long stream after another; notes the seconds between their messages with tokens."""
+async def stream(client: AsyncClient, i: int, args: argparse.Namespace, scene: Scene) -> None:
+    """One long stream; notes the seconds between its messages with tokens."""
     rng = random.Random(i)
     one, two = f"old-{i % LASTING}", f"old-{(i + 1) % LASTING}"
     mixture = ({}, {one: 1.0}, {one: 0.6, two: 0.5}, {one: 1.0})[i % 4]
-    # As long as the others, but the first, so that they are all at different positions.
-    length = (i + 1) * LENGTH // args.streams
-    while not done.is_set() and not scene.errors:
-        options = {
-            "token_ids": [rng.randrange(4, args.vocabulary) for _ in range(32)],
-            "adapters": mixture or None,
-            "base": not mixture,
-            "max_tokens": length,
-            "ignore_eos": True,
-        }
-        last = None
-        try:
-            async for tokens in streamed(client, options):
-                now = time.perf_counter()
-                if tokens and last is not None:
-                    scene.gaps.append((now, now - last))
-                last = now if tokens else last
-        except MoraError as e:
-            scene.errors.append(f"stream {i}: {e}")
-        length = LENGTH
+    options = {
+        "token_ids": [rng.randrange(4, args.vocabulary) for _ in range(32)],
+        "adapters": mixture or None,
+        "base": not mixture,
+        "max_tokens": LENGTH,
+        "ignore_eos": True,
+    }
+    last = None
+    try:
+        async for tokens in streamed(client, options):
+            now = time.perf_counter()
+            if tokens and last is not None:
+                scene.gaps.append((now, now - last))
+            last = now if tokens else last
+    except MoraError as e:
+        scene.errors.append(f"stream {i}: {e}")
+    else:
+        scene.errors.append(f"stream {i} ended within the round; lower --seconds")
 
 
 def summary(rounds: Sequence[dict[str, list[float]]], scene: Scene) -> dict[str, Any]:
