@@ -47,7 +47,7 @@ class EngineConfig:
     max_batch: int = _doc(64, "requests that run at the same time")
     step_tokens: int = _doc(512, "tokens computed a step, prefill chunks included")
     step_pace: float = _doc(
-        2.0,
+        1.75,
         "while streams run, prompt chunks are sized so that a step takes at most about this many "
         "times as long as one without prompt tokens; 0 for no such limit",
     )

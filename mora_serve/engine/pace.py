@@ -7,7 +7,7 @@ estimated from the steps as they are measured: nothing here reads a clock.
 
 from __future__ import annotations
 
-MIN_TOKENS = 32  # a step costs a CPU about the same for fewer: a prompt gets as many whatever runs
+MIN_TOKENS = 16  # a prompt gets as many a step whatever runs: a page
 
 GAIN = 0.2  # weight of the newest measurement
 OUTLIER = 4.0  # a measurement counts as at most this many times what was expected
