@@ -268,8 +268,8 @@ class Engine:
         return events
 
     def _loop(self) -> None:
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
+        if self.runner.forward.torch_threads:
+            torch.set_num_threads(self.runner.forward.torch_threads)
         while True:
             with self._wake:
                 # Waiting requests are looked at again soon: their adapters may be loading.

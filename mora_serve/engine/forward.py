@@ -27,6 +27,16 @@ class Logits:
 class Forward(Protocol):
     """One forward for the whole batch; writes the keys and values of all its tokens."""
 
+    @property
+    def reads_whole_pages(self) -> bool:
+        """It reads and masks what is beyond a sequence's end: pages must hold finite numbers."""
+        ...
+
+    @property
+    def torch_threads(self) -> int:
+        """How many threads torch may use beside it on a CPU; 0 leaves that as it is."""
+        ...
+
     def __call__(self, batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """None when no chunk samples; ``slot`` gives an adapter's slot by digest."""
         ...

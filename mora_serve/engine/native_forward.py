@@ -44,6 +44,9 @@ def can_run(decoder: Decoder) -> bool:
 class NativeForward:
     """Runs batches. The decoder's weights are put in the native layout, in place."""
 
+    reads_whole_pages = False
+    torch_threads = 1  # a second team that waits for work would take the cores of this one
+
     def __init__(
         self, decoder: Decoder, slots: AdapterSlots, kv: KVPages, max_context: int, threads: int
     ) -> None:

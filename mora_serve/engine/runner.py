@@ -72,11 +72,11 @@ class Runner:
                 "where there is a C compiler",
                 field="engine.kernels",
             )
-        return TorchForward(*parts)
+        return TorchForward(*parts, config.threads)
 
     def clear(self, pages: Seq[int]) -> None:
-        """Zero pages that have a new owner (see KVCache.take_new)."""
-        if pages:
+        """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
+        if pages and self.forward.reads_whole_pages:
             self.kv.clear(pages)
 
     @torch.inference_mode()

@@ -18,8 +18,13 @@ from mora_serve.model.lora import AdapterSlots, PooledAdapters, plan_mixtures
 class TorchForward:
     """Runs batches through the decoder, op by op."""
 
-    def __init__(self, decoder: Decoder, slots: AdapterSlots, kv: KVPages) -> None:
+    reads_whole_pages = True
+
+    def __init__(
+        self, decoder: Decoder, slots: AdapterSlots, kv: KVPages, threads: int = 0
+    ) -> None:
         self.decoder, self.slots, self.kv = decoder, slots, kv
+        self.torch_threads = threads
 
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch, as they share one product."""
