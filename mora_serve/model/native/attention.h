@@ -9,7 +9,12 @@
 #include "adapter.h"
 #include "row.h"
 
-enum { VALUE_HEADS = 4 };
+/* What one pass over the values takes; as many sums as there are registers for. */
+#if defined(AVX512)
+enum { VALUE_HEADS = 4, VALUE_STRIPS = 4 };
+#else
+enum { VALUE_HEADS = 2, VALUE_STRIPS = 4 };
+#endif
 
 INLINE size_t page_row(const Model *m, const Step *step, const Row *row, int kv_head, int position)
 {
@@ -81,22 +86,34 @@ static void softmax(float *scores, int n, float scale)
         scores[i] /= total;
 }
 
-/* out[head][lane] = sum over n positions of weight times value, `lanes` columns of the values. */
-INLINE void value_sum(int heads, const float *const weights[], const real *values, size_t stride,
-                      int n, int lanes, vf acc[])
+/* acc[head][strip] += weight times value over n positions, `strips` registers of the values. */
+INLINE void value_sum(int heads, int strips, const float *const weights[], const real *values,
+                      size_t stride, int n, vf acc[][VALUE_STRIPS])
 {
+    vf total[VALUE_HEADS][VALUE_STRIPS];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int s = 0; s < strips; s++)
+            total[h][s] = acc[h][s];
     for (int t = 0; t < n; t++) {
-        vf v;
-        if (lanes == VL) {
-            v = load_real(values + t * stride);
-        } else {
-            v = splat(0);
-            for (int j = 0; j < lanes; j++)
-                v[j] = to_float(values[t * stride + j]);
+        vf v[VALUE_STRIPS];
+        UNROLL for (int s = 0; s < strips; s++)
+            v[s] = load_real(values + t * stride + s * VL);
+        UNROLL for (int h = 0; h < heads; h++) {
+            vf weight = splat(weights[h][t]);
+            UNROLL for (int s = 0; s < strips; s++)
+                total[h][s] += v[s] * weight;
         }
-        UNROLL for (int h = 0; h < heads; h++)
-            acc[h] += v * weights[h][t];
     }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int s = 0; s < strips; s++)
+            acc[h][s] = total[h][s];
+}
+
+/* The same for one column, where a head's size is not made of whole registers. */
+static void value_column(const float *weights, const real *values, size_t stride, int n, float *acc)
+{
+    for (int t = 0; t < n; t++)
+        *acc += to_float(values[t * stride]) * weights[t];
 }
 
 static void attend(const Forward *f, int layer, int r, int kv_head, float *scores)
@@ -135,11 +152,11 @@ static void attend(const Forward *f, int layer, int r, int kv_head, float *score
     real *out = f->space->attended + ((size_t)r * m->heads + kv_head * group) * dim;
     for (int h = 0; h < group; h += VALUE_HEADS) {
         int heads = group - h < VALUE_HEADS ? group - h : VALUE_HEADS;
-        for (int d = 0; d < dim; d += VL) {
-            int lanes = dim - d < VL ? dim - d : VL;
-            vf acc[VALUE_HEADS];
-            for (int i = 0; i < VALUE_HEADS; i++)
-                acc[i] = splat(0);
+        for (int d = 0, width; d < dim; d += width) {
+            width = dim - d >= VALUE_STRIPS * VL ? VALUE_STRIPS * VL : dim - d >= VL ? VL : 1;
+            vf acc[VALUE_HEADS][VALUE_STRIPS];
+            float column[VALUE_HEADS] = {0};
+            memset(acc, 0, sizeof acc);
             for (int t = begin; t < end;) {
                 int n = size - t % size < end - t ? size - t % size : end - t;
                 const float *weights[VALUE_HEADS];
@@ -147,18 +164,24 @@ static void attend(const Forward *f, int layer, int r, int kv_head, float *score
                     weights[i] = scores + (size_t)(h + i) * length + t - begin;
                 const real *v = (const real *)l->values
                                 + page_row(m, f->step, row, kv_head, t) + d;
-                if (heads == VALUE_HEADS)
-                    value_sum(VALUE_HEADS, weights, v, dim, n, lanes, acc);
+                if (width == VALUE_STRIPS * VL && heads == VALUE_HEADS)
+                    value_sum(VALUE_HEADS, VALUE_STRIPS, weights, v, dim, n, acc);
                 else
                     for (int i = 0; i < heads; i++)
-                        value_sum(1, weights + i, v, dim, n, lanes, acc + i);
+                        if (width == VALUE_STRIPS * VL)
+                            value_sum(1, VALUE_STRIPS, weights + i, v, dim, n, acc + i);
+                        else if (width == VL)
+                            value_sum(1, 1, weights + i, v, dim, n, acc + i);
+                        else
+                            value_column(weights[i], v, dim, n, &column[i]);
                 t += n;
             }
-            for (int i = 0; i < heads; i++) {
-                float lanes_out[VL];
-                store(lanes_out, acc[i]);
-                to_real(lanes_out, lanes, out + (h + i) * dim + d);
-            }
+            for (int i = 0; i < heads; i++)
+                for (int s = 0; s * VL < width; s++)
+                    if (width == 1)
+                        out[(h + i) * dim + d] = from_float(column[i]);
+                    else
+                        store_real(out + (h + i) * dim + d + s * VL, acc[i][s]);
         }
     }
 }

@@ -109,7 +109,7 @@ INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
 /* R rows times N neighbouring strips; strip n begins at codes + offset[n], absmax + scales[n]. */
 INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t *codes,
                        const float *absmax, const size_t offset[], const size_t scales[],
-                       int columns, float *y, size_t y_stride)
+                       int columns, int fetching, float *y, size_t y_stride)
 {
     TABLE table = nf4_table();
     vf total[CHAINS][TILE_ROWS], part[CHAINS][TILE_ROWS];
@@ -127,7 +127,7 @@ INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t
                 part[n][r] = splat(0);
         for (size_t end = k + BLOCK; k < end; k += 8)
             UNROLL for (int n = 0; n < N; n++) {
-                if (N > 1) /* what comes next, in the order of memory (see dots) */
+                if (fetching) /* what comes next, in the order of memory (see dots) */
                     __builtin_prefetch(next += GROUP_BYTES / STRIPS);
                 group_product(R, part[n], row, k, codes + offset[n] + k * LANES / 2, table);
             }
@@ -167,7 +167,8 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
             float *out = y + from * y_stride + strip * VL;
 #define CASE(R, N)                                                                                 \
     case 8 * (N) + (R):                                                                            \
-        strip_rows(R, N, in, stride, codes, absmax, offset, scales, columns, out, y_stride);       \
+        strip_rows(R, N, in, stride, codes, absmax, offset, scales, columns, from == 0, out,       \
+                   y_stride);                                                                      \
         break;
             switch (8 * n + count) {
                 CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 1) CASE(2, 2) CASE(2, 3)
@@ -220,24 +221,24 @@ INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
 }
 #endif
 
-/* y[r][n] = x[r] . w[n] for R rows and N outputs, N being 1 or 4. Meanwhile the N outputs that come
-   `ahead` outputs later are fetched, in the order of memory: a processor foresees one stream of
+/* y[r][n] = x[r] . w[n] for R rows and N outputs, N being 1 or 4. Meanwhile what comes next is
+   fetched in the order of memory, `lines` of 64 bytes a step: a processor foresees one stream of
    reads, but not N that run side by side. */
 INLINE void dots(int R, int N, const real *const x[], const real *w, size_t stride, int columns,
-                 size_t ahead, float *const y[])
+                 const real *next, int lines, float *const y[])
 {
     vf acc[DOT_ROWS][DOT_OUTS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < N; n++)
             acc[r][n] = splat(0);
     int k = 0;
-    for (; k + DOT_STEP <= columns; k += DOT_STEP)
-        UNROLL for (int n = 0; n < N; n++) {
-            if (ahead)
-                __builtin_prefetch(w + ahead * stride + N * k + n * DOT_STEP);
+    for (; k + DOT_STEP <= columns; k += DOT_STEP) {
+        for (int i = 0; i < lines; i++, next += 64 / sizeof(real))
+            __builtin_prefetch(next);
+        UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int r = 0; r < R; r++)
                 acc[r][n] = dot_step(acc[r][n], x[r] + k, w + n * stride + k);
-        }
+    }
     if (k < columns)
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++)
@@ -253,30 +254,34 @@ INLINE void dots(int R, int N, const real *const x[], const real *w, size_t stri
 static void dot_products(const real *const x[], int rows, const real *w, size_t stride, int outs,
                          int columns, float *const y[])
 {
+    /* each pass over the weights of four outputs fetches its share of four later ones */
+    int passes = (rows + DOT_ROWS - 1) / DOT_ROWS, lines = DOT_STEP * DOT_OUTS * sizeof(real) / 64;
+    lines = passes < lines ? lines / passes : passes <= lines ? 1 : 0;
+    size_t share = (size_t)columns / DOT_STEP * lines * 64 / sizeof(real);
     for (int n = 0; n < outs; n += DOT_OUTS) {
         const real *v = w + n * stride;
         int width = outs - n < DOT_OUTS ? outs - n : DOT_OUTS;
         for (int r = 0; r < rows; r += DOT_ROWS) {
             int count = rows - r < DOT_ROWS ? rows - r : DOT_ROWS;
-            size_t ahead = r == 0 ? FETCH_AHEAD : 0;
+            const real *next = v + FETCH_AHEAD * stride + (size_t)r / DOT_ROWS * share;
             float *out[DOT_ROWS];
             for (int i = 0; i < count; i++)
                 out[i] = y[r + i] + n;
             if (width < DOT_OUTS)
                 for (int i = 0; i < count; i++)
                     for (int j = 0; j < width; j++)
-                        dots(1, 1, x + r + i, v + j * stride, stride, columns, 0,
+                        dots(1, 1, x + r + i, v + j * stride, stride, columns, v, 0,
                              (float *[]){out[i] + j});
 #if DOT_ROWS == 4
             else if (count == 4)
-                dots(4, DOT_OUTS, x + r, v, stride, columns, ahead, out);
+                dots(4, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
             else if (count == 3)
-                dots(3, DOT_OUTS, x + r, v, stride, columns, ahead, out);
+                dots(3, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
 #endif
             else if (count == 2)
-                dots(2, DOT_OUTS, x + r, v, stride, columns, ahead, out);
+                dots(2, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
             else
-                dots(1, DOT_OUTS, x + r, v, stride, columns, ahead, out);
+                dots(1, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
         }
     }
 }
