@@ -48,7 +48,13 @@ class NativeForward:
     torch_threads = 1  # a second team that waits for work would take the cores of this one
 
     def __init__(
-        self, decoder: Decoder, slots: AdapterSlots, kv: KVPages, max_context: int, threads: int
+        self,
+        decoder: Decoder,
+        slots: AdapterSlots,
+        kv: KVPages,
+        max_context: int,
+        threads: int,
+        in_bytes: bool = False,
     ) -> None:
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self.native = Native(decoder.dtype, threads)
@@ -75,7 +81,7 @@ class NativeForward:
             *(t.data_ptr() for t in (decoder.embedding, decoder.norm, decoder.cos, decoder.sin)),
             self._linear(Linear((DenseWeight(decoder.head),))),
             ctypes.cast(self._layers, ctypes.POINTER(LayerStruct)),
-            *(kv.k.shape[2], kv.page_size, slots.slots, slots.max_rank),
+            *(kv.k.shape[2], kv.page_size, slots.slots, slots.max_rank, in_bytes),
             *(self._ranks.ctypes.data, self._has_dora.ctypes.data),
         )
         self._logits = torch.empty(0, shape.vocab_size)

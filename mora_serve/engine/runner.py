@@ -50,7 +50,12 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Decoder, pool: AdapterPool, pages: int, max_context: int, config: EngineConfig
+        self,
+        decoder: Decoder,
+        pool: AdapterPool,
+        pages: int,
+        max_context: int,
+        config: EngineConfig,
     ) -> None:
         shape, page_size = decoder.shape, config.page_size
         self.decoder, self.pool = decoder, pool

@@ -81,9 +81,7 @@ class TorchForward:
             window,
         )
 
-    def _adapters(
-        self, batch: Seq[Chunk], slot: Callable[[str], int]
-    ) -> PooledAdapters | None:
+    def _adapters(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> PooledAdapters | None:
         mixtures = [
             tuple((slot(digest), weight) for digest, weight in chunk.sequence.weights)
             for chunk in batch

@@ -40,7 +40,8 @@ static int can_run(const Target *target)
     int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                  && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(target->name, "avx512bf16"))
-        return avx512 && __builtin_cpu_supports("avx512bf16");
+        return avx512 && __builtin_cpu_supports("avx512bf16")
+               && __builtin_cpu_supports("avx512vnni");
     if (!strcmp(target->name, "avx512"))
         return avx512;
     if (!strcmp(target->name, "avx2"))
@@ -83,7 +84,8 @@ Native *mora_new(const char *target, int threads)
 static void free_space(Workspace *s)
 {
     void *all[] = {s->row, s->segment, s->order, s->pair_row, s->pair_slot, s->pair_weight,
-                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->scores};
+                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->scores,
+                   s->bytes.q, s->bytes.scale, s->bytes.offset};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     memset(s, 0, sizeof *s);
@@ -132,9 +134,15 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
     s->x = block(rows * hidden * real_size);
     s->wide = block(rows * (inner > hidden ? inner : hidden) * real_size);
     s->attended = block(rows * heads * real_size);
+    size_t widest = inner > hidden ? inner : hidden;
+    widest = rows * (widest > heads ? widest : heads);
+    s->bytes.q = block(widest);
+    s->bytes.scale = block(widest / BLOCK * sizeof(float) + rows * sizeof(float));
+    s->bytes.offset = block(widest / BLOCK * sizeof(int32_t) + rows * sizeof(int32_t));
     s->scores = block(threads * s->score_size * sizeof(float));
     int ok = s->row && s->segment && s->order && s->pair_row && s->pair_slot && s->pair_weight
-             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->scores;
+             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->scores
+             && s->bytes.q && s->bytes.scale && s->bytes.offset;
     if (!ok)
         free_space(s);
     return ok;

@@ -81,6 +81,7 @@ class ModelStruct(Structure):
         ("head", LinearStruct),
         ("layer", POINTER(LayerStruct)),
         *((n, c_int32) for n in ("pages", "page_size", "slots", "max_rank")),
+        ("in_bytes", c_int32),
         ("ranks", c_void_p),
         ("has_dora", c_void_p),
     ]

@@ -55,6 +55,7 @@ typedef struct {
     const Layer *layer;
     int32_t pages, page_size;
     int32_t slots, max_rank;
+    int32_t in_bytes; /* inputs of 4-bit weights are rounded to 8 bits (see bytes.h) */
     const int32_t *ranks, *has_dora; /* of each slot */
 } Model;
 

@@ -16,9 +16,10 @@ static void product_run(Team *team, int thread, void *argument)
 {
     const Product *p = argument;
     int units = weight_units(p->linear);
+    Input in = {p->x, p->linear->weights[0].columns, NULL};
     (void)thread;
     for (int unit; (unit = team_next(team)) < units;)
-        product_unit(p->linear, unit, p->x, p->linear->weights[0].columns, p->rows, p->y, p->width);
+        product_unit(p->linear, unit, &in, p->rows, p->y, p->width);
 }
 
 void JOIN(product_, TARGET)(Team *team, const Linear *linear, const void *x, int rows, float *y)
