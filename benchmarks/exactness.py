@@ -190,7 +190,7 @@ class Capture:
             return results
 
         runner.run = captured  # type: ignore[method-assign]
-        runner.forward = forwarded
+        runner.forward = forwarded  # type: ignore[assignment]
 
 
 def local_engine(

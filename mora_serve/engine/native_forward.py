@@ -90,7 +90,10 @@ class NativeForward:
 
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward."""
-        chunks, tokens, pages, wanted = [], [], [], []
+        chunks: list[tuple[int, int, int, int, int]] = []
+        tokens: list[int] = []
+        pages: list[int] = []
+        wanted: list[int] = []
         mixed: list[int] = []
         weights: list[float] = []
         for chunk in batch:

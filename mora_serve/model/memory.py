@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -52,8 +53,6 @@ def _pages(size: int) -> Tensor:
     bytes_ = torch.frombuffer(memory, dtype=torch.uint8)
     start = -bytes_.data_ptr() % HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them: small pages, the same numbers
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: small pages, the same numbers
     return bytes_[start : start + size]

@@ -139,9 +139,10 @@ class Native:
 
     def __init__(self, dtype: torch.dtype, threads: int, target: str = "") -> None:
         """Raises ValueError when the library is missing or does not have such a target."""
-        names, self.lib = targets(dtype), library()
-        if self.lib is None or not names or target not in ("", *names):
+        names, lib = targets(dtype), library()
+        if lib is None or not names or target not in ("", *names):
             raise ValueError(f"target: no native path {target!r} for {dtype} on this processor")
+        self.lib = lib
         self.dtype, self.target = dtype, target or names[0]
         self._handle = self.lib.mora_new(self.target.encode(), max(1, threads))
         if not self._handle:
