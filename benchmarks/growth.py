@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.peers import Peers
 from benchmarks.served import Served
+from benchmarks.tables import percentile
 from benchmarks.turns import OURS, System, row, take_turns
 from benchmarks.workload import Mixtures, Workload, mixtures
 from mora_serve.cli.output import table
@@ -216,8 +217,8 @@ def as_table(name: str, rows: Rows) -> str:
             r["failure"]
             if "failure" in r
             else f"{r['tokens_per_second']:.1f} ({r['least']:.1f}-{r['most']:.1f})",
-            "" if "failure" in r else f"{r['first_token_ms']['p50']:.0f}",
-            "" if "failure" in r else f"{r['inter_token_ms']['p50']:.1f}",
+            percentile(r.get("first_token_ms", {}), "p50", 0),
+            percentile(r.get("inter_token_ms", {}), "p50"),
         )
         for r in rows
     ]

@@ -164,9 +164,13 @@ def _rates(r: Result) -> tuple[str, ...]:
 
 
 def _latency(r: Result) -> tuple[str, ...]:
-    first, between = r["first_token_ms"], r["inter_token_ms"]
-    values = (first.get("p50"), first.get("p99"), between.get("p50"), between.get("p99"))
-    return tuple("" if v is None else f"{v:.1f}" for v in values)
+    kinds = (r["first_token_ms"], r["inter_token_ms"])
+    return tuple(percentile(kind, p) for kind in kinds for p in ("p50", "p99"))
+
+
+def percentile(milliseconds: Mapping[str, float], name: str, digits: int = 1) -> str:
+    """One of ``open_loop.percentiles`` for people; empty where there was nothing to measure."""
+    return f"{milliseconds[name]:.{digits}f}" if name in milliseconds else ""
 
 
 def _numbers(value: Any, path: str = "") -> Iterable[tuple[str, float]]:

@@ -29,6 +29,7 @@ import torch
 from benchmarks import report
 from benchmarks.peers import Peers, notes
 from benchmarks.served import Served
+from benchmarks.tables import percentile
 from benchmarks.turns import OURS, System, row, take_turns
 from benchmarks.workload import Workload, mixtures
 from mora_serve.cli.output import table
@@ -223,8 +224,8 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 str(r["requests"]),
                 r["system"],
                 f"{r['tokens_per_second']:.1f}",
-                f"{r['first_token_ms']['p50']:.0f}",
-                *(f"{r['inter_token_ms'][p]:.1f}" for p in ("p50", "p99")),
+                percentile(r["first_token_ms"], "p50", 0),
+                *(percentile(r["inter_token_ms"], p) for p in ("p50", "p99")),
                 f"{r['repetitions']}x{r['new_tokens']}",
             )
         )

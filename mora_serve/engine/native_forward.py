@@ -54,10 +54,11 @@ class NativeForward:
         kv: KVPages,
         max_context: int,
         threads: int,
-        in_bytes: bool = False,
+        target: str = "",
     ) -> None:
+        """``target`` is one of ``targets(dtype)``; the best if empty."""
         self._decoder, self._slots, self._kv = decoder, slots, kv
-        self.native = Native(decoder.dtype, threads)
+        self.native = Native(decoder.dtype, threads, target)
         arena = Arena()
         for layer in decoder.layers:
             for site in layer.sites.values():
@@ -81,7 +82,7 @@ class NativeForward:
             *(t.data_ptr() for t in (decoder.embedding, decoder.norm, decoder.cos, decoder.sin)),
             self._linear(Linear((DenseWeight(decoder.head),))),
             ctypes.cast(self._layers, ctypes.POINTER(LayerStruct)),
-            *(kv.k.shape[2], kv.page_size, slots.slots, slots.max_rank, in_bytes),
+            *(kv.k.shape[2], kv.page_size, slots.slots, slots.max_rank),
             *(self._ranks.ctypes.data, self._has_dora.ctypes.data),
         )
         self._logits = torch.empty(0, shape.vocab_size)

@@ -24,6 +24,9 @@ from mora_serve.model.shape import PROJECTIONS, ModelShape, shape_from_config
 from mora_serve.server.app import MoraServer
 from tests.adapters import make
 
+CONTEXT, LONGEST = 2048, 2000
+# An answer that outlasts whatever a test does beside it: half a second and more.
+OUTLASTING = {"max_tokens": LONGEST, "ignore_eos": True}
 PROMPTS = {
     "rev": [f"reverse the word {w}" for w in ("stone", "river", "cloud", "lamp", "grass", "fork")],
     "sum": [f"add the numbers {i} and {i + 3}" for i in range(6)],
@@ -85,7 +88,7 @@ def running(config: Config) -> Iterator[Running]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/ and adapters/: rev and sum with routing cards, plain without, and bad ones."""
     root = tmp_path_factory.mktemp("server")
-    families.make_base("llama3", root / "base")
+    families.make_base("llama3", root / "base", max_position_embeddings=CONTEXT)
     for seed, name in enumerate(("rev", "sum", "plain")):
         path = write_adapter(root / "adapters" / name, seed, root / "base")
         if name in PROMPTS:
@@ -131,7 +134,7 @@ def configuration(root: Path, **sections: dict[str, Any]) -> Config:
             "dtype": "fp32",
             "device": "cpu",
         },
-        "engine": {"max_tokens": 200, "max_batch": 16, "max_stop": 4},
+        "engine": {"max_tokens": LONGEST, "max_batch": 16, "max_stop": 4},
         "adapters": {"root": str(root / "adapters"), "slots": 8},
         "server": {"port": 0, "metrics_port": 0, "drain_seconds": 5.0},
     }

@@ -25,9 +25,9 @@ from mora_serve.client import Client, connection
 from mora_serve.server.app import MoraServer
 from mora_serve.server.services import SERVICES
 from mora_serve.v1 import generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
-from tests.server.conftest import running, wait_for
+from tests.server.conftest import CONTEXT, LONGEST, OUTLASTING, running, wait_for
 
-LONG = {"base": True, "max_tokens": 200, "ignore_eos": True}
+LONG = {"base": True, **OUTLASTING}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -96,7 +96,8 @@ def test_the_server_describes_itself(client, serving):
     assert (info.base.quantization, info.base.dtype, info.base.device) == ("none", "fp32", "cpu")
     assert (info.base.vocab_size, info.base.chat) == (320, True)
     assert len(info.base.fingerprint) >= 16
-    assert (info.limits.max_context, info.limits.max_tokens, info.limits.slots) == (256, 200, 8)
+    limits = info.limits
+    assert (limits.max_context, limits.max_tokens, limits.slots) == (CONTEXT, LONGEST, 8)
     assert info.adapters == 0
     client.register_adapter("rev", "rev")
     assert client.server_info().adapters == 1

@@ -10,6 +10,7 @@ import pytest
 from mora_serve import errors
 from mora_serve.client import AsyncClient
 from mora_serve.core import Finish
+from tests.server.conftest import LONGEST, OUTLASTING
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ async def test_a_cancelled_task_cancels_the_generation(serving, client):
         return stats.running == stats.waiting == 0
 
     before = engine.stats().generation_tokens
-    options = {"base": True, "max_tokens": 200, "ignore_eos": True}
+    options = {"base": True, **OUTLASTING}
     task = asyncio.ensure_future(client.generate("hello", **options))
     async with asyncio.timeout(20):
         while idle():
@@ -61,7 +62,7 @@ async def test_a_cancelled_task_cancels_the_generation(serving, client):
             await task
         while not idle():
             await asyncio.sleep(0.005)
-    assert engine.stats().generation_tokens - before < 200
+    assert engine.stats().generation_tokens - before < LONGEST
 
 
 async def test_server_and_router_are_described(client):
@@ -79,4 +80,4 @@ async def test_errors_keep_their_kind(client):
     with pytest.raises(errors.InvalidArgument, match="max_tokens"):
         await client.stream("x", base=True, max_tokens=100_000)
     with pytest.raises(errors.DeadlineExceeded):
-        await client.generate("x", base=True, timeout=0.02, max_tokens=200, ignore_eos=True)
+        await client.generate("x", base=True, timeout=0.02, **OUTLASTING)

@@ -27,7 +27,7 @@ from mora_serve.router.states import State
 from mora_serve.server import feedback
 from mora_serve.server import router as router_module
 from mora_serve.v1.generation_pb2 import Prompt
-from tests.server.conftest import PROMPTS, configuration, running, wait_for
+from tests.server.conftest import CONTEXT, OUTLASTING, PROMPTS, configuration, running, wait_for
 from tests.server.test_app import scrape
 from tests.server.test_router import router_file
 
@@ -120,11 +120,11 @@ class TestWhatIsKept:
         with pytest.raises(errors.InvalidArgument):
             client.generate("x", task="do-rev", max_tokens=10_000)
         with pytest.raises(errors.InvalidArgument):  # by the engine
-            client.generate(token_ids=[5] * 256, task="do-rev", **ONE)
+            client.generate(token_ids=[5] * CONTEXT, task="do-rev", **ONE)
         assert exported(client) == []
 
     def test_what_is_accepted_is_kept_however_it_ends(self, client):
-        stream = client.stream("hello", task="do-rev", max_tokens=200, ignore_eos=True)
+        stream = client.stream("hello", task="do-rev", **OUTLASTING)
         stream.cancel()
         assert [r.prompt for r in exported(client)] == ["hello"]
 

@@ -12,10 +12,9 @@ from mora_serve import errors
 from mora_serve.adapters.registry import Registry
 from mora_serve.client import AsyncClient, Client
 from mora_serve.core import AdapterWeight, Finish, Mixture, Source
-from tests.server.conftest import running, wait_for, write_adapter
+from tests.server.conftest import LONGEST, OUTLASTING, running, wait_for, write_adapter
 
 LONG = {"max_tokens": 60, "ignore_eos": True}
-LONGER = {"max_tokens": 200, "ignore_eos": True}  # outlasts a call or two beside it
 
 
 @pytest.fixture
@@ -168,17 +167,17 @@ class TestLifetimes:
 
     def test_a_cancelled_stream_frees_everything_at_once(self, serving, client, adapters):
         before = engine(serving).stats()
-        stream = client.stream("hello", adapters={"rev": 1.0}, max_tokens=200, ignore_eos=True)
+        stream = client.stream("hello", adapters={"rev": 1.0}, **OUTLASTING)
         next(iter(stream))
         stream.cancel()
         wait_for(lambda: idle(serving))
         after = engine(serving).stats()
-        assert after.generation_tokens - before.generation_tokens < 200
+        assert after.generation_tokens - before.generation_tokens < LONGEST
         assert after.kv_pages_used == before.kv_pages_used == 0
 
     def test_a_deadline_ends_the_answer(self, serving, client):
         with pytest.raises(errors.DeadlineExceeded):
-            client.generate("hello", base=True, timeout=0.02, max_tokens=200, ignore_eos=True)
+            client.generate("hello", base=True, timeout=0.02, **OUTLASTING)
         wait_for(lambda: idle(serving))
 
     def test_a_replaced_adapter_serves_its_stream_to_the_end(self, serving, client, adapters):
@@ -217,7 +216,7 @@ class TestLifetimes:
         """A removed adapter lives as long as the streams that use it."""
         digest = client.upload_adapter("once", write_adapter(root / "once", seed=99)).digest
         registry = serving.server._assembly.registry
-        with client.stream("x", adapters={"once": 1.0}, **LONGER) as stream:
+        with client.stream("x", adapters={"once": 1.0}, **OUTLASTING) as stream:
             client.unregister_adapter("once")
             assert registry.open(digest)
             assert len(list(stream)) > 1

@@ -29,11 +29,6 @@ struct Workspace {
     float *h, *y;
     float *inner; /* [pairs][3][max_rank] */
     real *x, *q, *wide, *attended;
-    struct {
-        int8_t *q;
-        float *scale;
-        int32_t *offset;
-    } bytes; /* of the next product's input, where it is taken in bytes (see bytes.h) */
     float *scores; /* [threads][group * max_context] */
     size_t score_size;
 };

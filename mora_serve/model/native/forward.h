@@ -6,36 +6,19 @@
 
 #include "adapter.h"
 #include "attention.h"
-#include "bytes.h"
 #include "row.h"
 
 enum { TILES = 4, PRODUCT_ROWS = 64, SEGMENT = 512 };
 
-/* What a product multiplies: rows of reals, and the same in bytes or NULL. */
-typedef struct {
-    const real *x;
-    size_t stride;
-    const void *bytes;
-} Input;
-
-/* y [rows][16 n] = rows from .. of the input times n tiles of a weight, from tile `first` on. */
-static void weight_tiles(const Weight *w, const Input *in, int from, int rows, int first, int n,
-                         float *y, size_t y_stride)
+/* y [rows][16 n] = rows of x times n tiles of a weight, from tile `first` on. */
+static void weight_tiles(const Weight *w, const real *x, int rows, int first, int n, float *y,
+                         size_t y_stride)
 {
     int out = first * LANES;
-    size_t stride = in->stride;
-    const real *x = in->x + from * stride;
-    y += from * y_stride;
+    size_t stride = w->columns;
     if (w->kind == NF4) {
         size_t size = (size_t)w->columns / 8 * GROUP_BYTES;
         size_t scales = (size_t)w->columns / BLOCK * LANES;
-#if BF16
-        if (in->bytes) {
-            byte_product(in->bytes, from, rows, (const uint8_t *)w->weights + first * size,
-                         w->absmax + first * scales, w->columns, n, y + out, y_stride);
-            return;
-        }
-#endif
         tile_product(x, stride, rows, (const uint8_t *)w->weights + first * size,
                      w->absmax + first * scales, w->columns, n, y + out, y_stride);
         return;
@@ -60,7 +43,7 @@ static int weight_units(const Linear *linear)
 }
 
 /* Unit number `unit` of the product x [rows][in] -> y [rows][out]. */
-static void product_unit(const Linear *linear, int unit, const Input *in, int rows, float *y,
+static void product_unit(const Linear *linear, int unit, const real *x, int rows, float *y,
                          size_t y_stride)
 {
     for (int i = 0; i < linear->parts; i++) {
@@ -74,7 +57,8 @@ static void product_unit(const Linear *linear, int unit, const Input *in, int ro
         int last = (unit + 1) * TILES < tiles ? (unit + 1) * TILES : tiles;
         for (int from = 0; from < rows; from += PRODUCT_ROWS) {
             int count = rows - from < PRODUCT_ROWS ? rows - from : PRODUCT_ROWS;
-            weight_tiles(w, in, from, count, unit * TILES, last - unit * TILES, y, y_stride);
+            weight_tiles(w, x + (size_t)from * w->columns, count, unit * TILES,
+                         last - unit * TILES, y + from * y_stride, y_stride);
         }
         return;
     }
@@ -87,7 +71,6 @@ static void site_products(Team *team, int thread, Forward *f, int layer, int sit
     const Linear *linear = &f->model->layer[layer].sites[site];
     const Projection *projections = f->model->layer[layer].projections[site];
     int columns = linear->weights[0].columns, shrinks = shrink_units(f);
-    Input in = {x, columns, f->model->in_bytes ? &f->space->bytes : NULL};
     int units = shrinks + weight_units(linear), width = 0;
     for (int i = 0; i < linear->parts; i++)
         width += linear->weights[i].rows;
@@ -95,20 +78,10 @@ static void site_products(Team *team, int thread, Forward *f, int layer, int sit
         if (unit < shrinks)
             shrink_unit(f, projections, unit, x, columns);
         else
-            product_unit(linear, unit - shrinks, &in, f->step->rows, y, width);
+            product_unit(linear, unit - shrinks, x, f->step->rows, y, width);
     }
     static const int PHASE[SITES] = {QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT};
     end_phase(team, thread, f, PHASE[site]);
-}
-
-/* Rounds what was written to row r of the next product's input to bytes, where they are asked for. */
-static void round_input(Forward *f, const real *x, int n, int r, int columns, int first)
-{
-#if BF16
-    if (f->model->in_bytes)
-        to_bytes(x, n, (const Bytes *)&f->space->bytes, r, columns, first);
-#endif
-    (void)f, (void)x, (void)n, (void)r, (void)columns, (void)first;
 }
 
 /* h += y with the adapters' part of a site that has one projection; y is used up. */
@@ -165,8 +138,6 @@ static void run_layer(Team *team, int thread, Forward *f, int layer)
     for (int unit; (unit = team_next(team)) < units;) {
         attend(f, layer, unit / m->kv_heads, unit % m->kv_heads,
                s->scores + thread * s->score_size);
-        int r = unit / m->kv_heads, part = q_width / m->kv_heads, first = unit % m->kv_heads * part;
-        round_input(f, s->attended + (size_t)r * q_width + first, part, r, q_width, first);
     }
     end_phase(team, thread, f, ATTENTION);
 
@@ -175,7 +146,6 @@ static void run_layer(Team *team, int thread, Forward *f, int layer)
         float *y = s->y + (size_t)r * hidden, *h = s->h + (size_t)r * hidden;
         add_row(f, layer, O, &s->row[r], y, h);
         norm_row(h, l->post_norm, hidden, m->eps, y, s->x + (size_t)r * hidden);
-        round_input(f, s->x + (size_t)r * hidden, hidden, r, hidden, 0);
     }
     end_phase(team, thread, f, O_ROWS);
 
@@ -185,7 +155,6 @@ static void run_layer(Team *team, int thread, Forward *f, int layer)
         int count = inner - first < SEGMENT ? inner - first : SEGMENT;
         swiglu(f, layer, &s->row[r], s->y + (size_t)r * 2 * inner, first, count,
                s->wide + (size_t)r * inner + first);
-        round_input(f, s->wide + (size_t)r * inner + first, count, r, inner, first);
     }
     end_phase(team, thread, f, SWIGLU);
 
@@ -195,7 +164,6 @@ static void run_layer(Team *team, int thread, Forward *f, int layer)
         float *y = s->y + (size_t)r * hidden, *h = s->h + (size_t)r * hidden;
         add_row(f, layer, DOWN, &s->row[r], y, h);
         norm_row(h, next, hidden, m->eps, y, s->x + (size_t)r * hidden);
-        round_input(f, s->x + (size_t)r * hidden, hidden, r, hidden, 0);
     }
     end_phase(team, thread, f, DOWN_ROWS);
 }
@@ -235,7 +203,6 @@ static void forward(Team *team, int thread, void *argument)
         embed(m, step->tokens[r], h);
         norm_row(h, m->layer[0].input_norm, m->hidden, m->eps, s->y + (size_t)r * m->hidden,
                  s->x + (size_t)r * m->hidden);
-        round_input(f, s->x + (size_t)r * m->hidden, m->hidden, r, m->hidden, 0);
     }
     end_phase(team, thread, f, EMBEDDING);
     for (int layer = 0; layer < m->layers; layer++)
@@ -245,9 +212,8 @@ static void forward(Team *team, int thread, void *argument)
                s->x + (size_t)step->wanted_rows[i] * m->hidden, m->hidden * sizeof(real));
     team_barrier(team);
     int units = weight_units(&m->head);
-    Input in = {s->wide, m->hidden, NULL};
     for (int unit; step->wanted && (unit = team_next(team)) < units;)
-        product_unit(&m->head, unit, &in, step->wanted, step->logits, m->vocabulary);
+        product_unit(&m->head, unit, s->wide, step->wanted, step->logits, m->vocabulary);
     end_phase(team, thread, f, HEAD_PRODUCT);
     for (int i; (i = team_next(team)) < step->wanted;)
         judge(step->logits + (size_t)i * m->vocabulary, m->vocabulary, step->best + i,

@@ -40,8 +40,7 @@ static int can_run(const Target *target)
     int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                  && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(target->name, "avx512bf16"))
-        return avx512 && __builtin_cpu_supports("avx512bf16")
-               && __builtin_cpu_supports("avx512vnni");
+        return avx512 && __builtin_cpu_supports("avx512bf16");
     if (!strcmp(target->name, "avx512"))
         return avx512;
     if (!strcmp(target->name, "avx2"))
@@ -66,6 +65,16 @@ const char *mora_target(int real_size, int index)
     return NULL;
 }
 
+/* Sizes of the structures in the order of library.py, then the number of phases: what Python's side
+   has to agree with. */
+size_t mora_layout(int index)
+{
+    static const size_t LAYOUT[] = {sizeof(Weight), sizeof(Linear), sizeof(Projection),
+                                    sizeof(Layer),  sizeof(Model),  sizeof(Chunk),
+                                    sizeof(Step),   PHASES};
+    return LAYOUT[index];
+}
+
 Native *mora_new(const char *target, int threads)
 {
     Native *native = calloc(1, sizeof(Native));
@@ -84,8 +93,7 @@ Native *mora_new(const char *target, int threads)
 static void free_space(Workspace *s)
 {
     void *all[] = {s->row, s->segment, s->order, s->pair_row, s->pair_slot, s->pair_weight,
-                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->scores,
-                   s->bytes.q, s->bytes.scale, s->bytes.offset};
+                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->scores};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     memset(s, 0, sizeof *s);
@@ -134,15 +142,9 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
     s->x = block(rows * hidden * real_size);
     s->wide = block(rows * (inner > hidden ? inner : hidden) * real_size);
     s->attended = block(rows * heads * real_size);
-    size_t widest = inner > hidden ? inner : hidden;
-    widest = rows * (widest > heads ? widest : heads);
-    s->bytes.q = block(widest);
-    s->bytes.scale = block(widest / BLOCK * sizeof(float) + rows * sizeof(float));
-    s->bytes.offset = block(widest / BLOCK * sizeof(int32_t) + rows * sizeof(int32_t));
     s->scores = block(threads * s->score_size * sizeof(float));
     int ok = s->row && s->segment && s->order && s->pair_row && s->pair_slot && s->pair_weight
-             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->scores
-             && s->bytes.q && s->bytes.scale && s->bytes.offset;
+             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->scores;
     if (!ok)
         free_space(s);
     return ok;

@@ -1,15 +1,16 @@
 """The compiled CPU path, through ctypes: its structures, and the library if there is one.
 
 The structures mirror mora.h. Tensors are passed by address, so whoever fills a structure keeps
-what it points to alive (see decoder.py).
+what it points to alive (see engine/native_forward.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
 from functools import cache
 
 import torch
@@ -81,7 +82,6 @@ class ModelStruct(Structure):
         ("head", LinearStruct),
         ("layer", POINTER(LayerStruct)),
         *((n, c_int32) for n in ("pages", "page_size", "slots", "max_rank")),
-        ("in_bytes", c_int32),
         ("ranks", c_void_p),
         ("has_dora", c_void_p),
     ]
@@ -97,15 +97,33 @@ class StepStruct(Structure):
     ]
 
 
+CHUNK_FIELDS = 5  # int32 each
+
+log = logging.getLogger(__name__)
+
+
+def layout() -> list[int]:
+    """What ``mora_layout`` of a library says that was built from the same sources."""
+    structs = (WeightStruct, LinearStruct, ProjectionStruct, LayerStruct, ModelStruct)
+    sizes = [ctypes.sizeof(s) for s in structs]
+    return [*sizes, CHUNK_FIELDS * ctypes.sizeof(c_int32), ctypes.sizeof(StepStruct), len(PHASES)]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it was not built."""
+    """The compiled library, or None where it was not built, or from other sources than these."""
     spec = importlib.util.find_spec("mora_serve.model.native._mora")
     if spec is None or spec.origin is None:
         return None
     try:
         lib = ctypes.CDLL(spec.origin)
     except OSError:
+        return None
+    if not _fits(lib):
+        log.warning(
+            "the compiled CPU path is of another version than this package, so torch computes; "
+            "install mora-serve again to build it"
+        )
         return None
     lib.mora_target.argtypes, lib.mora_target.restype = [c_int, c_int], c_char_p
     lib.mora_new.argtypes, lib.mora_new.restype = [c_char_p, c_int], c_void_p
@@ -120,6 +138,15 @@ def library() -> ctypes.CDLL | None:
     lib.mora_untile.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p]
     lib.mora_untile.restype = None
     return lib
+
+
+def _fits(lib: ctypes.CDLL) -> bool:
+    try:
+        lib.mora_layout.argtypes, lib.mora_layout.restype = [c_int], c_size_t
+    except AttributeError:
+        return False
+    expected = layout()
+    return [lib.mora_layout(i) for i in range(len(expected))] == expected
 
 
 def targets(dtype: torch.dtype) -> list[str]:

@@ -18,7 +18,7 @@ enum { DENSE = 0, NF4 = 1 };
 
 typedef struct {
     int32_t kind, rows, columns;
-    const void *weights;  /* DENSE: real [rows][columns]; NF4: see tile.h */
+    const void *weights;  /* DENSE: real [rows][columns]; NF4: see product.h */
     const float *absmax;  /* NF4: [rows / 16][columns / 64][16] */
 } Weight;
 
@@ -55,7 +55,6 @@ typedef struct {
     const Layer *layer;
     int32_t pages, page_size;
     int32_t slots, max_rank;
-    int32_t in_bytes; /* inputs of 4-bit weights are rounded to 8 bits (see bytes.h) */
     const int32_t *ranks, *has_dora; /* of each slot */
 } Model;
 

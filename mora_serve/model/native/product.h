@@ -4,9 +4,9 @@
    however many: equal rows of a batch, or of two batches, give equal bits.
 
    A 4-bit weight is stored in tiles of 16 outputs, one or several registers wide (strips), so that
-   lanes are outputs and nothing has to be summed across them. 64 bytes hold 8 inputs of the 16 outputs: 32-bit word o is
-   output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p. absmax lies beside: 16 floats for
-   each 64 inputs. Each block of 64 is summed on its own and then multiplied by its absmax, which is
+   lanes are outputs and nothing has to be summed across them. 64 bytes hold 8 inputs of the 16
+   outputs: 32-bit word o is output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p. absmax
+   lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and then multiplied by its absmax, which is
    exact where a dequantised weight in bfloat16 would be rounded. */
 
 #ifndef PRODUCT_H
@@ -36,8 +36,8 @@ INLINE __m512i nf4_table(void)
     return _mm512_loadu_si512(table);
 }
 
-/* part[r] += x[r][k..k + 8] . w[0..8], one strip of outputs at once. The shuffle takes the low five bits of
-   each 16-bit lane, and the table is there twice, so the bit above a code does not matter. */
+/* part[r] += x[r][k..k + 8] . w[0..8], one strip of outputs at once. The shuffle takes the low
+   five bits of each 16-bit lane, and the table is there twice, so the bit above a code does not matter. */
 INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
                           const uint8_t *codes, __m512i table)
 {

@@ -16,10 +16,9 @@ static void product_run(Team *team, int thread, void *argument)
 {
     const Product *p = argument;
     int units = weight_units(p->linear);
-    Input in = {p->x, p->linear->weights[0].columns, NULL};
     (void)thread;
     for (int unit; (unit = team_next(team)) < units;)
-        product_unit(p->linear, unit, &in, p->rows, p->y, p->width);
+        product_unit(p->linear, unit, p->x, p->rows, p->y, p->width);
 }
 
 void JOIN(product_, TARGET)(Team *team, const Linear *linear, const void *x, int rows, float *y)
@@ -34,5 +33,3 @@ void JOIN(forward_, TARGET)(Team *team, Forward *f)
 {
     team_run(team, forward, f);
 }
-
-const size_t JOIN(real_size_, TARGET) = sizeof(real);
