@@ -30,7 +30,7 @@ Case = tuple[dict[str, Any], str, str, str]
 
 MESSAGE_BYTES = 1 << 20
 LIMITS: dict[str, dict[str, Any]] = {
-    "engine": {"max_tokens": 200, "max_batch": 16, "max_stop": 4},
+    "engine": {"max_context": 256, "max_tokens": 200, "max_batch": 16, "max_stop": 4},
     "adapters": {"max_adapters": 2},  # rev and sum fill the registry
     "server": {"max_message_bytes": MESSAGE_BYTES},
 }

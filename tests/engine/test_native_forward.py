@@ -229,8 +229,9 @@ def test_steps_in_bfloat16(root: Path, family: str, target: str) -> None:
     assert distance(got, exact) < 1.2 * distance(torch_s, exact)
 
 
-@pytest.mark.parametrize("dtype, target", [("fp32", t) for t in FLOAT_TARGETS]
-                         + [("bf16", t) for t in BF16_TARGETS])
+@pytest.mark.parametrize(
+    ("dtype", "target"), [("fp32", t) for t in FLOAT_TARGETS] + [("bf16", t) for t in BF16_TARGETS]
+)
 @given(data=st.data())
 @settings(deadline=None, max_examples=12)
 def test_the_rest_of_a_batch_does_not_change_a_bit(

@@ -52,7 +52,8 @@ def test_a_copy_is_its_own() -> None:
     """In a row, whatever the original's strides."""
     source = torch.arange(12).view(3, 4).T
     copy = Arena().copy(source)
-    assert copy.is_contiguous() and torch.equal(copy, source)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, source)
     copy.zero_()
     assert int(source[0, 1]) == 4
 

@@ -131,7 +131,7 @@ def test_what_bitsandbytes_quantises(team: Team) -> None:
     assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("rows, columns, block", [(24, 128, 64), (32, 96, 32), (32, 160, 32)])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(24, 128, 64), (32, 96, 32), (32, 160, 32)])
 def test_shapes_that_do_not_tile(rows: int, columns: int, block: int) -> None:
     """Outputs beside tiles of 16, blocks of less than 64."""
     assert not can_tile(codes(rows, columns, 0, block))
