@@ -27,6 +27,14 @@ SYSTEMS = {
     "PEFT one adapter set": (_PALETTE[4], "v"),
     "PEFT one after another": (_PALETTE[5], "P"),
 }
+# phases of a step (see model/native/library.py) as they are drawn
+STEP_PARTS: Mapping[str, tuple[str, ...]] = {
+    "4-bit products, A x": ("qkv product", "o product", "gate_up product", "down product"),
+    "head": ("head product", "judgement"),
+    "attention": ("attention",),
+    "B, norms, activation": ("embedding", "heads", "o rows", "swiglu", "down rows"),
+    "scheduling, sampling": (),
+}
 DOTS_PER_INCH = 80
 
 
@@ -88,6 +96,30 @@ def overhead(result: Result) -> Any:
     axes[1].barh(list(memory), [size / 1e6 for size in memory.values()], color=SYSTEMS[OURS][0])
     axes[1].invert_yaxis()
     axes[1].set_xlabel("memory in MB")
+    return figure
+
+
+def step(result: Result) -> Any:
+    """A bar a case, made of the step's phases, with its two floors marked."""
+    rows = result["rows"]
+    figure, (axis,) = panels(8, 0.5 * len(rows) + 1.6)
+    at = range(len(rows))
+    left = [0.0] * len(rows)
+    for i, (name, phases) in enumerate(STEP_PARTS.items()):
+        parts = [1e3 * sum(r["phase_seconds"][p] for p in phases) for r in rows]
+        if not phases:  # what no phase accounts for
+            parts = [1e3 * r["step_seconds"] - x for r, x in zip(rows, left, strict=True)]
+        axis.barh(at, parts, 0.6, left=left, label=name, color=_PALETTE[i % len(_PALETTE)])
+        left = [a + b for a, b in zip(left, parts, strict=True)]
+    floors = (("products", "4-bit products alone", "black"), ("bytes", "bytes, copied", "red"))
+    for key, label, colour in floors:
+        values = [1e3 * r[f"{key}_seconds"] for r in rows]
+        axis.plot(values, at, "|", color=colour, ms=22, mew=2, label=label)
+    axis.set_yticks(at, [f"{KINDS[r['adapters']]}, {r['requests']}" for r in rows])
+    axis.invert_yaxis()
+    pace = rows[0]["copy_bytes_per_second"] / 1e9
+    axis.set_xlabel(f"milliseconds a step (bytes at {pace:.1f} GB/s, the pace of a copy)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4)
     return figure
 
 

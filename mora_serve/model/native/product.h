@@ -55,34 +55,70 @@ INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
 
 #else
 
-#if defined(AVX512)
-INLINE vf lookup(vi codes, vf table)
-{
-    return (vf)_mm512_permutexvar_ps((__m512i)codes, (__m512)table);
-}
-#elif defined(AVX2)
-INLINE vf lookup(vi codes, const float *table)
-{
-    __m256i index = (__m256i)codes;
-    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-}
-#else
-INLINE vf lookup(vi codes, const float *table)
-{
-    vf x;
-    UNROLL for (int i = 0; i < VL; i++)
-        x[i] = table[codes[i] & 15];
-    return x;
-}
-#endif
-
+/* The weights w[input] of one strip of outputs for 8 inputs. */
 #if defined(AVX512)
 #define TABLE vf
 INLINE vf nf4_table(void)
 {
     return load(NF4_VALUES);
+}
+
+INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
+{
+    __m512i packed = _mm512_loadu_si512(codes);
+    UNROLL for (int i = 0; i < 8; i++)
+        w[i] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4 * (i / 2) + 16 * (i % 2)),
+                                         (__m512)table);
+}
+#elif defined(AVX2)
+/* A table of 16 floats is too long for one shuffle of floats, but not for four of bytes: byte p of
+   every value. */
+typedef struct {
+    __m256i plane[4];
+} Planes;
+#define TABLE Planes
+INLINE Planes nf4_table(void)
+{
+    uint32_t bits[16];
+    Planes table;
+    memcpy(bits, NF4_VALUES, sizeof bits);
+    UNROLL for (int p = 0; p < 4; p++) {
+        uint8_t bytes[16];
+        UNROLL for (int i = 0; i < 16; i++)
+            bytes[i] = bits[i] >> 8 * p;
+        __m128i half;
+        memcpy(&half, bytes, sizeof half);
+        table.plane[p] = _mm256_broadcastsi128_si256(half);
+    }
+    return table;
+}
+
+/* Four inputs from the codes in the low halves of 32 bytes; within 128 bits, 4 outputs of each. */
+INLINE void decode_half(__m256i codes, TABLE table, vf *w0, vf *w1, vf *w2, vf *w3)
+{
+    __m256i b0 = _mm256_shuffle_epi8(table.plane[0], codes);
+    __m256i b1 = _mm256_shuffle_epi8(table.plane[1], codes);
+    __m256i b2 = _mm256_shuffle_epi8(table.plane[2], codes);
+    __m256i b3 = _mm256_shuffle_epi8(table.plane[3], codes);
+    __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
+    *w0 = (vf)_mm256_unpacklo_epi16(low, high);
+    *w1 = (vf)_mm256_unpackhi_epi16(low, high);
+    low = _mm256_unpackhi_epi8(b0, b1), high = _mm256_unpackhi_epi8(b2, b3);
+    *w2 = (vf)_mm256_unpacklo_epi16(low, high);
+    *w3 = (vf)_mm256_unpackhi_epi16(low, high);
+}
+
+INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
+{
+    /* from 4 bytes for each output to 4 outputs for each byte */
+    const __m256i by_input = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i packed = _mm256_loadu_si256((const __m256i *)codes);
+    packed = _mm256_shuffle_epi8(packed, by_input);
+    decode_half(_mm256_and_si256(packed, low), table, &w[0], &w[4], &w[1], &w[5]);
+    packed = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+    decode_half(packed, table, &w[2], &w[6], &w[3], &w[7]);
 }
 #else
 #define TABLE const float *
@@ -90,18 +126,28 @@ INLINE const float *nf4_table(void)
 {
     return NF4_VALUES;
 }
+
+INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
+{
+    vu packed;
+    memcpy(&packed, codes, sizeof packed);
+    UNROLL for (int i = 0; i < 8; i++) {
+        vf x = splat(0);
+        UNROLL for (int n = 0; n < VL; n++)
+            x[n] = table[packed[n] >> (4 * (i / 2) + 16 * (i % 2)) & 15];
+        w[i] = x;
+    }
+}
 #endif
 
 INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
                           const uint8_t *codes, TABLE table)
 {
-    vi packed;
-    memcpy(&packed, codes, sizeof packed);
-    UNROLL for (int i = 0; i < 8; i++) {
-        vf w = lookup((vi)((vu)packed >> (4 * (i / 2) + 16 * (i % 2))), table);
+    vf w[8];
+    decode_group(codes, table, w);
+    UNROLL for (int i = 0; i < 8; i++)
         UNROLL for (int r = 0; r < R; r++)
-            part[r] += w * x[r][k + i];
-    }
+            part[r] += w[i] * x[r][k + i];
 }
 
 #endif
@@ -148,10 +194,92 @@ static int strips_together(int rows)
     return rows <= 2 ? 4 : rows <= TILE_ROWS / 2 ? 2 : 1;
 }
 
+#if !BF16 && !defined(AVX512)
+
+/* Where decoding takes as long as the product of a few rows, and registers are few, a block of a
+   tile is decoded once for all rows: [64][16] floats, which stay in the nearest cache. The sums are
+   those of strip_rows. */
+#define DECODED_ROWS (VL == 8 ? 6 : 4)
+
+static void decode_block(const uint8_t *codes, float *w)
+{
+    TABLE table = nf4_table();
+    for (int group = 0; group < BLOCK / 8; group++)
+        UNROLL for (int strip = 0; strip < STRIPS; strip++) {
+            vf decoded[8];
+            decode_group(codes + group * GROUP_BYTES + strip * VL * 4, table, decoded);
+            UNROLL for (int i = 0; i < 8; i++)
+                store(w + (group * 8 + i) * LANES + strip * VL, decoded[i]);
+        }
+}
+
+/* y[r] += absmax * (x[r][0..64] . w), two strips of outputs of R rows. */
+INLINE void decoded_rows(int R, const real *x, size_t stride, const float *w, const float *absmax,
+                         float *y, size_t y_stride)
+{
+    vf part[DECODED_ROWS][2];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < 2; n++)
+            part[r][n] = splat(0);
+    for (int k = 0; k < BLOCK; k++) {
+        vf w0 = load(w + k * LANES), w1 = load(w + k * LANES + VL);
+        UNROLL for (int r = 0; r < R; r++) {
+            float in = x[r * stride + k];
+            part[r][0] += w0 * in;
+            part[r][1] += w1 * in;
+        }
+    }
+    UNROLL for (int n = 0; n < 2; n++) {
+        vf scale = load(absmax + n * VL);
+        UNROLL for (int r = 0; r < R; r++) {
+            vf total = load(y + r * y_stride + n * VL);
+            total += part[r][n] * scale;
+            store(y + r * y_stride + n * VL, total);
+        }
+    }
+}
+
+static void decoded_product(const real *x, size_t stride, int rows, const uint8_t *codes,
+                            const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+{
+    _Alignas(64) float w[BLOCK * LANES];
+    for (int r = 0; r < rows; r++)
+        memset(y + r * y_stride, 0, tiles * LANES * sizeof(float));
+    for (int tile = 0; tile < tiles; tile++, y += LANES)
+        for (int k = 0; k < columns; k += BLOCK, codes += BLOCK * LANES / 2, absmax += LANES) {
+            decode_block(codes, w);
+            for (int strip = 0; strip < STRIPS; strip += 2)
+                for (int r = 0, count; r < rows; r += count) {
+                    const real *in = x + r * stride + k;
+                    float *out = y + r * y_stride + strip * VL;
+                    count = rows - r < DECODED_ROWS ? rows - r : DECODED_ROWS;
+#define CASE(R)                                                                                    \
+    case R:                                                                                        \
+        decoded_rows(R, in, stride, w + strip * VL, absmax + strip * VL, out, y_stride);           \
+        break;
+                    switch (count) {
+                        CASE(1) CASE(2) CASE(3) CASE(4)
+#if VL == 8
+                        CASE(5) CASE(6)
+#endif
+                    }
+#undef CASE
+                }
+        }
+}
+
+#endif
+
 /* y [rows][16 tiles] = x [rows][columns] times neighbouring tiles. */
 static void tile_product(const real *x, size_t stride, int rows, const uint8_t *codes,
                          const float *absmax, int columns, int tiles, float *y, size_t y_stride)
 {
+#if !BF16 && !defined(AVX512)
+    if (rows > TILE_ROWS) {
+        decoded_product(x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
+        return;
+    }
+#endif
     for (int from = 0; from < rows; from += TILE_ROWS) {
         int count = rows - from < TILE_ROWS ? rows - from : TILE_ROWS;
         int strips = tiles * STRIPS, together = strips_together(count);

@@ -80,6 +80,13 @@ INLINE void sum4(vf a, vf b, vf c, vf d, float out[4])
     __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
     _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
+#elif defined(AVX2)
+INLINE void sum4(vf a, vf b, vf c, vf d, float out[4])
+{
+    __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
+}
 #else
 INLINE void sum4(vf a, vf b, vf c, vf d, float out[4])
 {

@@ -79,12 +79,10 @@ def test_many_short_runs_from_several_callers(team: Team, threads: int) -> None:
     """Callers wait for each other, more threads than cores are no harm, nothing gets lost."""
     native, want = team(threads), product(team(1))
     assert native.threads == threads
-    wrong: list[int] = []
+    wrong: list[tuple[int, int]] = []
 
     def call(caller: int) -> None:
-        for i in range(40):
-            if not torch.equal(product(native), want):
-                wrong.append(100 * caller + i)
+        wrong.extend((caller, i) for i in range(40) if not torch.equal(product(native), want))
 
     callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
     for caller in callers:
