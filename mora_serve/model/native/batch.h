@@ -38,8 +38,15 @@ typedef struct {
     const Step *step;
     Workspace *space;
     int segments, threads;
-    double marked; /* when the last phase ended */
+    double marked; /* when the last phase ended, or the step began */
 } Forward;
+
+static inline double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + 1e-9 * time.tv_nsec;
+}
 
 /* Ends a phase: all threads are done with it. */
 static void end_phase(Team *team, int thread, Forward *f, int phase)
@@ -47,12 +54,9 @@ static void end_phase(Team *team, int thread, Forward *f, int phase)
     team_barrier(team);
     if (thread || !f->step->seconds)
         return;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    double seconds = now.tv_sec + 1e-9 * now.tv_nsec;
-    if (f->marked > 0)
-        f->step->seconds[phase] += seconds - f->marked;
-    f->marked = seconds;
+    double end = now();
+    f->step->seconds[phase] += end - f->marked;
+    f->marked = end;
 }
 
 #endif

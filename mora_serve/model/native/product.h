@@ -313,7 +313,7 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
 #if defined(AVX512)
 #define DOT_ROWS 4
 #else
-#define DOT_ROWS 2
+#define DOT_ROWS 3
 #endif
 #define DOT_OUTS 4
 #define FETCH_AHEAD 8 /* rows */
@@ -403,6 +403,8 @@ static void dot_products(const real *const x[], int rows, const real *w, size_t 
 #if DOT_ROWS == 4
             else if (count == 4)
                 dots(4, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
+#endif
+#if DOT_ROWS >= 3
             else if (count == 3)
                 dots(3, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
 #endif
