@@ -20,9 +20,9 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def make_engine(model_root):
-    """Engines over the shared base, stopped at the end of the test."""
+@pytest.fixture(params=["auto", "torch"])
+def make_engine(model_root, request):
+    """Engines over the shared base, stopped at the end of the test; on either of a CPU's paths."""
     made = []
 
     def make(
@@ -30,7 +30,7 @@ def make_engine(model_root):
     ) -> LocalEngine:
         config = Config(
             BaseConfig(str(model_root / "base"), quantization="none", dtype="fp32", device="cpu"),
-            EngineConfig(**limits),
+            EngineConfig(**{"kernels": request.param, **limits}),
             AdaptersConfig(slots=slots, host_bytes=host_bytes),
         )
         engine = LocalEngine(config)
