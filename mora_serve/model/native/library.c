@@ -72,7 +72,7 @@ size_t mora_layout(int index)
     static const size_t LAYOUT[] = {sizeof(Weight), sizeof(Linear), sizeof(Projection),
                                     sizeof(Layer),  sizeof(Model),  sizeof(Chunk),
                                     sizeof(Step),   PHASES};
-    return LAYOUT[index];
+    return index < (int)(sizeof LAYOUT / sizeof *LAYOUT) ? LAYOUT[index] : 0;
 }
 
 Native *mora_new(const char *target, int threads)

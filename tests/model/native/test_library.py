@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from mora_serve.model.native import library
 from mora_serve.model.native.library import ModelStruct, Native, StepStruct
 from mora_serve.model.native.weight import NativeLinear, tiled
 from mora_serve.model.quant import DenseWeight, Linear
+from tests.server.conftest import wait_for
 
 Team = Callable[[int], Native]
 
@@ -103,10 +105,11 @@ def test_teams_come_and_go(team: Team) -> None:
             return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
 
     product(native)
+    gc.collect()  # teams of other tests
     before = alive()
     for threads in (1, 2, 5, 8, 3):
         one = Native(native.dtype, threads, native.target)
         assert torch.equal(product(one), product(native))
         assert alive() == before + threads - 1
         del one
-        assert alive() == before
+        wait_for(lambda: alive() == before)  # the system counts a joined thread a moment longer
