@@ -33,7 +33,7 @@ STEP_PARTS: Mapping[str, tuple[str, ...]] = {
     "head": ("head product", "judgement"),
     "attention": ("attention",),
     "B, norms, activation": ("embedding", "heads", "o rows", "swiglu", "down rows"),
-    "scheduling, sampling": (),
+    "scheduling, sampling": ("engine",),
 }
 DOTS_PER_INCH = 80
 
@@ -107,8 +107,6 @@ def step(result: Result) -> Any:
     left = [0.0] * len(rows)
     for i, (name, phases) in enumerate(STEP_PARTS.items()):
         parts = [1e3 * sum(r["phase_seconds"][p] for p in phases) for r in rows]
-        if not phases:  # what no phase accounts for
-            parts = [1e3 * r["step_seconds"] - x for r, x in zip(rows, left, strict=True)]
         axis.barh(at, parts, 0.6, left=left, label=name, color=_PALETTE[i % len(_PALETTE)])
         left = [a + b for a, b in zip(left, parts, strict=True)]
     floors = (("products", "4-bit products alone", "black"), ("bytes", "bytes, copied", "red"))

@@ -3,7 +3,7 @@
 The engine is driven in-process on the workload of ``throughput``. For each number of requests and
 kind of mixtures, rounds of decode steps (scheduler, forward, sampling: all but gRPC) alternate with
 the same 4-bit products alone, on the same threads and weights, and with copies of a large block of
-memory. Medians count. The step's own phases say where the rest of the time goes.
+memory. Medians count; a step's phases, which say where the rest of the time goes, are means.
 
     python -m benchmarks.step --json
 """
@@ -30,12 +30,15 @@ from mora_serve.cli.output import table
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Event, SamplingParams
 from mora_serve.engine.native_forward import NativeForward
+from mora_serve.engine.pace import MIN_TOKENS
 from mora_serve.engine.runner import free_cores
 from mora_serve.model.native.library import PHASES
 from mora_serve.model.native.weight import NativeLinear
 from mora_serve.model.shape import PROJECTIONS
 
 COPY_BYTES = 1 << 28
+
+ENGINE = "engine"  # what no phase of the forward accounts for: scheduling, sampling, events
 CASES = ((1, "none"), (16, "none"), (16, "one"), (16, "distinct"), (16, "mixtures"))
 
 
@@ -79,17 +82,34 @@ def measure(root: Path, work: Workload, rounds: int, steps: int) -> list[dict[st
         for name in names:
             local.register(name, root / "adapters", name)
         local.make_resident(names)
-        return [case(local, work, count, kind, rounds, steps) for count, kind in CASES]
+        copies: list[float] = []
+        rows = [case(local, work, count, kind, rounds, steps, copies) for count, kind in CASES]
+    bandwidth = 2 * COPY_BYTES / statistics.median(copies)
+    for row in rows:
+        row["copy_bytes_per_second"] = bandwidth
+        row["bytes_seconds"] = sum(row["bytes"].values()) / bandwidth
+    return rows
 
 
 def case(
-    local: LocalEngine, work: Workload, count: int, kind: str, rounds: int, steps: int
+    local: LocalEngine,
+    work: Workload,
+    count: int,
+    kind: str,
+    rounds: int,
+    steps: int,
+    copies: list[float],
 ) -> dict[str, Any]:
-    """One case: seconds of a step, of its bare products and of its bytes at the copy's pace."""
+    """One case: seconds of a step and of its bare products; those of copies go to ``copies``.
+
+    Raises RuntimeError where a request ended while steps were timed.
+    """
     forward = local.engine.runner.forward
     assert isinstance(forward, NativeForward)
     wanted = adapters_of(kind, count)
-    tokens = (rounds + 1) * steps + 8
+    timed_tokens = (rounds + 1) * steps
+    # the first requests decode while the last prompts are still computed
+    tokens = timed_tokens + count * -(-work.prompt // MIN_TOKENS) + 8
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
     prompts = work.prompts(count, 0)
     requests = [local.request((p, m, sampling)) for p, m in zip(prompts, wanted, strict=True)]
@@ -98,36 +118,31 @@ def case(
     started: set[str] = set()
     while len(started) < count:
         started |= {e.request_id for e in local.step() if isinstance(e, Event) and e.tokens}
-    products = bare_products(local, forward, count)
-    copies = copying()
-    took: dict[str, list[float]] = {"step": [], "products": [], "copy": []}
+    products, copying = bare_products(local, forward, count), copy_seconds()
+    took: dict[str, list[float]] = {"step": [], "products": []}
     for turn in range(rounds + 1):
         if turn == 1:  # the first round warms up
             for seconds in took.values():
                 seconds.clear()
             forward.seconds = np.zeros(len(PHASES))
-        for _ in range(steps):
-            took["step"].append(timed(local.engine.step))
-        for _ in range(steps):
-            took["products"].append(next(products))
-        took["copy"].append(next(copies))
+        took["step"] += [timed(local.engine.step) for _ in range(steps)]
+        took["products"] += [next(products) for _ in range(steps)]
+        copies.append(next(copying))
+    if len(local.engine.scheduler.running) != count:
+        raise RuntimeError("a request ended while steps were timed; give shorter prompts")
     assert forward.seconds is not None
     phases = dict(zip(PHASES, (forward.seconds / (rounds * steps)).tolist(), strict=True))
+    phases[ENGINE] = statistics.mean(took["step"]) - sum(phases.values())
     forward.seconds = None
-    context = work.prompt + tokens // 2
     for request in requests:
         local.engine.abort(request.id)
     local.engine.step()
-    moved = step_bytes(local, work, wanted, context)
-    bandwidth = 2 * COPY_BYTES / statistics.median(took["copy"])
     row = {
         "requests": count,
         "adapters": kind,
         "step_seconds": statistics.median(took["step"]),
         "products_seconds": statistics.median(took["products"]),
-        "bytes": moved,
-        "bytes_seconds": sum(moved.values()) / bandwidth,
-        "copy_bytes_per_second": bandwidth,
+        "bytes": step_bytes(local, work, wanted, work.prompt + timed_tokens // 2),
         "phase_seconds": phases,
     }
     report.log(f"{count} {kind}: {row}")
@@ -139,13 +154,11 @@ def bare_products(local: LocalEngine, forward: NativeForward, rows: int) -> Iter
     decoder, native = local.base.decoder, forward.native
     sites = [site for layer in decoder.layers for site in layer.sites.values()]
     linears = [NativeLinear(site) for site in sites]
-    shapes = [(sum(p.shape[0] for p in s.parts), s.parts[0].shape[1]) for s in sites]
-    inputs = {n: torch.randn(rows, n).to(native.dtype) for _, n in shapes}
-    outputs = {n: torch.empty(rows, n) for n, _ in shapes}
-    work = [
-        (linear.struct, inputs[n], outputs[m])
-        for linear, (m, n) in zip(linears, shapes, strict=True)
-    ]
+    work = []
+    for linear, site in zip(linears, sites, strict=True):
+        outs, columns = sum(p.shape[0] for p in site.parts), site.parts[0].shape[1]
+        x = torch.randn(rows, columns).to(native.dtype)
+        work.append((linear.struct, x, torch.empty(rows, outs)))
 
     def run() -> None:
         for one in work:
@@ -155,7 +168,7 @@ def bare_products(local: LocalEngine, forward: NativeForward, rows: int) -> Iter
         yield timed(run)
 
 
-def copying() -> Iterator[float]:
+def copy_seconds() -> Iterator[float]:
     """Seconds that all cores take to copy ``COPY_BYTES``."""
     source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
     while True:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import memory, plots, step
-from mora_serve.model.native.library import targets
+from mora_serve.model.native.library import PHASES, targets
 from mora_serve.model.shape import PROJECTIONS, shape_from_config
 
 SMALL = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4}
@@ -21,7 +21,7 @@ SMALL = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "ra
 def test_a_step_is_more_than_its_products(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Its phases are within it, its bytes are those of the weights, and it can be drawn."""
+    """It is made of its phases, its bytes are those of the weights, and it can be drawn."""
     flags = [f"--{k}={v}" for k, v in {**SMALL, "rounds": 2, "steps": 3}.items()]
     monkeypatch.setattr(sys, "argv", ["step", "--json", *flags])
     monkeypatch.setattr(step, "COPY_BYTES", 1 << 20)
@@ -31,6 +31,7 @@ def test_a_step_is_more_than_its_products(
     assert set(result["figures"]) == {f"{k}_{n}_over_products" for n, k in step.CASES}
     assert min(result["figures"].values()) > 1
     for r in result["rows"]:
+        assert r["phase_seconds"].keys() == {*PHASES, step.ENGINE}
         assert all(seconds > 0 for seconds in r["phase_seconds"].values())
     none, one, distinct, mixtures = (r["bytes"] for r in result["rows"][1:])
     shape = shape_from_config(memory.llama_config(128, 192, 2, 320))

@@ -29,7 +29,7 @@ from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.loading import load_base
 from mora_serve.model.lora import AdapterSlots
-from mora_serve.model.native.library import PHASES, targets
+from mora_serve.model.native.library import PHASES, ModelStruct, StepStruct, targets
 
 pytestmark = pytest.mark.skipif(
     not targets(torch.float32), reason="no compiler built the native path"
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 FAMILIES = ("llama3", "mistral", "qwen2", "qwen3")
 FLOAT_TARGETS = targets(torch.float32)
 BF16_TARGETS = targets(torch.bfloat16)
+ALL_TARGETS = [("fp32", t) for t in FLOAT_TARGETS] + [("bf16", t) for t in BF16_TARGETS]
 PAGES, CONTEXT = 64, 128
 # slot: (rank, DoRA); no adapter has the largest rank that slots have
 ADAPTERS = {"a": (4, False), "b": (7, False), "c": (1, False), "d": (8, True), "e": (3, True)}
@@ -231,9 +232,7 @@ def test_steps_in_bfloat16(root: Path, family: str, target: str) -> None:
     assert distance(got, exact) < 1.2 * distance(torch_s, exact)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target"), [("fp32", t) for t in FLOAT_TARGETS] + [("bf16", t) for t in BF16_TARGETS]
-)
+@pytest.mark.parametrize(("dtype", "target"), ALL_TARGETS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=12)
 def test_the_rest_of_a_batch_does_not_change_a_bit(
@@ -263,14 +262,16 @@ def test_the_rest_of_a_batch_does_not_change_a_bit(
     assert torch.equal(got, want[ends])
 
 
-@pytest.mark.parametrize("target", FLOAT_TARGETS)
-def test_nobody_s_numbers_reach_another(root: Path, target: str) -> None:
+@pytest.mark.parametrize(("dtype", "target"), ALL_TARGETS)
+def test_nobody_s_numbers_reach_another(root: Path, dtype: str, target: str) -> None:
     """Pages full of NaN, a slot of NaN, and a row that is NaN itself."""
-    want = World(decoder("llama3", root), target).run(JOBS)
-    world = World(decoder("llama3", root), target, fill=float("nan"), poison=6)
+    want = World(decoder("llama3", root, dtype=dtype), target).run(JOBS)
+    world = World(decoder("llama3", root, dtype=dtype), target, fill=float("nan"), poison=6)
     assert all(torch.equal(g, w) for g, w in zip(world.run(JOBS), want, strict=True))
     for i in (0, len(JOBS)):
-        world = World(decoder("llama3", root), target, fill=float("nan"), poison=SLOT["c"])
+        world = World(
+            decoder("llama3", root, dtype=dtype), target, fill=float("nan"), poison=SLOT["c"]
+        )
         bad = job(20, {"c": 1.0}, [9], seed=50)
         clean = [(n, j) for n, j in enumerate(JOBS) if "c" not in j.mixture]
         jobs = [j for _, j in clean]
@@ -278,6 +279,17 @@ def test_nobody_s_numbers_reach_another(root: Path, target: str) -> None:
         spoiled = got.pop(min(i, len(jobs)))
         assert not spoiled.isfinite().any()
         assert all(torch.equal(g, want[n]) for g, (n, _) in zip(got, clean, strict=True))
+
+
+def test_a_step_without_memory_is_an_error(root: Path) -> None:
+    """A workspace larger than any machine; the next step on the same team is as before."""
+    world = World(decoder("llama3", root), FLOAT_TARGETS[0])
+    assert isinstance(world.forward, NativeForward)
+    want = world.run(JOBS)
+    huge = ModelStruct(heads=1, kv_heads=1, head_dim=1, hidden=1 << 30, intermediate=1 << 30)
+    with pytest.raises(MemoryError):
+        world.forward.native.forward(huge, StepStruct(rows=1 << 30))
+    assert all(torch.equal(g, w) for g, w in zip(world.run(JOBS), want, strict=True))
 
 
 def test_time_is_told_by_phase(root: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent import futures
 
 import grpc
 import pytest
@@ -168,13 +169,13 @@ def full(configure):
         streams = [client.stream("hello", **LONG)]
         next(iter(streams[0]))
         streams.append(client.stream("hello", **LONG))
-        yield serving
+        yield serving, streams
         for stream in streams:
             stream.cancel()
 
 
 def test_a_full_queue_says_when_to_come_back(full):
-    with impatient(full) as channel:
+    with impatient(full[0]) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         prompt = generation_pb2.Prompt(text="x")
         with pytest.raises(grpc.RpcError) as caught:
@@ -187,8 +188,17 @@ def test_a_full_queue_says_when_to_come_back(full):
 
 def test_clients_come_back_when_told(full):
     """The retry policy waits as the server says, and is then served."""
-    with full.client() as client:
-        assert client.generate("x", base=True, max_tokens=1).usage.completion_tokens == 1
+    serving, streams = full
+
+    def refused() -> bool:
+        return any("RESOURCE_EXHAUSTED" in name and n > 0 for name, n in scrape(serving).items())
+
+    with serving.client() as client, futures.ThreadPoolExecutor() as threads:
+        answer = threads.submit(client.generate, "x", base=True, max_tokens=1)
+        wait_for(refused)
+        for stream in streams:
+            stream.cancel()
+        assert answer.result(30).usage.completion_tokens == 1
 
 
 class TestStopping:

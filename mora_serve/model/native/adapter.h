@@ -76,7 +76,7 @@ INLINE void expand_strips(int count, const Forward *f, const Projection *project
         for (int r = 0; r < rank; r++, b += width) {
             fetch(b + count * VL, count * VL * sizeof(real)); /* the next call's */
             UNROLL for (int n = 0; n < count; n++)
-                delta[n] += load_real(b + n * VL) * inner[r];
+                delta[n] = multiply_add(load_real(b + n * VL), splat(inner[r]), delta[n]);
         }
         if (projection->dora && m->has_dora[slot]) {
             const real *dora = (const real *)projection->dora + slot * width + first;

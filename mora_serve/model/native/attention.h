@@ -101,7 +101,7 @@ INLINE void value_sum(int heads, int strips, const float *const weights[], const
         UNROLL for (int h = 0; h < heads; h++) {
             vf weight = splat(weights[h][t]);
             UNROLL for (int s = 0; s < strips; s++)
-                total[h][s] += v[s] * weight;
+                total[h][s] = multiply_add(v[s], weight, total[h][s]);
         }
     }
     UNROLL for (int h = 0; h < heads; h++)

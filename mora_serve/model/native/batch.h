@@ -37,7 +37,7 @@ typedef struct {
     const Model *model;
     const Step *step;
     Workspace *space;
-    int segments, threads;
+    int segments;
     double marked; /* when the last phase ended, or the step began */
 } Forward;
 

@@ -187,8 +187,7 @@ int mora_forward(Native *native, const Model *model, const Step *step)
         pairs += (size_t)step->chunk[c].length * step->chunk[c].adapters;
     if (!grow(&native->space, model, step->rows, pairs, native->target->real_size, threads))
         return 0;
-    Forward forward = {.model = model, .step = step, .space = &native->space, .threads = threads,
-                       .marked = now()};
+    Forward forward = {.model = model, .step = step, .space = &native->space, .marked = now()};
     forward.segments = lay_out(&native->space, model, step);
     native->target->forward(native->team, &forward);
     return 1;

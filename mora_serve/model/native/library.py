@@ -18,12 +18,13 @@ from torch import Tensor
 
 LANES = 16  # outputs of one tile of a 4-bit weight
 DENSE, NF4 = 0, 1
-
-
+CHUNK_FIELDS = 5  # int32 each
 PHASES = (
     *("embedding", "qkv product", "heads", "attention", "o product", "o rows"),
     *("gate_up product", "swiglu", "down product", "down rows", "head product", "judgement"),
 )
+
+log = logging.getLogger(__name__)
 
 
 class WeightStruct(Structure):
@@ -97,13 +98,8 @@ class StepStruct(Structure):
     ]
 
 
-CHUNK_FIELDS = 5  # int32 each
-
-log = logging.getLogger(__name__)
-
-
 def layout() -> list[int]:
-    """What ``mora_layout`` of a library says that was built from the same sources."""
+    """Sizes as ``mora_layout`` gives them; a library with others was built from other sources."""
     structs = (WeightStruct, LinearStruct, ProjectionStruct, LayerStruct, ModelStruct)
     sizes = [ctypes.sizeof(s) for s in structs]
     return [*sizes, CHUNK_FIELDS * ctypes.sizeof(c_int32), ctypes.sizeof(StepStruct), len(PHASES)]
@@ -111,7 +107,7 @@ def layout() -> list[int]:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it was not built, or from other sources than these."""
+    """The compiled library, or None where it was not built, or its structures have other sizes."""
     spec = importlib.util.find_spec("mora_serve.model.native._mora")
     if spec is None or spec.origin is None:
         return None
@@ -159,7 +155,9 @@ def targets(dtype: torch.dtype) -> list[str]:
 
 
 class Native:
-    """A team of threads and its workspace, for one instruction set; used by one thread at a time.
+    """A team of threads and its workspace, for one instruction set.
+
+    ``product`` may be called by several threads: they wait for each other. ``forward`` may not.
 
     ``dtype`` is that of activations, keys and values, adapters and dense weights.
     """

@@ -6,8 +6,9 @@
    A 4-bit weight is stored in tiles of 16 outputs, one or several registers wide (strips), so that
    lanes are outputs and nothing has to be summed across them. 64 bytes hold 8 inputs of the 16
    outputs: 32-bit word o is output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p. absmax
-   lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and then multiplied by its absmax, which is
-   exact where a dequantised weight in bfloat16 would be rounded. */
+   lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and then
+   multiplied by its absmax, which is exact where a dequantised weight in bfloat16 would be
+   rounded. */
 
 #ifndef PRODUCT_H
 #define PRODUCT_H
@@ -37,7 +38,8 @@ INLINE __m512i nf4_table(void)
 }
 
 /* part[r] += x[r][k..k + 8] . w[0..8], one strip of outputs at once. The shuffle takes the low
-   five bits of each 16-bit lane, and the table is there twice, so the bit above a code does not matter. */
+   five bits of each 16-bit lane, and the table is there twice, so the bit above a code does not
+   matter. */
 INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
                           const uint8_t *codes, __m512i table)
 {
@@ -147,7 +149,7 @@ INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
     decode_group(codes, table, w);
     UNROLL for (int i = 0; i < 8; i++)
         UNROLL for (int r = 0; r < R; r++)
-            part[r] += w[i] * x[r][k + i];
+            part[r] = multiply_add(w[i], splat(x[r][k + i]), part[r]);
 }
 
 #endif
@@ -180,7 +182,7 @@ INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t
         UNROLL for (int n = 0; n < N; n++) {
             vf scale = load(absmax + scales[n] + block * LANES);
             UNROLL for (int r = 0; r < R; r++)
-                total[n][r] += part[n][r] * scale;
+                total[n][r] = multiply_add(part[n][r], scale, total[n][r]);
         }
     }
     UNROLL for (int n = 0; n < N; n++)
@@ -224,17 +226,16 @@ INLINE void decoded_rows(int R, const real *x, size_t stride, const float *w, co
     for (int k = 0; k < BLOCK; k++) {
         vf w0 = load(w + k * LANES), w1 = load(w + k * LANES + VL);
         UNROLL for (int r = 0; r < R; r++) {
-            float in = x[r * stride + k];
-            part[r][0] += w0 * in;
-            part[r][1] += w1 * in;
+            vf in = splat(x[r * stride + k]);
+            part[r][0] = multiply_add(w0, in, part[r][0]);
+            part[r][1] = multiply_add(w1, in, part[r][1]);
         }
     }
     UNROLL for (int n = 0; n < 2; n++) {
         vf scale = load(absmax + n * VL);
         UNROLL for (int r = 0; r < R; r++) {
-            vf total = load(y + r * y_stride + n * VL);
-            total += part[r][n] * scale;
-            store(y + r * y_stride + n * VL, total);
+            float *out = y + r * y_stride + n * VL;
+            store(out, multiply_add(part[r][n], scale, load(out)));
         }
     }
 }
@@ -299,9 +300,9 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
                    y_stride);                                                                      \
         break;
             switch (8 * n + count) {
-                CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 1) CASE(2, 2) CASE(2, 3)
-                CASE(2, 4) CASE(3, 1) CASE(4, 1)
+                CASE(1, 2) CASE(1, 4) CASE(2, 2) CASE(2, 4) CASE(3, 1) CASE(4, 1)
 #if TILE_ROWS == 8
+                CASE(1, 1) CASE(1, 3) CASE(2, 1) CASE(2, 3)
                 CASE(3, 2) CASE(4, 2) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
 #endif
             }
@@ -337,7 +338,7 @@ INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
 #define DOT_STEP VL
 INLINE vf dot_step(vf acc, const real *x, const real *w)
 {
-    return acc + load(x) * load(w);
+    return multiply_add(load(x), load(w), acc);
 }
 
 INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
@@ -345,7 +346,7 @@ INLINE vf dot_rest(vf acc, const real *x, const real *w, int n)
     float a[VL] = {0}, b[VL] = {0};
     memcpy(a, x, n * sizeof(float));
     memcpy(b, w, n * sizeof(float));
-    return acc + load(a) * load(b);
+    return multiply_add(load(a), load(b), acc);
 }
 #endif
 
@@ -404,10 +405,8 @@ static void dot_products(const real *const x[], int rows, const real *w, size_t 
             else if (count == 4)
                 dots(4, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
 #endif
-#if DOT_ROWS >= 3
             else if (count == 3)
                 dots(3, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
-#endif
             else if (count == 2)
                 dots(2, DOT_OUTS, x + r, v, stride, columns, next, lines, out);
             else

@@ -14,7 +14,8 @@ Team *team_new(int threads);
 void team_free(Team *);
 int team_size(const Team *);
 
-/* Calls function(team, thread, argument) on every thread, the caller's being 0; one run at a time. */
+/* Calls function(team, thread, argument) on every thread, the caller's being 0; one run at a
+   time. */
 void team_run(Team *, TeamFunction, void *argument);
 
 /* The next unit of work, from 0; each number is given once between two barriers. */

@@ -1,6 +1,6 @@
 /* One register of floats at a time, in GCC's vector extension: VL of them, 16 with AVX-512, 8 with
-   AVX2, 4 with NEON or SSE. BF16 says whether `real` is bfloat16 (then the processor multiplies pairs
-   of them) or float. Included once by each target_*.c. */
+   AVX2, 4 with NEON or SSE. BF16 says whether `real` is bfloat16 (then the processor multiplies
+   pairs of them) or float. Included once by each target_*.c. */
 
 #ifndef VECTOR_H
 #define VECTOR_H
@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "mora.h"
@@ -65,6 +67,22 @@ INLINE vf load(const float *p)
 INLINE void store(float *p, vf x)
 {
     memcpy(p, &x, sizeof x);
+}
+
+/* a * b + c, rounded once where the processor can. Left to the compiler, the code around would
+   decide whether it is rounded once or twice, and so a row's bits could depend on how many rows
+   there are. */
+INLINE vf multiply_add(vf a, vf b, vf c)
+{
+#if defined(AVX512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(AVX2)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
 }
 
 /* The sums of four registers, each in the same fixed order. */

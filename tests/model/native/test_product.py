@@ -43,6 +43,12 @@ def multiply(native: Native, linear: NativeLinear, x: Tensor, outs: int) -> Tens
     return y
 
 
+def assert_near(got: Tensor, x: Tensor, parts: list[Weight], rounding: float) -> None:
+    """Within ``rounding``, relative to the sum of the terms' sizes, of the product in float64."""
+    x, weight = x.double(), torch.cat([p.dequantise(torch.float32) for p in parts]).double()
+    assert bool(((got - x @ weight.T).abs() <= rounding * (x.abs() @ weight.abs().T)).all())
+
+
 @given(
     rows=ROWS,
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
@@ -59,12 +65,9 @@ def test_four_bit_products(
     parts: list[Weight] = [codes(16 * n, columns, seed + i) for i, n in enumerate(widths)]
     x = random((rows, columns), seed, native.dtype)
     got = multiply(native, native_of(parts, native), x, 16 * sum(widths))
-    weight = torch.cat([p.dequantise(torch.float32) for p in parts])
-    error = (got.double() - x.double() @ weight.double().T).abs()
-    size = x.double().abs() @ weight.double().abs().T
     # where pairs of bfloat16 are multiplied, NF4's 16 values are rounded to it: 8 bits
     rounding = 2.0**-8 if native.dtype is torch.bfloat16 else columns * 2.0**-24
-    assert bool((error <= rounding * size).all())
+    assert_near(got, x, parts, rounding)
 
 
 @given(
@@ -85,9 +88,7 @@ def test_dense_products(
     ]
     x = random((rows, columns), seed, native.dtype)
     got = multiply(native, native_of(parts, native), x, sum(outs))
-    weight = torch.cat([p.dequantise(torch.float64) for p in parts])
-    error = (got.double() - x.double() @ weight.T).abs()
-    assert bool((error <= (columns + 1) * 2.0**-24 * (x.double().abs() @ weight.abs().T)).all())
+    assert_near(got, x, parts, (columns + 1) * 2.0**-24)
 
 
 @given(rows=ROWS, four_bits=st.booleans(), data=st.data())
