@@ -100,6 +100,10 @@ def adapters(decoder: Decoder, poison: int | None = None) -> AdapterSlots:
                 if part.dora is None:
                     part.dora = torch.zeros(slots.slots, part.width, dtype=slots.dtype)
                 part.dora[s] = random(part.width) * 0.05
+    for name, (_, dora) in ADAPTERS.items():
+        for part in slots.parts():
+            if not dora and part.dora is not None:
+                part.dora[SLOT[name]] = 7.0  # of an adapter that was there before
     if poison is not None:
         slots.ranks[poison] = 16
         for part in slots.parts():
