@@ -55,7 +55,7 @@ PARTS: Mapping[str, Part] = {
         tables.overhead,
         plots.overhead,
     ),
-    "step": Part("step", (), ("--rounds", "5"), tables.others, plots.step),
+    "step": Part("step", (), ("--rounds", "5"), tables.step, plots.step),
 }
 
 

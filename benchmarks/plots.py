@@ -112,12 +112,13 @@ def step(result: Result) -> Any:
     floors = (("products", "4-bit products alone", "black"), ("bytes", "bytes, copied", "red"))
     for key, label, colour in floors:
         values = [1e3 * r[f"{key}_seconds"] for r in rows]
-        axis.plot(values, at, "|", color=colour, ms=22, mew=2, label=label)
+        low, high = ([i + shift for i in at] for shift in (-0.4, 0.4))
+        axis.vlines(values, low, high, color=colour, lw=2, label=label)
     axis.set_yticks(at, [f"{KINDS[r['adapters']]}, {r['requests']}" for r in rows])
     axis.invert_yaxis()
     pace = rows[0]["copy_bytes_per_second"] / 1e9
     axis.set_xlabel(f"milliseconds a step (bytes at {pace:.1f} GB/s, the pace of a copy)")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4)
+    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.local import LocalEngine
-from benchmarks.plots import KINDS
+from benchmarks.tables import STEP_HEADERS, over_products, step_cells
 from benchmarks.throughput import adapters_of
 from benchmarks.workload import Workload
 from mora_serve.cli.output import table
@@ -59,7 +59,9 @@ def main() -> None:
     report.emit(
         {
             "rows": rows,
-            "figures": {f"{r['adapters']}_{r['requests']}_over_products": ratio(r) for r in rows},
+            "figures": {
+                f"{r['adapters']}_{r['requests']}_over_products": over_products(r) for r in rows
+            },
             "arguments": vars(args),
             "environment": report.environment(),
         }
@@ -202,23 +204,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(row: Mapping[str, Any]) -> float:
-    """A step over its bare products."""
-    return float(row["step_seconds"] / row["products_seconds"])
-
-
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All cases in milliseconds."""
-    titles = ("adapters", "requests", "step", "4-bit products", "bytes", "step / products", "GB/s")
-    cells = [
-        (
-            *(KINDS[r["adapters"]], str(r["requests"])),
-            *(f"{1e3 * r[f'{n}_seconds']:.2f}" for n in ("step", "products", "bytes")),
-            *(f"{ratio(r):.2f}", f"{r['copy_bytes_per_second'] / 1e9:.1f}"),
-        )
-        for r in rows
-    ]
-    return table(titles, cells, right=range(1, len(titles)))
+    return table(STEP_HEADERS, step_cells(rows), right=range(1, len(STEP_HEADERS)))
 
 
 if __name__ == "__main__":

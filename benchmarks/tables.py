@@ -98,6 +98,34 @@ def overhead(result: Result) -> str:
     return markdown(("", "measured"), rows)
 
 
+def over_products(row: Result) -> float:
+    """A step over its bare 4-bit products."""
+    return float(row["step_seconds"] / row["products_seconds"])
+
+
+STEP_HEADERS = (
+    *("adapters", "requests", "step, ms", "4-bit products, ms", "bytes, ms"),
+    *("step / products", "copy, GB/s"),
+)
+
+
+def step_cells(rows: Iterable[Result]) -> list[tuple[str, ...]]:
+    """What stands under ``STEP_HEADERS``."""
+    return [
+        (
+            *(KINDS[r["adapters"]], str(r["requests"])),
+            *(f"{1e3 * r[f'{name}_seconds']:.2f}" for name in ("step", "products", "bytes")),
+            *(f"{over_products(r):.2f}", f"{r['copy_bytes_per_second'] / 1e9:.1f}"),
+        )
+        for r in rows
+    ]
+
+
+def step(result: Result) -> str:
+    """A step beside its floors."""
+    return markdown(STEP_HEADERS, step_cells(result["rows"]))
+
+
 def others(result: Result) -> str:
     """Every number of a part that has no table of its own."""
     return markdown(("", "measured"), [(k, f"{v:.4g}") for k, v in _numbers(result)])

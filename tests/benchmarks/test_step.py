@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory, plots, step
+from benchmarks import memory, plots, step, tables
 from mora_serve.model.native.library import PHASES, targets
 from mora_serve.model.shape import PROJECTIONS, shape_from_config
 
@@ -40,5 +40,6 @@ def test_a_step_is_more_than_its_products(
     assert none["4-bit weights"] == weights // 2 + 4 * weights // 64
     assert none["adapters"] == 0
     assert distinct["adapters"] == mixtures["adapters"] == 16 * one["adapters"] > 0
+    assert len(tables.step(result).splitlines()) == 2 + len(step.CASES)
     plots.save(plots.step(result), tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 1000
