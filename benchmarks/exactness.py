@@ -28,7 +28,7 @@ from benchmarks import families, oracle, report
 from benchmarks.local import LocalEngine
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import SamplingParams, TokenOut
-from mora_serve.engine.forward import Logits
+from mora_serve.engine.forward import Forward, Logits
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
 from mora_serve.model.attention import DenseCausal
@@ -170,27 +170,35 @@ class Capture:
         self.logits: dict[str, list[Tensor]] = {}
         self.chunks: dict[str, int] = {}
         runner = engine.engine.runner
-        run, forward = runner.run, runner.forward
-        rows: list[Tensor] = []
-
-        def forwarded(batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:
-            out = forward(batch, slot)
-            rows[:] = [] if out is None else out.values.clone()
-            return out
+        run = runner.run
+        runner.forward = recorded = Recorded(runner.forward)
 
         def captured(batch: Sequence[Chunk]) -> list[tuple[Running, TokenOut | None]]:
             for chunk in batch:
                 request = chunk.sequence.request
                 if chunk.start < len(request.prompt):
                     self.chunks[request.id] = self.chunks.get(request.id, 0) + 1
-            rows.clear()
             results = run(batch)
-            for (sequence, _), row in zip(results, rows, strict=True):
+            for (sequence, _), row in zip(results, recorded.logits, strict=True):
                 self.logits.setdefault(sequence.request.id, []).append(row)
             return results
 
         runner.run = captured  # type: ignore[method-assign]
-        runner.forward = forwarded  # type: ignore[assignment]
+
+
+class Recorded:
+    """A forward (see engine/forward.py) that keeps the logits of its newest step."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self.reads_whole_pages = forward.reads_whole_pages
+        self.torch_threads = forward.torch_threads
+        self.logits: list[Tensor] = []
+
+    def __call__(self, batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:
+        out = self._forward(batch, slot)
+        self.logits = [] if out is None else list(out.values.clone())
+        return out
 
 
 def local_engine(

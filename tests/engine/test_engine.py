@@ -291,13 +291,12 @@ def test_a_load_that_takes_its_time_stops_nobody(make_engine, monkeypatch):
 def test_a_step_that_breaks_fails_its_requests_and_the_engine_goes_on(make_engine, monkeypatch):
     """An exception in the forward ends the batch's requests; the next request is served."""
     local = make_engine()
-    runner = local.engine.runner
-    forward = runner.forward
-    monkeypatch.setattr(runner, "forward", lambda *a: 1 / 0)
+    broken = type(local.engine.runner.forward)
+    monkeypatch.setattr(broken, "__call__", lambda *a: 1 / 0)
     (failed,) = drive(local, [local.request((PROMPT, {}, GREEDY))])
     assert failed[-1].finish is Finish.ERROR
     assert "division" not in failed[-1].error.message
-    monkeypatch.setattr(runner, "forward", forward)
+    monkeypatch.undo()
     (fine,) = drive(local, [local.request((PROMPT, {}, GREEDY))])
     assert fine[-1].finish is Finish.LENGTH
     check_nothing_held(local)
