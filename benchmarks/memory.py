@@ -72,11 +72,12 @@ def give_back() -> None:
 
 def unquantised_bytes(decoder: Decoder) -> int:
     """Embedding, head, norms and rope tables; tied tensors once."""
-    tensors = [decoder.embedding, decoder.head, decoder.norm, decoder.cos, decoder.sin]
+    tensors = [decoder.norm, decoder.cos, decoder.sin]
     for layer in decoder.layers:
         norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
         tensors += [norm for norm in norms if norm is not None]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    tables = {id(w): w.nbytes for w in (decoder.embedding, decoder.head)}
+    return sum(tables.values()) + sum(t.nbytes for t in tensors)
 
 
 def llama_config(hidden: int, intermediate: int, layers: int, vocabulary: int) -> dict[str, object]:

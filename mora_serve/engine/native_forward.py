@@ -26,8 +26,8 @@ from mora_serve.model.native.library import (
     StepStruct,
     targets,
 )
-from mora_serve.model.native.weight import NativeLinear, can_tile, tiled
-from mora_serve.model.quant import DenseWeight, Linear
+from mora_serve.model.native.weight import NativeLinear, can_tile, tiled, weight_struct
+from mora_serve.model.quant import Linear
 from mora_serve.model.shape import SITES
 
 
@@ -63,10 +63,9 @@ class NativeForward:
         for layer in decoder.layers:
             for site in layer.sites.values():
                 site.parts = tuple(tiled(p, self.native, arena) for p in site.parts)
-        tied = decoder.head.data_ptr() == decoder.embedding.data_ptr()
-        decoder.head = arena.copy(decoder.head)
-        if tied:
-            decoder.embedding = decoder.head
+        tied = decoder.head is decoder.embedding
+        decoder.embedding = tiled(decoder.embedding, self.native, arena)
+        decoder.head = decoder.embedding if tied else tiled(decoder.head, self.native, arena)
         shape = decoder.shape
         self._kept: list[NativeLinear] = []
         layers = [self._layer(i) for i in range(shape.layers)]
@@ -79,8 +78,9 @@ class NativeForward:
             *(shape.kv_heads, shape.head_dim, shape.vocab_size, max_context),
             shape.sliding_window or 0,
             shape.rms_norm_eps,
-            *(t.data_ptr() for t in (decoder.embedding, decoder.norm, decoder.cos, decoder.sin)),
-            self._linear(Linear((DenseWeight(decoder.head),))),
+            weight_struct(decoder.embedding),
+            *(t.data_ptr() for t in (decoder.norm, decoder.cos, decoder.sin)),
+            self._linear(Linear((decoder.head,))),
             ctypes.cast(self._layers, ctypes.POINTER(LayerStruct)),
             *(kv.k.shape[2], kv.page_size, slots.slots, slots.max_rank),
             *(self._ranks.ctypes.data, self._has_dora.ctypes.data),

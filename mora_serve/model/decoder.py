@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mora_serve.model.attention import Attention
 from mora_serve.model.passes import rms_norm, rotate, swiglu
-from mora_serve.model.quant import Linear, product
+from mora_serve.model.quant import Linear, Table, Weight
 from mora_serve.model.shape import ModelShape
 
 
@@ -56,15 +55,18 @@ class Wanted:
 
 
 class Decoder:
-    """Embedding, layers, head. All methods are differentiable in the adapters."""
+    """Embedding, layers, head. All methods are differentiable in the adapters.
+
+    Tied, ``embedding`` and ``head`` are one object.
+    """
 
     def __init__(
         self,
         shape: ModelShape,
-        embedding: Tensor,
+        embedding: Table,
         layers: list[Layer],
         norm: Tensor,
-        head: Tensor,
+        head: Weight,
         inverse_frequencies: Tensor,
         rope_scale: float = 1.0,
     ) -> None:
@@ -73,8 +75,8 @@ class Decoder:
         self.layers = layers
         self.norm = norm
         self.head = head
-        self.dtype = embedding.dtype
-        self.device = embedding.device
+        self.dtype = norm.dtype
+        self.device = norm.device
         angles = torch.outer(
             torch.arange(shape.max_positions, device=self.device).float(),
             inverse_frequencies.to(self.device).float(),
@@ -113,7 +115,7 @@ class Decoder:
         """
         s = self.shape
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        h = F.embedding(tokens, self.embedding)
+        h = self.embedding.rows(tokens, self.dtype)
         for i, layer in enumerate(self.layers[:depth]):
             x = self._norm(h, layer.input_norm)
             qkv = self._site(i, "qkv", x, adapters).view(len(x), -1, s.head_dim)
@@ -145,7 +147,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden [T, hidden] -> logits [T, vocabulary] in float32."""
-        return product(hidden, self.head).float()
+        return self.head.matmul(hidden).float()
 
     def _site(self, layer: int, site: str, x: Tensor, adapters: Adapters | None) -> Tensor:
         linear = self.layers[layer].sites[site]

@@ -37,8 +37,18 @@ class Base:
     tokenizer: Tokenizer
     fingerprint: str
     quantization: str
-    linear_bytes: int
-    other_bytes: int
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes resident of the layers' weights."""
+        return sum(s.nbytes for layer in self.decoder.layers for s in layer.sites.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes resident of embedding and head."""
+        decoder = self.decoder
+        tied = decoder.head is decoder.embedding
+        return decoder.embedding.nbytes + (0 if tied else decoder.head.nbytes)
 
 
 def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
@@ -68,9 +78,6 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
     with Checkpoint(directory, device) as checkpoint:
         decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
         tokenizer = Tokenizer.load(directory, eos_ids)
-        linear = sum(s.nbytes for layer in decoder.layers for s in layer.sites.values())
-        tied = decoder.head.data_ptr() == decoder.embedding.data_ptr()
-        other = decoder.embedding.nbytes + (0 if tied else decoder.head.nbytes)
         return Base(
             name=Path(config.model).name,
             shape=shape,
@@ -78,8 +85,6 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
             tokenizer=tokenizer,
             fingerprint=_fingerprint(shape, tokenizer, checkpoint),
             quantization=config.quantization,
-            linear_bytes=linear,
-            other_bytes=other,
         )
 
 
@@ -203,10 +208,10 @@ def _decoder(
         if progress is not None:
             progress(i + 1, shape.layers)
     table = (shape.vocab_size, shape.hidden_size)
-    embedding = checkpoint.tensor("model.embed_tokens.weight", dtype, table)
+    embedding = quant.DenseWeight(checkpoint.tensor("model.embed_tokens.weight", dtype, table))
     head = embedding
     if not shape.tied_embeddings:
-        head = checkpoint.tensor("lm_head.weight", dtype, table)
+        head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table))
     norm = checkpoint.tensor("model.norm.weight", dtype, hidden)
     return Decoder(shape, embedding, layers, norm, head, *rope)
 

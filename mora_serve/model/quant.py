@@ -64,6 +64,10 @@ class DenseWeight:
         """Rows start..stop of the matrix in ``dtype``."""
         return self.weight[start:stop].to(dtype)
 
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows by index [n] int64 -> [n, in] in ``dtype``."""
+        return F.embedding(indices, self.weight).to(dtype)
+
 
 @dataclass(slots=True)
 class NF4Weight:
@@ -129,6 +133,14 @@ class Weight(Protocol):
 
     def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of the matrix in ``dtype``."""
+        ...
+
+
+class Table(Weight, Protocol):
+    """A matrix whose rows are looked up: an embedding, which may also be the head."""
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows by index [n] int64 -> [n, in] in ``dtype``."""
         ...
 
 

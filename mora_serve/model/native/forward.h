@@ -16,11 +16,23 @@ static void weight_tiles(const Weight *w, const real *x, int rows, int first, in
 {
     int out = first * LANES;
     size_t stride = w->columns;
-    if (w->kind == NF4) {
-        size_t size = (size_t)w->columns / 8 * GROUP_BYTES;
-        size_t scales = (size_t)w->columns / BLOCK * LANES;
-        tile_product(x, stride, rows, (const uint8_t *)w->weights + first * size,
-                     w->absmax + first * scales, w->columns, n, y + out, y_stride);
+    if (w->kind != DENSE) {
+        size_t size = (size_t)w->columns / 8 * group_bytes(w->kind);
+        const uint8_t *tile = (const uint8_t *)w->weights + first * size;
+        const float *absmax = NULL;
+        int rest = w->rows - out < n * LANES ? w->rows % LANES : 0, whole = rest ? n - 1 : n;
+        if (w->kind == NF4)
+            absmax = w->absmax + (size_t)first * w->columns / BLOCK * LANES;
+        if (whole)
+            tile_product(w->kind, x, stride, rows, tile, absmax, w->columns, whole, y + out,
+                         y_stride);
+        if (rest) { /* TILED: the last tile's zeros have no place in y */
+            float last[PRODUCT_ROWS][LANES];
+            tile_product(w->kind, x, stride, rows, tile + whole * size, NULL, w->columns, 1, *last,
+                         LANES);
+            for (int r = 0; r < rows; r++)
+                memcpy(y + r * y_stride + out + whole * LANES, last[r], rest * sizeof(float));
+        }
         return;
     }
     int width = w->rows - out < n * LANES ? w->rows - out : n * LANES;
@@ -113,7 +125,16 @@ static void swiglu(Forward *f, int layer, const Row *row, float *y, int first, i
 
 static void embed(const Model *m, int token, float *h)
 {
-    const real *row = (const real *)m->embedding + (size_t)token * m->hidden;
+    if (m->embedding.kind == TILED) {
+        const uint32_t *pair = (const uint32_t *)m->embedding.weights + token % LANES
+                               + (size_t)(token / LANES) * m->hidden / 2 * LANES;
+        for (int i = 0; i < m->hidden; i += 2, pair += LANES) {
+            uint32_t two[2] = {*pair << 16, *pair & 0xffff0000};
+            memcpy(h + i, two, sizeof two);
+        }
+        return;
+    }
+    const real *row = (const real *)m->embedding.weights + (size_t)token * m->hidden;
     for (int i = 0; i < m->hidden; i++)
         h[i] = to_float(row[i]);
 }

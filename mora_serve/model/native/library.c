@@ -207,8 +207,8 @@ void mora_tile(const uint8_t *codes, const float *absmax, int rows, int columns,
     for (int row = 0; row < rows; row++) {
         int lane = row % LANES;
         const uint8_t *in = codes + (size_t)row * (columns / 2);
-        uint8_t *out = tiles + (size_t)(row / LANES) * (columns / 8) * GROUP_BYTES + 4 * lane;
-        for (int g = 0; g < columns / 8; g++, in += 4, out += GROUP_BYTES) {
+        uint8_t *out = tiles + (size_t)(row / LANES) * (columns / 8) * NF4_GROUP + 4 * lane;
+        for (int g = 0; g < columns / 8; g++, in += 4, out += NF4_GROUP) {
             uint32_t word = 0;
             for (int k = 0; k < 8; k++) {
                 uint32_t code = k % 2 ? in[k / 2] & 15 : in[k / 2] >> 4;
@@ -228,10 +228,10 @@ void mora_untile(const uint8_t *tiles, const float *scales, int columns, int fir
 {
     for (int row = first; row < last; row++) {
         int lane = row % LANES;
-        const uint8_t *in = tiles + (size_t)(row / LANES) * (columns / 8) * GROUP_BYTES + 4 * lane;
+        const uint8_t *in = tiles + (size_t)(row / LANES) * (columns / 8) * NF4_GROUP + 4 * lane;
         for (int k = 0; k < columns; k++) {
             uint32_t word;
-            memcpy(&word, in + (size_t)(k / 8) * GROUP_BYTES, sizeof word);
+            memcpy(&word, in + (size_t)(k / 8) * NF4_GROUP, sizeof word);
             int code = word >> (4 * (k % 8 / 2) + 16 * (k % 2)) & 15;
             float scale = scales[((size_t)(row / LANES) * (columns / BLOCK) + k / BLOCK) * LANES
                                  + lane];

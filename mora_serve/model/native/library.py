@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LANES = 16  # outputs of one tile of a 4-bit weight
-DENSE, NF4 = 0, 1
+LANES = 16  # outputs of one tile of a weight
+DENSE, NF4, TILED = 0, 1, 2
 CHUNK_FIELDS = 5  # int32 each
 PHASES = (
     *("embedding", "qkv product", "heads", "attention", "o product", "o rows"),
@@ -79,7 +79,8 @@ class ModelStruct(Structure):
         *((n, c_int32) for n in ("hidden", "intermediate", "layers", "heads", "kv_heads")),
         *((n, c_int32) for n in ("head_dim", "vocabulary", "max_context", "window")),
         ("eps", c_float),
-        *((n, c_void_p) for n in ("embedding", "norm", "cos", "sin")),
+        ("embedding", WeightStruct),
+        *((n, c_void_p) for n in ("norm", "cos", "sin")),
         ("head", LinearStruct),
         ("layer", POINTER(LayerStruct)),
         *((n, c_int32) for n in ("pages", "page_size", "slots", "max_rank")),

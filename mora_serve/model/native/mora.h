@@ -10,15 +10,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LANES 16      /* outputs of one tile of a 4-bit weight */
+#define LANES 16      /* outputs of one tile of a weight */
 #define BLOCK 64      /* weights that share one absmax */
-#define GROUP_BYTES 64 /* 16 outputs x 8 inputs, 4 bits each */
+#define NF4_GROUP 64  /* bytes of 16 outputs x 8 inputs: see product.h */
+#define TILED_GROUP 256
 
-enum { DENSE = 0, NF4 = 1 };
+enum { DENSE = 0, NF4 = 1, TILED = 2 };
 
 typedef struct {
     int32_t kind, rows, columns;
-    const void *weights;  /* DENSE: real [rows][columns]; NF4: see product.h */
+    const void *weights;  /* DENSE: real [rows][columns]; NF4, TILED: see product.h */
     const float *absmax;  /* NF4: [rows / 16][columns / 64][16] */
 } Weight;
 
@@ -49,7 +50,8 @@ typedef struct {
     int32_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary;
     int32_t max_context, window; /* window 0: none */
     float eps;
-    const void *embedding, *norm; /* real [vocabulary][hidden], [hidden] */
+    Weight embedding;             /* [vocabulary][hidden], not NF4 */
+    const void *norm;             /* real [hidden] */
     const void *cos, *sin;        /* real [positions][head_dim] */
     Linear head;
     const Layer *layer;

@@ -3,12 +3,18 @@
    A row's result is made by the same operations in the same order whatever the other rows are and
    however many: equal rows of a batch, or of two batches, give equal bits.
 
-   A 4-bit weight is stored in tiles of 16 outputs, one or several registers wide (strips), so that
-   lanes are outputs and nothing has to be summed across them. 64 bytes hold 8 inputs of the 16
-   outputs: 32-bit word o is output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p. absmax
-   lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and then
-   multiplied by its absmax, which is exact where a dequantised weight in bfloat16 would be
-   rounded. */
+   A weight is stored in tiles of 16 outputs, one or several registers wide (strips), so that lanes
+   are outputs and nothing has to be summed across them. A tile is made of groups of 8 inputs:
+
+   - NF4, 64 bytes: 32-bit word o is output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p.
+     absmax lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and
+     then multiplied by its absmax, which is exact where a dequantised weight in bfloat16 would be
+     rounded.
+   - TILED, 256 bytes: bfloat16, whatever `real` is. Word 16 j + o is output o, its lower half input
+     2 j, its upper half input 2 j + 1. Where the number of outputs is not a multiple of 16, the
+     last tile is filled up with zeros.
+
+   DENSE weights are rows of `real`: those that no tile can hold, and the adapters' A. */
 
 #ifndef PRODUCT_H
 #define PRODUCT_H
@@ -16,6 +22,11 @@
 #include "vector.h"
 
 #define STRIPS (LANES / VL) /* registers across a tile */
+
+INLINE size_t group_bytes(int kind)
+{
+    return kind == NF4 ? NF4_GROUP : TILED_GROUP;
+}
 
 /* How many rows share the decoding of a strip, and how many strips go together where there are
    fewer: as many sums as there are registers for, and enough not to wait for each other. */
@@ -40,13 +51,14 @@ INLINE __m512i nf4_table(void)
 /* part[r] += x[r][k..k + 8] . w[0..8], one strip of outputs at once. The shuffle takes the low
    five bits of each 16-bit lane, and the table is there twice, so the bit above a code does not
    matter. */
-INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
+INLINE void group_product(int kind, int R, vf part[], const real *const x[], size_t k,
                           const uint8_t *codes, __m512i table)
 {
     __m512i packed = _mm512_loadu_si512(codes);
     UNROLL for (int j = 0; j < 4; j++) {
         __m512i shifted = j ? _mm512_srli_epi16(packed, 4 * j) : packed;
-        __m512bh w = (__m512bh)_mm512_permutexvar_epi16(shifted, table);
+        __m512bh w = (__m512bh)(kind == NF4 ? _mm512_permutexvar_epi16(shifted, table)
+                                            : _mm512_loadu_si512(codes + 64 * j));
         UNROLL for (int r = 0; r < R; r++) {
             int32_t pair;
             memcpy(&pair, x[r] + k + 2 * j, sizeof pair);
@@ -57,7 +69,7 @@ INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
 
 #else
 
-/* The weights w[input] of one strip of outputs for 8 inputs. */
+/* The NF4 weights w[input] of one strip of outputs for 8 inputs. */
 #if defined(AVX512)
 #define TABLE vf
 INLINE vf nf4_table(void)
@@ -142,11 +154,25 @@ INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
 }
 #endif
 
-INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
+INLINE void group_weights(int kind, const uint8_t *codes, TABLE table, vf w[8])
+{
+    if (kind == NF4) {
+        decode_group(codes, table, w);
+        return;
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        vu pair;
+        memcpy(&pair, codes + j * LANES * 4, sizeof pair);
+        w[2 * j] = (vf)(pair << 16);
+        w[2 * j + 1] = (vf)(pair & 0xffff0000);
+    }
+}
+
+INLINE void group_product(int kind, int R, vf part[], const real *const x[], size_t k,
                           const uint8_t *codes, TABLE table)
 {
     vf w[8];
-    decode_group(codes, table, w);
+    group_weights(kind, codes, table, w);
     UNROLL for (int i = 0; i < 8; i++)
         UNROLL for (int r = 0; r < R; r++)
             part[r] = multiply_add(w[i], splat(x[r][k + i]), part[r]);
@@ -155,14 +181,15 @@ INLINE void group_product(int R, vf part[], const real *const x[], size_t k,
 #endif
 
 /* R rows times N neighbouring strips; strip n begins at codes + offset[n], absmax + scales[n]. */
-INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t *codes,
+INLINE void strip_rows(int kind, int R, int N, const real *x, size_t stride, const uint8_t *codes,
                        const float *absmax, const size_t offset[], const size_t scales[],
                        int columns, int fetching, float *y, size_t y_stride)
 {
     TABLE table = nf4_table();
     vf total[CHAINS][TILE_ROWS], part[CHAINS][TILE_ROWS];
     const real *row[TILE_ROWS];
-    const uint8_t *next = codes + offset[0] + (size_t)N * columns / 8 * GROUP_BYTES / STRIPS;
+    const size_t group = group_bytes(kind), lines = group / STRIPS < 64 ? 1 : group / STRIPS / 64;
+    const uint8_t *next = codes + offset[0] + (size_t)N * columns / 8 * group / STRIPS;
     size_t k = 0;
     UNROLL for (int r = 0; r < R; r++)
         row[r] = x + r * stride;
@@ -175,12 +202,14 @@ INLINE void strip_rows(int R, int N, const real *x, size_t stride, const uint8_t
                 part[n][r] = splat(0);
         for (size_t end = k + BLOCK; k < end; k += 8)
             UNROLL for (int n = 0; n < N; n++) {
-                if (fetching) /* what comes next, in the order of memory (see dots) */
-                    __builtin_prefetch(next += GROUP_BYTES / STRIPS);
-                group_product(R, part[n], row, k, codes + offset[n] + k * LANES / 2, table);
+                if (fetching) { /* what comes next, in the order of memory (see dots) */
+                    UNROLL for (size_t i = 0; i < lines; i++)
+                        __builtin_prefetch(next += group / STRIPS / lines);
+                }
+                group_product(kind, R, part[n], row, k, codes + offset[n] + k / 8 * group, table);
             }
         UNROLL for (int n = 0; n < N; n++) {
-            vf scale = load(absmax + scales[n] + block * LANES);
+            vf scale = kind == NF4 ? load(absmax + scales[n] + block * LANES) : splat(1);
             UNROLL for (int r = 0; r < R; r++)
                 total[n][r] = multiply_add(part[n][r], scale, total[n][r]);
         }
@@ -203,20 +232,22 @@ static int strips_together(int rows)
    those of strip_rows. */
 #define DECODED_ROWS (VL == 8 ? 6 : 4)
 
-static void decode_block(const uint8_t *codes, float *w)
+INLINE void decode_block(int kind, const uint8_t *codes, float *w)
 {
     TABLE table = nf4_table();
-    for (int group = 0; group < BLOCK / 8; group++)
+    for (int group = 0; group < BLOCK / 8; group++) {
+        fetch(codes + (group + BLOCK / 8 * 2) * group_bytes(kind), group_bytes(kind));
         UNROLL for (int strip = 0; strip < STRIPS; strip++) {
             vf decoded[8];
-            decode_group(codes + group * GROUP_BYTES + strip * VL * 4, table, decoded);
+            group_weights(kind, codes + group * group_bytes(kind) + strip * VL * 4, table, decoded);
             UNROLL for (int i = 0; i < 8; i++)
                 store(w + (group * 8 + i) * LANES + strip * VL, decoded[i]);
         }
+    }
 }
 
 /* y[r] += absmax * (x[r][0..64] . w), two strips of outputs of R rows. */
-INLINE void decoded_rows(int R, const real *x, size_t stride, const float *w, const float *absmax,
+INLINE void decoded_rows(int kind, int R, const real *x, size_t stride, const float *w, const float *absmax,
                          float *y, size_t y_stride)
 {
     vf part[DECODED_ROWS][2];
@@ -232,7 +263,7 @@ INLINE void decoded_rows(int R, const real *x, size_t stride, const float *w, co
         }
     }
     UNROLL for (int n = 0; n < 2; n++) {
-        vf scale = load(absmax + n * VL);
+        vf scale = kind == NF4 ? load(absmax + n * VL) : splat(1);
         UNROLL for (int r = 0; r < R; r++) {
             float *out = y + r * y_stride + n * VL;
             store(out, multiply_add(part[r][n], scale, load(out)));
@@ -240,23 +271,24 @@ INLINE void decoded_rows(int R, const real *x, size_t stride, const float *w, co
     }
 }
 
-static void decoded_product(const real *x, size_t stride, int rows, const uint8_t *codes,
+INLINE void decoded_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
                             const float *absmax, int columns, int tiles, float *y, size_t y_stride)
 {
     _Alignas(64) float w[BLOCK * LANES];
     for (int r = 0; r < rows; r++)
         memset(y + r * y_stride, 0, tiles * LANES * sizeof(float));
     for (int tile = 0; tile < tiles; tile++, y += LANES)
-        for (int k = 0; k < columns; k += BLOCK, codes += BLOCK * LANES / 2, absmax += LANES) {
-            decode_block(codes, w);
+        for (int k = 0; k < columns; k += BLOCK, codes += BLOCK / 8 * group_bytes(kind)) {
+            decode_block(kind, codes, w);
             for (int strip = 0; strip < STRIPS; strip += 2)
                 for (int r = 0, count; r < rows; r += count) {
                     const real *in = x + r * stride + k;
+                    const float *scale = kind == NF4 ? absmax + strip * VL : NULL;
                     float *out = y + r * y_stride + strip * VL;
                     count = rows - r < DECODED_ROWS ? rows - r : DECODED_ROWS;
 #define CASE(R)                                                                                    \
     case R:                                                                                        \
-        decoded_rows(R, in, stride, w + strip * VL, absmax + strip * VL, out, y_stride);           \
+        decoded_rows(kind, R, in, stride, w + strip * VL, scale, out, y_stride);                   \
         break;
                     switch (count) {
                         CASE(1) CASE(2) CASE(3) CASE(4)
@@ -266,18 +298,19 @@ static void decoded_product(const real *x, size_t stride, int rows, const uint8_
                     }
 #undef CASE
                 }
+            absmax += kind == NF4 ? LANES : 0;
         }
 }
 
 #endif
 
 /* y [rows][16 tiles] = x [rows][columns] times neighbouring tiles. */
-static void tile_product(const real *x, size_t stride, int rows, const uint8_t *codes,
+INLINE void kind_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
                          const float *absmax, int columns, int tiles, float *y, size_t y_stride)
 {
 #if !BF16 && !defined(AVX512)
     if (rows > TILE_ROWS) {
-        decoded_product(x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
+        decoded_product(kind, x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
         return;
     }
 #endif
@@ -289,14 +322,14 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
             size_t offset[CHAINS], scales[CHAINS];
             for (int i = 0; i < n; i++) {
                 size_t tile = (strip + i) / STRIPS, part = (strip + i) % STRIPS;
-                offset[i] = tile * columns / 8 * GROUP_BYTES + part * VL * 4;
+                offset[i] = tile * columns / 8 * group_bytes(kind) + part * VL * 4;
                 scales[i] = tile * columns / BLOCK * LANES + part * VL;
             }
             const real *in = x + from * stride;
             float *out = y + from * y_stride + strip * VL;
 #define CASE(R, N)                                                                                 \
     case 8 * (N) + (R):                                                                            \
-        strip_rows(R, N, in, stride, codes, absmax, offset, scales, columns, from == 0, out,       \
+        strip_rows(kind, R, N, in, stride, codes, absmax, offset, scales, columns, from == 0, out, \
                    y_stride);                                                                      \
         break;
             switch (8 * n + count) {
@@ -309,6 +342,15 @@ static void tile_product(const real *x, size_t stride, int rows, const uint8_t *
 #undef CASE
         }
     }
+}
+
+static void tile_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
+                         const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+{
+    if (kind == NF4)
+        kind_product(NF4, x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
+    else
+        kind_product(TILED, x, stride, rows, codes, NULL, columns, tiles, y, y_stride);
 }
 
 #if defined(AVX512)

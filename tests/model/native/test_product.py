@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mora_serve.model.memory import Arena
-from mora_serve.model.native.library import Native
-from mora_serve.model.native.weight import NativeLinear, can_tile, tiled
+from mora_serve.model.native.library import Native, targets
+from mora_serve.model.native.weight import NativeLinear, TiledDenseWeight, can_tile, tiled
 from mora_serve.model.quant import BLOCK, DenseWeight, Linear, NF4Weight, Weight, quantise
 
 Team = Callable[[int], Native]
@@ -73,34 +73,37 @@ def test_four_bit_products(
 @given(
     rows=ROWS,
     outs=st.lists(st.integers(1, 150), min_size=1, max_size=3),
-    columns=st.integers(1, 200),
+    columns=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 192])),
+    halves=st.booleans(),
     threads=st.integers(1, 3),
     seed=SEEDS,
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_dense_products(
-    team: Team, rows: int, outs: list[int], columns: int, threads: int, seed: int
+    team: Team, rows: int, outs: list[int], columns: int, halves: bool, threads: int, seed: int
 ) -> None:
-    """Of any size, whole registers or not; every output is written."""
+    """Of any size, whole registers or not, in tiles or not; every output is written."""
     native = team(threads)
-    parts: list[Weight] = [
-        DenseWeight(random((n, columns), seed + 1 + i, native.dtype)) for i, n in enumerate(outs)
-    ]
+    weights = [random((n, columns), seed + 1 + i, native.dtype) for i, n in enumerate(outs)]
+    if halves:
+        weights = [w.bfloat16().to(native.dtype) for w in weights]
+    parts: list[Weight] = [DenseWeight(w) for w in weights]
     x = random((rows, columns), seed, native.dtype)
     got = multiply(native, native_of(parts, native), x, sum(outs))
     assert_near(got, x, parts, (columns + 1) * 2.0**-24)
 
 
-@given(rows=ROWS, four_bits=st.booleans(), data=st.data())
-@settings(deadline=None, max_examples=40)
+@given(rows=ROWS, kind=st.sampled_from(["4 bits", "tiled", "dense"]), data=st.data())
+@settings(deadline=None, max_examples=60)
 def test_a_row_does_not_see_the_others(
-    team: Team, rows: int, four_bits: bool, data: st.DataObject
+    team: Team, rows: int, kind: str, data: st.DataObject
 ) -> None:
     """Any subset of the rows in any order, on any number of threads: the same bits."""
-    # dense ones with rests: no whole number of outputs that go together, nor of registers
-    outs, columns = (96, 192) if four_bits else (99, 203)
-    dense = DenseWeight(random((outs, columns), 3, team(1).dtype))
-    weight: Weight = codes(outs, columns, 3) if four_bits else dense
+    # with rests: no whole number of outputs that go together, nor of registers
+    outs, columns = {"4 bits": (96, 192), "tiled": (99, 192), "dense": (99, 203)}[kind]
+    dense = DenseWeight(random((outs, columns), 3).bfloat16().to(team(1).dtype))
+    weight: Weight = codes(outs, columns, 3) if kind == "4 bits" else dense
+    assert isinstance(tiled(weight, team(1), Arena()), DenseWeight) == (kind == "dense")
     x = random((rows, columns), rows, team(1).dtype)
     whole = multiply(team(1), native_of([weight], team(1)), x, outs)
     chosen = data.draw(st.permutations(range(rows)))[: data.draw(st.integers(1, rows))]
@@ -120,6 +123,37 @@ def test_tiles_hold_the_same_numbers(team: Team, block: int) -> None:
     assert torch.equal(tiles.dequantise(torch.float32), want)
     assert torch.equal(tiles.dequantise(torch.float32, 5, 21), want[5:21])
     assert torch.equal(tiles.dequantise(torch.bfloat16, 40), want[40:].bfloat16())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 4099])
+def test_tiles_of_numbers_in_16_bits(team: Team, rows: int) -> None:
+    """The same numbers in half the bytes of float32, by ranges and by rows."""
+    weight = DenseWeight(random((rows, 320), 1).bfloat16().to(team(1).dtype))
+    tiles = tiled(weight, team(1), Arena())
+    assert isinstance(tiles, TiledDenseWeight)
+    assert tiles.shape == weight.shape
+    assert tiles.nbytes == -(-rows // 16) * 16 * 320 * 2
+    for first, last in ((0, None), (rows // 3, rows - rows // 5), (rows - 1, rows)):
+        assert torch.equal(
+            tiles.dequantise(torch.float32, first, last),
+            weight.dequantise(torch.float32, first, last),
+        )
+    indices = torch.tensor([rows - 1, 0, rows // 2, 0])
+    assert torch.equal(tiles.rows(indices, torch.bfloat16), weight.rows(indices, torch.bfloat16))
+
+
+@pytest.mark.parametrize("change", [2.0**-20, float("nan")])
+def test_what_bfloat16_does_not_hold_stays_as_it_is(change: float) -> None:
+    """One number is enough."""
+    if not targets(torch.float32):
+        pytest.skip("no compiler built the library")
+    native = Native(torch.float32, 1)
+    weight = random((5000, 256), 1).bfloat16().float()
+    assert isinstance(tiled(DenseWeight(weight), native, Arena()), TiledDenseWeight)
+    weight[4321, 99] += change
+    same = tiled(DenseWeight(weight), native, Arena())
+    assert isinstance(same, DenseWeight)
+    assert torch.equal(same.weight.nan_to_num(7), weight.nan_to_num(7))
 
 
 def test_what_bitsandbytes_quantises(team: Team) -> None:
