@@ -56,6 +56,14 @@ PARTS: Mapping[str, Part] = {
         plots.overhead,
     ),
     "step": Part("step", (), ("--rounds", "5"), tables.step, plots.step),
+    "registered": Part(
+        "registered",
+        (),
+        ("--points", "--repeat", "1", "--poisson-seconds", "8"),
+        tables.registered,
+        plots.registered,
+    ),
+    "residency": Part("residency", (), ("--repeat", "2"), tables.residency, plots.residency),
 }
 
 

@@ -98,6 +98,54 @@ def overhead(result: Result) -> str:
     return markdown(("", "measured"), rows)
 
 
+def registered(result: Result) -> str:
+    """Saturated rounds and Poisson arrivals, by popularity and number of adapters."""
+    named = ("popularity", "registered adapters")
+    first = ("loads a request", "first token, ms", "p99")
+    saturated = [
+        (
+            *(r["popularity"], str(r["adapters"]), f"{r['tokens_per_second']:.1f}"),
+            *(f"{r['ratio']:.3f}", f"{r['misses_per_request']:.2f}"),
+            *(percentile(r["first_token_ms"], p) for p in ("p50", "p99")),
+        )
+        for r in result["saturated"]
+    ]
+    arriving = [
+        (
+            *(r["popularity"], str(r["adapters"]), f"{r['rate']:.2f}"),
+            *(f"{r['misses_per_request']:.2f}", *_latency(r)),
+        )
+        for r in result["poisson"]
+    ]
+    between = ("between tokens, ms", "p99")
+    return "\n\n".join(
+        (
+            markdown((*named, "tokens/s, saturated", "ratio to the fewest", *first), saturated),
+            markdown((*named, "requests/s, Poisson", *first, *between), arriving),
+        )
+    )
+
+
+def residency(result: Result) -> str:
+    """Times between messages of streams alone and beside new adapters."""
+    rows = [
+        (label, *(percentile(result[key], p, digits) for p in ("p50", "p90", "p99", "max")))
+        for label, key, digits in (
+            ("streams alone, ms", "quiet_ms", 1),
+            ("new adapters beside them, ms", "busy_ms", 1),
+            ("ratio", "ratio", 2),
+        )
+    ]
+    used = result["register_and_use_ms"]
+    rows.append(
+        (
+            "from registering an adapter to its answer, ms",
+            *(percentile(used, p, 0) for p in ("p50", "p90", "p99", "max")),
+        )
+    )
+    return markdown(("", "p50", "p90", "p99", "most"), rows)
+
+
 def over_products(row: Result) -> float:
     """A step over its bare 4-bit products."""
     return float(row["step_seconds"] / row["products_seconds"])
