@@ -43,7 +43,7 @@ PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",
         ("--requests", "1", "4", "16", "64"),
-        ("--repeat", "3"),
+        ("--repeat", "3", "--own", "2"),
         tables.throughput,
         plots.throughput,
     ),
