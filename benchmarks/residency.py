@@ -39,7 +39,7 @@ from mora_serve.model.shape import PROJECTIONS, shape_from_config
 
 LASTING = 8  # adapters of the streams
 LENGTH = 2000  # tokens of a stream: more than come in a round
-PERCENTILES = [*range(0, 99), *(99 + i / 10 for i in range(10))]  # of the curve
+PERCENTILES = [*range(99), *(99 + i / 10 for i in range(10))]  # of the curve
 SETTLE_SECONDS = 1.0  # before each window
 ARRIVALS = (
     0.95  # the part of a busy window in which adapters arrive, so that the last is used in it

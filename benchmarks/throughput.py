@@ -11,8 +11,8 @@ peer's repetitions after the first are cut to fewer tokens where its first whole
 rate until there is the same (``--tolerance``). Other cells have answers of ``--other-tokens`` for
 all, three repetitions of ours and one of each peer.
 
-What is claimed of ours against ours (distinct adapters against none, say) is measured apart, ``--own``
-times at 16 requests: the kinds take turns, and the median of the turns' ratios counts.
+What is claimed of ours against ours (distinct adapters against none, say) is measured apart,
+``--own`` times at 16 requests: the kinds take turns, and the median of the turns' ratios counts.
 
     python -m benchmarks.throughput --json                      # 1 and 16 requests
     python -m benchmarks.throughput --requests 1 4 16 64        # all cells

@@ -11,8 +11,16 @@ import pytest
 from benchmarks import plots, registered, tables
 
 FLAGS = {
-    **{"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320},
-    **{"slots": 2, "clients": 2, "requests": 8, "repeat": 1, "tokens": 4, "poisson-seconds": 1},
+    "hidden": 128,
+    "intermediate": 192,
+    "layers": 2,
+    "vocabulary": 320,
+    "slots": 2,
+    "clients": 2,
+    "requests": 8,
+    "repeat": 1,
+    "tokens": 4,
+    "poisson-seconds": 1,
 }
 
 
@@ -35,9 +43,7 @@ def test_both_are_asked_alike_and_loads_are_counted(
         assert few["misses_per_request"] <= 2 / 8
         assert many["misses_per_request"] > few["misses_per_request"]
         assert result["ratio"][kind] == many["ratio"]
-        assert many["ratio"] == pytest.approx(
-            many["tokens_per_second"] / few["tokens_per_second"]
-        )
+        assert many["ratio"] == pytest.approx(many["tokens_per_second"] / few["tokens_per_second"])
     assert all(r["answered"] == r["requests"] > 0 for r in result["poisson"])
     assert len(tables.registered(result).splitlines()) == 2 * (2 + 4) + 1
     plots.save(plots.registered(result), tmp_path / "registered.png")

@@ -11,8 +11,15 @@ import pytest
 from benchmarks import plots, residency, tables
 
 FLAGS = {
-    **{"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4},
-    **{"streams": 3, "adapters": 3, "seconds": 0.6, "repeat": 2},
+    "hidden": 128,
+    "intermediate": 192,
+    "layers": 2,
+    "vocabulary": 320,
+    "rank": 4,
+    "streams": 3,
+    "adapters": 3,
+    "seconds": 0.6,
+    "repeat": 2,
 }
 
 
