@@ -155,9 +155,12 @@ async def arrivals(client: AsyncClient, names: Sequence[str], seconds: float, sc
         except MoraError as e:
             scene.errors.append(f"{name}: {e}")
             return
+        now = time.perf_counter()
         if len(answer.tokens) != 8:
             scene.errors.append(f"{name}: {len(answer.tokens)} tokens")
-        scene.used.append(time.perf_counter() - due)
+        if now > start + seconds:
+            scene.errors.append(f"{name}: its answer came {now - start - seconds:.2f} s too late")
+        scene.used.append(now - due)
 
     async with asyncio.TaskGroup() as tasks:
         for i, name in enumerate(names):

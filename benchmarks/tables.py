@@ -205,20 +205,25 @@ def readme(results: Mapping[str, Result], pictures: Mapping[str, str]) -> str:
             cell = ours["adapters"], ours["requests"]
             rate = ours["tokens_per_second"]
             peers = [
-                (r["tokens_per_second"], r["system"])
+                (
+                    r["ours_until_there"] / r["tokens_per_second"],
+                    r["tokens_per_second"],
+                    r["system"],
+                )
                 for r in rows
                 if (r["adapters"], r["requests"]) == cell and r is not ours and "failure" not in r
             ]
-            best, name = max(peers, default=(0.0, ""))
+            ratio, best, name = min(peers, default=(0.0, 0.0, ""))
             named = (KINDS[ours["adapters"]], str(ours["requests"]), f"{rate:.0f}")
-            against = (name, f"{best:.0f}", f"{rate / best:.2f}") if peers else ("none", "", "")
+            against = (name, f"{best:.0f}", f"{ratio:.2f}") if peers else ("none", "", "")
             lines.append((*named, *against))
         work = results["throughput"]["arguments"]
         parts += [
             "Tokens a second of whole requests, prompts included, through gRPC streaming, beside "
             f"transformers and PEFT on the same model (a Llama of {work['layers']} layers, hidden "
             f"size {work['hidden']}, NF4), prompts ({work['prompt']} tokens) and adapters (rank "
-            f"{work['rank']}), in turn. {where(results['throughput'])}.",
+            f"{work['rank']}), in turn; ratios at as many tokens of each answer. "
+            f"{where(results['throughput'])}.",
             markdown(headers, lines),
         ]
     parts += [f"![{name}]({path})" for name, path in pictures.items() if name in results]

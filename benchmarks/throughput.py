@@ -8,8 +8,9 @@ medians count. Prompts are included.
 
 What claims rest on, 1 and 16 requests, has ``--repeat`` repetitions of ``--tokens`` tokens. There a
 peer's repetitions after the first are cut to fewer tokens where its first whole one shows that its
-rate until there is the same (``--tolerance``). Other cells have answers of ``--other-tokens`` for
-all, three repetitions of ours and one of each peer.
+rate until there is the same (``--tolerance``). Other peers there, and all systems of other cells,
+have answers of ``--other-tokens``; a peer's one repetition is beside three of ours. Where a peer's
+answers are shorter than ours, what it is compared with is our rate until there.
 
 What is claimed of ours against ours (distinct adapters against none, say) is measured apart,
 ``--own`` times at 16 requests: the kinds take turns, and the median of the turns' ratios counts.
@@ -88,7 +89,8 @@ def compare(
     """All cells, ours against ours, and what there is to say of the peers."""
     workload = Workload.of(args)
     workload.write_base(root / "base")
-    names = workload.write_adapters(root / "adapters", max(*args.requests, 2))
+    own = max(CLAIMED) if args.own else 2
+    names = workload.write_adapters(root / "adapters", max(*args.requests, own))
     peers = None
     if not args.no_peers:
         report.log("loading the peers ...")
@@ -102,9 +104,9 @@ def compare(
             for count in args.requests:
                 systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
                 rows += cell(workload, kind, count, systems, args)
-        own = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
+        turns = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}
-    return rows, own, said
+    return rows, turns, said
 
 
 def peers_of(peers: Peers | None, kind: str, count: int) -> list[System]:
@@ -237,7 +239,6 @@ def peer_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "over_generate": ratios,
         "deviation": off,
         "largest_deviation": max(abs(d) for d in off.values()),
-        "weakest_deviation": min(off.values()),
     }
 
 

@@ -135,5 +135,4 @@ def _count_ngrams(
     mixed = np.concatenate(all_hashes)
     mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX[1]
     buckets = ((mixed >> np.uint64(33)) % np.uint64(dim)).astype(np.intp)
-    counts: Doubles = np.bincount(buckets, np.concatenate(all_weights), dim)
-    return counts
+    return np.bincount(buckets, np.concatenate(all_weights), dim).astype(np.float64, copy=False)

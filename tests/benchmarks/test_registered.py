@@ -15,9 +15,9 @@ FLAGS = {
     "intermediate": 192,
     "layers": 2,
     "vocabulary": 320,
-    "slots": 2,
+    "slots": 4,
     "clients": 2,
-    "requests": 8,
+    "requests": 12,
     "repeat": 1,
     "tokens": 4,
     "poisson-seconds": 1,
@@ -29,18 +29,18 @@ def test_both_are_asked_alike_and_loads_are_counted(
 ) -> None:
     flags = [f"--{k}={v}" for k, v in FLAGS.items()]
     monkeypatch.setattr(
-        sys, "argv", ["registered", "--json", *flags, "--compare", "2", "6", "--points"]
+        sys, "argv", ["registered", "--json", *flags, "--compare", "4", "16", "--points"]
     )
     registered.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["failed"] == 0
     rows = {(r["popularity"], r["adapters"]): r for r in result["saturated"]}
-    assert rows.keys() == {(kind, n) for kind in registered.KINDS for n in (2, 6)}
+    assert rows.keys() == {(kind, n) for kind in registered.KINDS for n in (4, 16)}
     for kind in registered.KINDS:
-        few, many = rows[kind, 2], rows[kind, 6]
+        few, many = rows[kind, 4], rows[kind, 16]
         assert few["ratio"] == 1.0
         assert few["tokens_per_second"] > 0
-        assert few["misses_per_request"] <= 2 / 8
+        assert few["misses_per_request"] <= 4 / 12
         assert many["misses_per_request"] > few["misses_per_request"]
         assert result["ratio"][kind] == many["ratio"]
         assert many["ratio"] == pytest.approx(many["tokens_per_second"] / few["tokens_per_second"])

@@ -172,6 +172,7 @@ def test_all_systems_do_the_same_work(
     sizes = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4}
     flags = [f"--{k}={v}" for k, v in {**sizes, "prompt": 8, "tokens": 6, "repeat": 1}.items()]
     command = ["throughput", "--json", "--requests", "1", "4", "--other-tokens", "4", *flags]
+    command += ["--own", "1"]
     monkeypatch.setattr(sys, "argv", command)
     throughput.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -180,7 +181,13 @@ def test_all_systems_do_the_same_work(
     assert [r.get("failure") for r in rows.values()] == [None] * 20
     alike = [r["same_first_tokens_as_ours"] for r in rows.values() if r["requests"] == 4]
     assert sum(alike) / len(alike) > 0.8
-    assert "none_1_over_generate" in result["figures"]
+    assert result["figures"].keys() == {
+        "none_1_over_generate",
+        *("mixtures_16_over_distinct", "distinct_16_over_none", "one_16_over_none"),
+    }
+    assert {len(rates) for rates in result["own"].values()} == {1}
+    for r in rows.values():
+        assert (r["ours_until_there"] == r["tokens_per_second"]) == (r["system"] == OURS)
     settings = result["peers"]["settings"]
     assert len(settings["chosen"]) == 2
     for name, mode in settings["chosen"].items():
