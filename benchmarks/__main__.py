@@ -43,7 +43,7 @@ PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",
         ("--requests", "1", "4", "16", "64"),
-        ("--repeat", "3"),
+        ("--repeat", "3", "--own", "2"),
         tables.throughput,
         plots.throughput,
     ),
@@ -56,6 +56,14 @@ PARTS: Mapping[str, Part] = {
         plots.overhead,
     ),
     "step": Part("step", (), ("--rounds", "5"), tables.step, plots.step),
+    "registered": Part(
+        "registered",
+        (),
+        ("--points", "--repeat", "1", "--poisson-seconds", "8"),
+        tables.registered,
+        plots.registered,
+    ),
+    "residency": Part("residency", (), ("--repeat", "2"), tables.residency, plots.residency),
 }
 
 

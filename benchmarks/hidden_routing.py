@@ -38,7 +38,8 @@ from mora_serve.engine.pool_queue import PoolQueue
 from mora_serve.model.loading import load_base
 from mora_serve.model.pooling import pooled_hidden
 from mora_serve.model.shape import PROJECTIONS, ModelShape, projection_path
-from mora_serve.router.features import Features, Floats, NGrams, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import Features, NGrams, PooledHidden
 from mora_serve.server.app import MoraServer
 from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.tasks import TASKS

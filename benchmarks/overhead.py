@@ -30,7 +30,7 @@ from benchmarks.workload import Mixtures, Workload, mixtures
 from mora_serve.cli.output import table
 from mora_serve.client import Client
 from mora_serve.client.requests import GenerateOptions
-from mora_serve.config import AdaptersConfig, BaseConfig, Config
+from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Mixture, SamplingParams, Source
 from mora_serve.demo.bundle import bundle_path, read_examples
 from mora_serve.demo.process import ServerProcess
@@ -75,7 +75,8 @@ def streaming(root: Path, work: Workload, streams: int, repeat: int) -> dict[str
     names = work.write_adapters(root / "adapters", streams)
     config = Config(
         BaseConfig(str(root / "base")),
-        adapters=AdaptersConfig(slots=max(32, streams), max_rank=work.rank),
+        EngineConfig(prefix_cache=False),
+        AdaptersConfig(slots=max(32, streams), max_rank=work.rank),
     )
     flags = {"adapters.max_rank": work.rank, "adapters.slots": max(32, streams)}
     found: dict[str, Any] = {"streams": streams, "new_tokens": work.tokens}

@@ -122,6 +122,37 @@ def step(result: Result) -> Any:
     return figure
 
 
+def registered(result: Result) -> Any:
+    """Throughput and loads a request against the number of registered adapters."""
+    figure, axes = panels(8, 3.0, 2)
+    values = (("tokens_per_second", "tokens a second"), ("misses_per_request", "loads a request"))
+    for i, kind in enumerate(("zipf", "uniform")):
+        rows = [r for r in result["saturated"] if r["popularity"] == kind]
+        counts = [r["adapters"] for r in rows]
+        for axis, (key, label) in zip(axes, values, strict=True):
+            axis.plot(counts, [r[key] for r in rows], "o-", color=_PALETTE[i], label=kind)
+            axis.set(xscale="log", ylim=(0, None), xlabel="registered adapters", ylabel=label)
+            axis.set_xticks(counts, [str(n) for n in counts])
+            axis.minorticks_off()
+    axes[1].legend()
+    return figure
+
+
+def residency(result: Result) -> Any:
+    """Percentiles of the times between messages, with and without new adapters."""
+    figure, (axis,) = panels(6, 3.4)
+    rest = [100 - p for p in result["percentiles"]]
+    labels = {"quiet": "streams alone", "busy": "new adapters beside them"}
+    for i, (kind, label) in enumerate(labels.items()):
+        axis.plot(rest, result["curve_ms"][kind], color=_PALETTE[i], label=label)
+    axis.set(xscale="log", ylim=(0, None), xlabel="percentile", ylabel="ms between messages")
+    axis.set_xticks([50, 10, 1, 0.1], ["50", "90", "99", "99.9"])
+    axis.minorticks_off()
+    axis.invert_xaxis()
+    axis.legend()
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a small PNG: few colours suffice."""
     from PIL import Image

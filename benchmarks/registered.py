@@ -8,7 +8,7 @@ requests waits; the rate is of the time in which all clients are busy. Then Pois
 part of the rate that the first of ``--compare`` reached when saturated. Adapters are asked for
 uniformly, or by Zipf's law: the i-th in proportion to 1/i.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.registered --json --plot registered.png
+    python -m benchmarks.registered --json
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def main() -> None:
     """Measure, print a table, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", type=Path, help="write a picture there")
     parser.add_argument("--compare", type=int, nargs=2, default=[32, 2000], metavar="N")
     parser.add_argument("--points", type=int, nargs="*", default=[5, 128, 500], metavar="N")
     parser.add_argument("--slots", type=int, default=32)
@@ -100,9 +99,7 @@ def main() -> None:
             f"  first token p50 {row['first_token_ms']['p50']:.0f} ms"
             f", p99 {row['first_token_ms']['p99']:.0f} ms"
         )
-    if args.plot:
-        plot(result, args.plot)
-    report.emit({**result, "arguments": _plain(args), "environment": report.environment()})
+    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
 
 
 def compare(root: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -243,30 +240,6 @@ def requests(
         }
         for name in adapters
     ]
-
-
-def plot(result: dict[str, Any], file: Path) -> None:
-    """Throughput and loads a request against the number of registered adapters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (rate, loads) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for kind in KINDS:
-        rows = [row for row in result["saturated"] if row["popularity"] == kind]
-        counts = [row["adapters"] for row in rows]
-        rate.plot(counts, [row["tokens_per_second"] for row in rows], "o-", label=kind)
-        loads.plot(counts, [row["misses_per_request"] for row in rows], "o-", label=kind)
-    for axes, label in ((rate, "tokens/s, saturated"), (loads, "loads a request")):
-        axes.set(xscale="log", ylim=(0, None), xlabel="registered adapters", ylabel=label)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ used at once for an answer of 8 tokens; there are fewer slots than adapters. Wha
 times between two messages of a stream, as the client sees them over gRPC; of the rounds'
 percentiles and ratios the median.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.residency --json --plot residency.png
+    python -m benchmarks.residency --json
 
 ``hot_registration`` asks instead whether any stream stands still for some steps, on any machine.
 """
@@ -39,6 +39,7 @@ from mora_serve.model.shape import PROJECTIONS, shape_from_config
 
 LASTING = 8  # adapters of the streams
 LENGTH = 2000  # tokens of a stream: more than come in a round
+PERCENTILES = [*range(99), *(99 + i / 10 for i in range(10))]  # of the curve
 SETTLE_SECONDS = 1.0  # before each window
 ARRIVALS = (
     0.95  # the part of a busy window in which adapters arrive, so that the last is used in it
@@ -62,7 +63,6 @@ def main() -> None:
     """Measure, print, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", type=Path, help="write a picture there")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=50, help="of each busy window")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each window")
@@ -90,10 +90,7 @@ def main() -> None:
             rounds, scene = asyncio.run(measure(server.address, args))
     result = summary(rounds, scene)
     report.log(f"ms between messages: quiet {result['quiet_ms']}, busy {result['busy_ms']}")
-    if args.plot:
-        plot(rounds, args.plot)
-    arguments = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
-    report.emit({**result, "arguments": arguments, "environment": report.environment()})
+    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
 
 
 def write(root: Path, args: argparse.Namespace) -> None:
@@ -158,9 +155,12 @@ async def arrivals(client: AsyncClient, names: Sequence[str], seconds: float, sc
         except MoraError as e:
             scene.errors.append(f"{name}: {e}")
             return
+        now = time.perf_counter()
         if len(answer.tokens) != 8:
             scene.errors.append(f"{name}: {len(answer.tokens)} tokens")
-        scene.used.append(time.perf_counter() - due)
+        if now > start + seconds:
+            scene.errors.append(f"{name}: its answer came {now - start - seconds:.2f} s too late")
+        scene.used.append(now - due)
 
     async with asyncio.TaskGroup() as tasks:
         for i, name in enumerate(names):
@@ -193,7 +193,10 @@ async def stream(client: AsyncClient, i: int, args: argparse.Namespace, scene: S
 
 
 def summary(rounds: Sequence[dict[str, list[float]]], scene: Scene) -> dict[str, Any]:
-    """Medians over the rounds: percentiles in milliseconds, and ratios, busy to quiet."""
+    """Medians over the rounds: percentiles in milliseconds, and ratios, busy to quiet.
+
+    The curve is of all rounds' gaps together.
+    """
     per_round = [{kind: percentiles(gaps) for kind, gaps in gaps.items()} for gaps in rounds]
     keys = list(per_round[0]["quiet"])
     medians = {
@@ -204,6 +207,13 @@ def summary(rounds: Sequence[dict[str, list[float]]], scene: Scene) -> dict[str,
         key: statistics.median(r["busy"][key] / r["quiet"][key] for r in per_round) for key in keys
     }
     return {
+        "percentiles": PERCENTILES,
+        "curve_ms": {
+            kind: np.percentile(
+                np.concatenate([gaps[kind] for gaps in rounds]) * 1e3, PERCENTILES
+            ).tolist()
+            for kind in ("quiet", "busy")
+        },
         "quiet_ms": medians["quiet"],
         "busy_ms": medians["busy"],
         "ratio": ratios,
@@ -213,26 +223,6 @@ def summary(rounds: Sequence[dict[str, list[float]]], scene: Scene) -> dict[str,
         "errors": scene.errors,
         "failed": len(scene.errors),
     }
-
-
-def plot(rounds: Sequence[dict[str, list[float]]], file: Path) -> None:
-    """Percentiles of the times between messages, quiet and busy, all rounds together."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    shares = np.concatenate([np.linspace(0, 99, 100), np.linspace(99, 99.9, 10)])
-    for kind in ("quiet", "busy"):
-        gaps = np.concatenate([r[kind] for r in rounds]) * 1e3
-        axes.plot(100 - shares, np.percentile(gaps, shares), label=kind)
-    axes.set(xscale="log", ylim=(0, None), xlabel="percentile", ylabel="ms between messages")
-    axes.set_xticks([50, 10, 1, 0.1], ["50", "90", "99", "99.9"])
-    axes.invert_xaxis()
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

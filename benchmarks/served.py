@@ -15,14 +15,22 @@ from mora_serve.demo.process import ServerProcess
 
 
 class Served:
-    """A server on the base and the adapters under ``root``; a context that stops it."""
+    """A server on the base and the adapters under ``root``; a context that stops it.
+
+    Without a prefix cache, which the peers do not have: prompts come back.
+    """
 
     def __init__(
         self, root: Path, adapters: Sequence[str], flags: Mapping[str, object] | None = None
     ) -> None:
         self._adapters = adapters
         self._process = ServerProcess(
-            {"base.model": root / "base", "adapters.root": root / "adapters", **(flags or {})}
+            {
+                "base.model": root / "base",
+                "adapters.root": root / "adapters",
+                "engine.prefix_cache": False,
+                **(flags or {}),
+            }
         )
         self._opened = ExitStack()
         self.ready_seconds = 0.0

@@ -31,7 +31,7 @@ from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Event, SamplingParams
 from mora_serve.engine.native_forward import NativeForward
 from mora_serve.engine.pace import MIN_TOKENS
-from mora_serve.engine.runner import free_cores
+from mora_serve.engine.runner import allowed_cores
 from mora_serve.model.native.library import PHASES
 from mora_serve.model.native.weight import NativeLinear
 from mora_serve.model.shape import PROJECTIONS
@@ -175,7 +175,7 @@ def copy_seconds() -> Iterator[float]:
     source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
     while True:
         threads = torch.get_num_threads()
-        torch.set_num_threads(free_cores())
+        torch.set_num_threads(allowed_cores())
         seconds = timed(lambda: target.copy_(source))
         torch.set_num_threads(threads)
         yield seconds

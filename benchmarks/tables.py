@@ -98,6 +98,54 @@ def overhead(result: Result) -> str:
     return markdown(("", "measured"), rows)
 
 
+def registered(result: Result) -> str:
+    """Saturated rounds and Poisson arrivals, by popularity and number of adapters."""
+    named = ("popularity", "registered adapters")
+    first = ("loads a request", "first token, ms", "p99")
+    saturated = [
+        (
+            *(r["popularity"], str(r["adapters"]), f"{r['tokens_per_second']:.1f}"),
+            *(f"{r['ratio']:.3f}", f"{r['misses_per_request']:.2f}"),
+            *(percentile(r["first_token_ms"], p) for p in ("p50", "p99")),
+        )
+        for r in result["saturated"]
+    ]
+    arriving = [
+        (
+            *(r["popularity"], str(r["adapters"]), f"{r['rate']:.2f}"),
+            *(f"{r['misses_per_request']:.2f}", *_latency(r)),
+        )
+        for r in result["poisson"]
+    ]
+    between = ("between tokens, ms", "p99")
+    return "\n\n".join(
+        (
+            markdown((*named, "tokens/s, saturated", "ratio to the fewest", *first), saturated),
+            markdown((*named, "requests/s, Poisson", *first, *between), arriving),
+        )
+    )
+
+
+def residency(result: Result) -> str:
+    """Times between messages of streams alone and beside new adapters."""
+    rows = [
+        (label, *(percentile(result[key], p, digits) for p in ("p50", "p90", "p99", "max")))
+        for label, key, digits in (
+            ("streams alone, ms", "quiet_ms", 1),
+            ("new adapters beside them, ms", "busy_ms", 1),
+            ("ratio", "ratio", 2),
+        )
+    ]
+    used = result["register_and_use_ms"]
+    rows.append(
+        (
+            "from registering an adapter to its answer, ms",
+            *(percentile(used, p, 0) for p in ("p50", "p90", "p99", "max")),
+        )
+    )
+    return markdown(("", "p50", "p90", "p99", "most"), rows)
+
+
 def over_products(row: Result) -> float:
     """A step over its bare 4-bit products."""
     return float(row["step_seconds"] / row["products_seconds"])
@@ -157,20 +205,25 @@ def readme(results: Mapping[str, Result], pictures: Mapping[str, str]) -> str:
             cell = ours["adapters"], ours["requests"]
             rate = ours["tokens_per_second"]
             peers = [
-                (r["tokens_per_second"], r["system"])
+                (
+                    r["ours_until_there"] / r["tokens_per_second"],
+                    r["tokens_per_second"],
+                    r["system"],
+                )
                 for r in rows
                 if (r["adapters"], r["requests"]) == cell and r is not ours and "failure" not in r
             ]
-            best, name = max(peers, default=(0.0, ""))
+            ratio, best, name = min(peers, default=(0.0, 0.0, ""))
             named = (KINDS[ours["adapters"]], str(ours["requests"]), f"{rate:.0f}")
-            against = (name, f"{best:.0f}", f"{rate / best:.2f}") if peers else ("none", "", "")
+            against = (name, f"{best:.0f}", f"{ratio:.2f}") if peers else ("none", "", "")
             lines.append((*named, *against))
         work = results["throughput"]["arguments"]
         parts += [
             "Tokens a second of whole requests, prompts included, through gRPC streaming, beside "
             f"transformers and PEFT on the same model (a Llama of {work['layers']} layers, hidden "
             f"size {work['hidden']}, NF4), prompts ({work['prompt']} tokens) and adapters (rank "
-            f"{work['rank']}), in turn. {where(results['throughput'])}.",
+            f"{work['rank']}), in turn; ratios at as many tokens of each answer. "
+            f"{where(results['throughput'])}.",
             markdown(headers, lines),
         ]
     parts += [f"![{name}]({path})" for name, path in pictures.items() if name in results]

@@ -83,7 +83,8 @@ def row(described: Mapping[str, Any], system: System, ours: System) -> dict[str,
         "repetitions": len(rates),
         "new_tokens": system.tokens,
         "by_tokens": system.whole,
-        **latencies(system.runs),
+        "ours_until_there": statistics.median(run.rate(system.tokens) for run in ours.runs),
+        **latencies([run.until(system.tokens) for run in system.runs]),
         "same_first_tokens_as_ours": sum(same) / len(same),
     }
 

@@ -1,8 +1,7 @@
 """The work that ours and the peers are measured on: a base, adapters, prompts, and what a run took.
 
 By default a Llama of 100M parameters in NF4, prompts of 32 and answers of 256 tokens, adapters of
-rank 16 on all seven projections. Prompts are new in every repetition, so no cache of an earlier one
-helps.
+rank 16 on all seven projections. Prompts are new in every repetition.
 """
 
 from __future__ import annotations
@@ -105,6 +104,10 @@ class Run:
         """Tokens a second until all requests had ``tokens`` tokens; all that they have if None."""
         count = len(self.times[0]) if tokens is None else tokens
         return len(self.times) * count / max(times[count - 1] for times in self.times)
+
+    def until(self, tokens: int) -> Run:
+        """This run as far as each request's first ``tokens`` tokens."""
+        return Run([ids[:tokens] for ids in self.tokens], [t[:tokens] for t in self.times])
 
     @property
     def first_token(self) -> list[float]:

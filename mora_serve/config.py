@@ -61,7 +61,11 @@ class EngineConfig:
     max_stop: int = _doc(16, "largest number of stop strings a request may give")
     max_logprobs: int = _doc(20, "largest number of logprobs a token")
     stall_seconds: float = _doc(60.0, "a stream whose client reads nothing this long is aborted")
-    threads: int = _doc(0, "CPU threads for the engine; 0 takes all cores that it may use")
+    threads: int = _doc(
+        0,
+        "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
+        "as many as torch does",
+    )
     kernels: Literal["auto", "native", "torch"] = _doc(
         "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
     )

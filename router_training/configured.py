@@ -15,7 +15,8 @@ from mora_serve.config import AdaptersConfig, BaseConfig
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.loading import Base, load_base
 from mora_serve.model.pooling import pooled_hidden
-from mora_serve.router.features import Features, Floats, NGrams, Pool, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import Features, NGrams, Pool, PooledHidden
 from mora_serve.router.format import MAX_DIMS, MAX_PROTOTYPES
 from router_training.peft_files import load_peft
 from router_training.router import FitOptions, fit_router

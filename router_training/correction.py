@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mora_serve.router.features import Floats
+from mora_serve.router.arrays import Floats
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mora_serve.errors import InvalidArgument
-from mora_serve.router.features import Features, Floats, Pool
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import Features, Pool
 
 Ints = npt.NDArray[np.intp]
 

@@ -82,6 +82,7 @@ class AdapterPool:
         self._filled: list[dict[tuple[int, str], int]] = [{} for _ in range(slots.slots)]
         self._loads = 0  # under way, or in line for the loading thread
         self._staging: set[str] = set()  # being converted ahead of a slot
+        self._staged: set[str] = set()  # of the line: were, or could not be
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._free = list(range(slots.slots - 1, -1, -1))
         self._pinned: set[str] = set()
@@ -152,6 +153,7 @@ class AdapterPool:
         the host meanwhile. True: all that can be done for this line has been started.
         """
         wanted = {digest for digests in line for digest in digests}
+        self._staged &= wanted
         room = True
         for digest in (d for digests in line for d in digests):
             if digest in self._entries:
@@ -159,7 +161,9 @@ class AdapterPool:
             if not self.can_prefetch:
                 return False
             room = room and self._begin(digest, wanted)
-            if not room and digest not in self._host and digest not in self._staging:
+            # Once each: where the host does not hold all of them, one would drive out the other.
+            if not room and digest not in self._host and digest not in self._staged:
+                self._staged.add(digest)
                 self._staging.add(digest)
                 self._loader.submit(self._stage, digest)
         return True

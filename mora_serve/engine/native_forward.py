@@ -71,6 +71,7 @@ class NativeForward:
         layers = [self._layer(i) for i in range(shape.layers)]
         self._layers = (LayerStruct * shape.layers)(*layers)
         self._set_projections()
+        self._scaled = 0  # projections that have DoRA scales
         self._ranks = np.zeros(slots.slots, np.int32)
         self._has_dora = np.zeros(slots.slots, np.int32)
         self._model = ModelStruct(
@@ -135,7 +136,11 @@ class NativeForward:
         for s in used:
             self._ranks[s], self._has_dora[s] = slots.ranks[s], slots.has_dora[s]
         if any(slots.has_dora[s] for s in used):
-            self._set_projections()  # their scales get memory as adapters first need them
+            # their scales get memory as adapters first need them
+            scaled = sum(part.dora is not None for part in slots.parts())
+            if scaled != self._scaled:
+                self._set_projections()
+                self._scaled = scaled
 
     def _linear(self, linear: Linear) -> LinearStruct:
         native = NativeLinear(linear)

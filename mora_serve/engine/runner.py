@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import torch
 
@@ -35,11 +37,16 @@ def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> i
     return max(1, min(fits, needed)) + 1
 
 
-def free_cores() -> int:
-    """Processor cores that this process may use."""
+def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processor cores that this process may use: by its affinity, and by a container's quota."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max": no quota
+        return cores
 
 
 class Runner:
@@ -69,7 +76,7 @@ class Runner:
     def _forward(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
         if config.kernels != "torch" and can_run(self.decoder):
-            return NativeForward(*parts, max_context, config.threads or free_cores())
+            return NativeForward(*parts, max_context, config.threads or allowed_cores())
         if config.kernels == "native":
             raise ConfigError(
                 "engine.kernels: 'native' asks for the compiled CPU path, which is not built or "

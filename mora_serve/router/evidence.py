@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mora_serve.router.features import Floats
+from mora_serve.router.arrays import Floats
 from mora_serve.router.index import FOUND, Index
 from mora_serve.router.router import Router
 from mora_serve.router.rows import Objects, Rows

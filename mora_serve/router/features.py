@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mora_serve.errors import InvalidArgument
+from mora_serve.router.arrays import Floats, Hashes, Indices
+from mora_serve.router.native import count_ngrams
 
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.intp]
-_Hashes = npt.NDArray[np.uint64]
 Pool = Callable[[Sequence[str]], Floats]  # n texts -> pooled hidden states [n, hidden size]
 
 MAX_DIM = 1 << 16
@@ -32,7 +31,7 @@ _TO_SPACE = bytes(c if c in _LETTERS else 0x20 for c in range(256))
 _WORD = re.compile(rb"[^ ]+")
 _QUOTE = re.compile(rb"(?<=(.))(['\"`])\2*(?=(.))", re.DOTALL)
 _QUOTED, _END = np.uint64(1 << 40), np.uint64(1 << 41)  # beyond the hash of any word
-_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -92,25 +91,13 @@ class NGrams:
                 blank[w.start : w.end] = data[w.start : w.end]
             data, words = bytes(blank), kept
         starts = [w.start for w in words]
-        codes = np.frombuffer(data, np.uint8).astype(np.uint64)
-        space = codes == 0x20
-        hashes = [np.array([w.hash for w in words], np.uint64)]
-        weights = [weight[starts]]
+        hashes, weights = np.array([w.hash for w in words], np.uint64), weight[starts]
         if self.pairs and words:
-            hashes.append(_neighbours(hashes[0], weights[0] < 1))
-            weights.append(np.full(len(hashes[1]), self.pairs))
-        rolling, broken = codes, np.zeros(len(codes), bool)
-        for n in range(2, self.longest + 1):
-            rolling = rolling[:-1] * _MIX[0] + codes[n - 1 :]
-            broken = broken[:-1] | space[n - 2 : -1] if n > 2 else broken[:-1]
-            if n >= self.shortest:
-                whole = ~broken
-                hashes.append(rolling[whole] + np.uint64(n))
-                weights.append(weight[1 : 1 + len(whole)][whole])
-        mixed = np.concatenate(hashes)
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX[1]
-        buckets = ((mixed >> np.uint64(33)) % np.uint64(self.dim)).astype(np.intp)
-        counts = np.bincount(buckets, np.concatenate(weights), self.dim)
+            near = _neighbours(hashes, weights < 1)
+            hashes = np.concatenate((hashes, near))
+            weights = np.concatenate((weights, np.full(len(near), self.pairs)))
+        lengths = range(self.shortest, self.longest + 1)
+        counts = count_ngrams(hashes, weights, data, weight, lengths, self.dim)
         index = np.flatnonzero(counts)
         values = np.log1p(counts[index])
         norm = float(np.sqrt(values @ values)) or 1.0
@@ -283,12 +270,12 @@ def _split(data: bytes) -> list[_Word]:
     return [_Word(w.start(), w.end(), zlib.crc32(w.group())) for w in _WORD.finditer(data)]
 
 
-def _neighbours(words: _Hashes, quoted: npt.NDArray[np.bool_]) -> _Hashes:
+def _neighbours(words: Hashes, quoted: npt.NDArray[np.bool_]) -> Hashes:
     """Hashes of neighbouring words, from their own; quoted words in a row are one, always alike."""
     first = np.append(True, ~(quoted[1:] & quoted[:-1]))
     ends = np.array([_END])
     line = np.concatenate((ends, np.where(quoted, _QUOTED, words)[first], ends))
-    hashes: _Hashes = line[:-1] * _MIX[0] + line[1:]
+    hashes: Hashes = line[:-1] * _MIX + line[1:]
     return hashes
 
 

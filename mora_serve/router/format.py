@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from mora_serve.adapters.untrusted import load_json, quoted
 from mora_serve.errors import InvalidArgument
-from mora_serve.router.features import Features, Floats, features_from
-from mora_serve.router.int8 import Codes
+from mora_serve.router.arrays import Codes, Floats
+from mora_serve.router.features import Features, features_from
 
 MAX_BYTES = 64 << 20
 MAX_HEADER = 1 << 20

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mora_serve.router.arrays import Floats
 from mora_serve.router.evidence import Evidence
-from mora_serve.router.features import Floats
 from mora_serve.router.format import Calibration, Gate
 
 

@@ -2,8 +2,8 @@
 
 Rows live in chunks by tenant. A change copies one chunk and the lists of chunks, nothing else;
 a search touches the chunks of the caller's tenant alone. A key takes a byte a dimension for its
-centre and for each prototype. A search narrows down: a part of each centre for many adapters, the
-whole centre for the better ones.
+centre and for each prototype. Among very many a search narrows down: a part of each centre for
+all, the whole centre for the better ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from mora_serve.router.features import Floats, Indices
-from mora_serve.router.int8 import Codes
+from mora_serve.router.arrays import Floats, Indices
+from mora_serve.router.native import Stacked
 from mora_serve.router.rows import Entry, Objects, Rows
 
 CHUNK = 256  # adapters
-COARSE = 256  # dimensions of a centre that many adapters are searched by
-LIKELY = 256  # adapters of which the whole centre counts
+MANY = 2048  # adapters, of which the whole centres are read
+COARSE = 256  # dimensions of a centre that more are searched by
+LIKELY = 256  # adapters of these of which the whole centre counts
 FOUND = 24  # candidates
 
 
@@ -38,10 +39,18 @@ class _Chunk:
         return len(self.rows.names)
 
 
-class _Coarse(NamedTuple):
-    codes: Codes  # [n, COARSE]
+class _Centres(NamedTuple):
+    names: Objects  # [n] of str
+    codes: Stacked  # [n, K]
     scales: Floats  # [n]
     listed: Indices  # where, sorted
+
+    def cosines(self, z: Floats, positions: Indices) -> Floats:
+        """Of z, or of its first numbers, with the centres at sorted positions."""
+        some = None if len(positions) == len(self.names) else positions
+        found = self.codes.products(z, some)
+        found *= self.scales if some is None else self.scales[some]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +64,12 @@ class _Tenant:
         return np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.intp)
 
     @cached_property
-    def coarse(self) -> _Coarse:
-        """Side by side: one product over all is three times as fast as one a chunk."""
+    def centres(self) -> _Centres:
+        """Of all chunks: one product is several times as fast as one a chunk."""
         rows = [chunk.rows for chunk in self.chunks]
-        return _Coarse(
-            np.concatenate([r.centres[:, :COARSE] for r in rows]),
+        return _Centres(
+            np.concatenate([r.names for r in rows]),
+            Stacked([r.centres for r in rows]),
             np.concatenate([r.scales[:, 0] for r in rows]),
             np.flatnonzero(np.concatenate([r.listed for r in rows])),
         )
@@ -67,7 +77,7 @@ class _Tenant:
     def positions(self, names: Collection[str] | None) -> Indices:
         """Of the listed adapters, or of those named, sorted."""
         if names is None:
-            return self.coarse.listed
+            return self.centres.listed
         asked, found = set(names), []
         for chunk, end in zip(self.chunks, self.ends, strict=True):
             known = asked & chunk.by_name.keys()
@@ -75,13 +85,10 @@ class _Tenant:
         return np.array(sorted(found), np.intp)
 
     def likely(self, z: Floats, positions: Indices, count: int) -> Indices:
-        """Of many those ``count`` that a part of each centre speaks for, equals included."""
-        if len(positions) <= count:
+        """Of very many those ``count`` that a part of each centre speaks for, equals included."""
+        if len(positions) <= max(MANY, count):
             return positions
-        codes, scales, _ = self.coarse
-        if len(positions) < len(codes):
-            codes, scales = codes[positions], scales[positions]
-        found = np.einsum("nk,k->n", codes.astype(np.float32), z[: codes.shape[1]]) * scales
+        found = self.centres.cosines(z[:COARSE], positions)
         likely: Indices = positions[found >= -np.partition(-found, count - 1)[count - 1]]
         return likely
 
@@ -166,10 +173,8 @@ class Index:
         if own is None or not len(asked := own.positions(names)):
             return None
         asked = own.likely(z, asked, max(LIKELY, count))
-        pieces = list(own.pieces(asked))
-        cosines = np.concatenate([rows.cosines(z, chosen) for rows, chosen in pieces])
-        called = np.concatenate([rows.names[chosen] for rows, chosen in pieces])
-        best = asked[np.sort(_best(cosines, called, count))]
+        cosines = own.centres.cosines(z, asked)
+        best = asked[np.sort(_best(cosines, own.centres.names[asked], count))]
         return Rows.join(rows.take(chosen) for rows, chosen in own.pieces(best))
 
     def listed(self, tenant: str) -> int:
@@ -190,10 +195,8 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Memory of the keys, names and words apart."""
-        chunks = [chunk for own in self.tenants.values() for chunk in own.chunks]
-        dims = [min(COARSE, chunk.rows.centres.shape[1]) for chunk in chunks]
-        searched: int = sum(n * len(chunk) for n, chunk in zip(dims, chunks, strict=True))
-        return searched + sum(chunk.rows.nbytes for chunk in chunks)
+        own = self.tenants.values()
+        return sum(t.centres.codes.nbytes + sum(c.rows.nbytes for c in t.chunks) for t in own)
 
 
 def _best(values: Floats, names: Objects, count: int) -> Indices:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from mora_serve.router.features import Floats
-
-Codes = npt.NDArray[np.int8]
+from mora_serve.router.arrays import Codes, Floats
 
 
 def to_int8(rows: Floats) -> tuple[Codes, Floats]:

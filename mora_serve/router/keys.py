@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mora_serve.adapters.record import AdapterRecord
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.features import Floats
+from mora_serve.router.arrays import Floats
 from mora_serve.router.router import AdapterKey, Router
 from mora_serve.router.rows import Entry
 from mora_serve.router.states import States

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.features import Floats, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import PooledHidden
 from mora_serve.router.format import RouterFile, read_router
+from mora_serve.router.native import weighted_sum
 from mora_serve.router.prototypes import prototypes, unit
 
 MAX_WORDS = 1024  # of a key, the commonest
@@ -99,8 +101,7 @@ class Router:
         index, values = self.content.features.sparse(text, pooled)
         if not len(index):
             return np.zeros(self.dims, np.float32)
-        rows = self._projection[index]
-        return unit(np.einsum("n,nk->k", values, rows) - self._offset)
+        return unit(weighted_sum(self._projection, index, values) - self._offset)
 
     def rest(self, text: str, z: Floats, words: Collection[int], known: Floats) -> Floats:
         """What is left of an embedded prompt once an adapter has taken its part: [K], or zeros.
@@ -119,7 +120,7 @@ class Router:
         index, values = self._ngrams.sparse(text, words)
         if not len(index):
             return np.zeros(self.dims, np.float32)
-        left = np.einsum("n,nk->k", values, self._projection[index])
+        left = weighted_sum(self._projection, index, values)
         return unit(left - self._ngrams_offset)
 
     def key(

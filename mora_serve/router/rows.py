@@ -8,8 +8,9 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from mora_serve.router.features import Floats, Indices
-from mora_serve.router.int8 import Codes, to_int8
+from mora_serve.router.arrays import Codes, Floats, Indices
+from mora_serve.router.int8 import to_int8
+from mora_serve.router.native import int8_products
 from mora_serve.router.router import AdapterKey
 
 Objects = npt.NDArray[np.object_]  # joined 10 times faster than tuples
@@ -67,17 +68,15 @@ class Rows(NamedTuple):
         """Some of them, in that order."""
         return type(self)._make([column[rows] for column in self])
 
-    def cosines(self, z: Floats, rows: Indices | None = None) -> Floats:
-        """Of z [K] with the centres [n], or with those of some rows."""
-        codes, scales = self.centres, self.scales[:, 0]
-        if rows is not None:
-            codes, scales = codes[rows], scales[rows]
-        cosines: Floats = np.einsum("nk,k->n", codes.astype(np.float32), z) * scales
+    def cosines(self, z: Floats) -> Floats:
+        """Of z [K] with the centres [n]."""
+        cosines: Floats = int8_products(self.centres, z) * self.scales[:, 0]
         return cosines
 
     def nearest(self, z: Floats) -> Floats:
         """The best cosine of z [K] with a prototype [n]."""
-        cosines = np.einsum("npk,k->np", self.prototypes.astype(np.float32), z)
+        n, count, size = self.prototypes.shape
+        cosines = int8_products(self.prototypes.reshape(n * count, size), z).reshape(n, count)
         best: Floats = (cosines * self.scales[:, 1:]).max(1)
         return best
 

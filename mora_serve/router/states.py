@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from mora_serve.router.features import Floats, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import PooledHidden
 
 
 class States(Protocol):

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.features import Floats, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import PooledHidden
 
 if TYPE_CHECKING:
     from mora_serve.engine.engine import Engine

@@ -11,9 +11,10 @@ import numpy as np
 
 from mora_serve.config import RouterConfig
 from mora_serve.core import DEFAULT_TENANT
+from mora_serve.router.arrays import Floats
 from mora_serve.router.decide import Choice, decide
 from mora_serve.router.evidence import gather
-from mora_serve.router.features import Floats, Pool
+from mora_serve.router.features import Pool
 from mora_serve.router.index import Index
 from mora_serve.router.router import Router
 from mora_serve.router.rows import Entry

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from benchmarks import throughput
 from benchmarks.peers import MODES
-from benchmarks.throughput import adapters_of, cut, figures, peer_ratios
+from benchmarks.throughput import (
+    adapters_of,
+    cut,
+    figures,
+    own_figures,
+    own_turns,
+    peer_ratios,
+)
 from benchmarks.turns import OURS, System, Work, take_turns
 from benchmarks.workload import Mixtures, Run, Workload, latencies, mixtures
 
@@ -117,10 +124,29 @@ def test_figures_are_ratios_of_the_cells_that_were_measured() -> None:
         {
             "distinct_16_over_peft": 6.0,
             "none_16_over_generate": 3.0,
-            "distinct_16_over_none": 0.8,
         }
     )
     assert figures([{"adapters": "none", "requests": 16, "system": OURS, "failure": "no"}]) == {}
+
+
+def test_ours_against_ours_is_by_turns() -> None:
+    """A machine that gets slower slows all kinds of a turn; the median of the turns counts."""
+    kinds, asked = ["none", "one", "distinct", "mixtures"], []
+
+    def work(prompts: Sequence[Sequence[int]], wanted: Mixtures, tokens: int) -> Run:
+        kind = next(k for k in kinds if adapters_of(k, 16) == wanted)
+        asked.append((kind, prompts[0][0]))
+        return Run([[0] * tokens] * 16, [[2.0] * tokens] * 16)
+
+    rates = own_turns(work, Workload(), kinds, 16, 3, 4)
+    assert [kind for kind, _ in asked] == [*kinds, *kinds[::-1], *kinds]
+    assert len({prompt for _, prompt in asked}) == 3
+    assert rates == {kind: [32.0] * 3 for kind in kinds}
+    rates = {"none": [4.0, 2.0, 1.0], "one": [3.6, 1.8, 0.5], "distinct": [3.2, 1.6, 0.8]}
+    assert own_figures(rates) == pytest.approx(
+        {"distinct_16_over_none": 0.8, "one_16_over_none": 0.9}
+    )
+    assert own_figures({"none": [], "one": []}) == {}
 
 
 def test_peers_are_held_to_earlier_ratios() -> None:
@@ -146,6 +172,7 @@ def test_all_systems_do_the_same_work(
     sizes = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4}
     flags = [f"--{k}={v}" for k, v in {**sizes, "prompt": 8, "tokens": 6, "repeat": 1}.items()]
     command = ["throughput", "--json", "--requests", "1", "4", "--other-tokens", "4", *flags]
+    command += ["--own", "1"]
     monkeypatch.setattr(sys, "argv", command)
     throughput.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -154,7 +181,13 @@ def test_all_systems_do_the_same_work(
     assert [r.get("failure") for r in rows.values()] == [None] * 20
     alike = [r["same_first_tokens_as_ours"] for r in rows.values() if r["requests"] == 4]
     assert sum(alike) / len(alike) > 0.8
-    assert "none_1_over_generate" in result["figures"]
+    assert result["figures"].keys() == {
+        "none_1_over_generate",
+        *("mixtures_16_over_distinct", "distinct_16_over_none", "one_16_over_none"),
+    }
+    assert {len(rates) for rates in result["own"].values()} == {1}
+    for r in rows.values():
+        assert (r["ours_until_there"] == r["tokens_per_second"]) == (r["system"] == OURS)
     settings = result["peers"]["settings"]
     assert len(settings["chosen"]) == 2
     for name, mode in settings["chosen"].items():

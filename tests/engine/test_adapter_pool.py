@@ -297,6 +297,24 @@ def test_without_a_slot_an_adapter_is_made_ready_on_the_host(make_engine):
     assert len(opens) == 2
 
 
+@pytest.mark.parametrize("host_bytes", [0, 40_000])
+def test_what_the_host_does_not_hold_is_converted_once(make_engine, host_bytes):
+    """Where those of the line drive each other out, they would do so for ever."""
+    local = make_engine(slots=4, host_bytes=host_bytes)
+    hold(local, "rank-1", "rank-2", "rank-4", "rank-8")
+    opens = []
+    local.open_hook = opens.append
+    line = ("rank-16",), ("rank-32",), ("rank-64",)
+    for _ in range(3):
+        prefetched(local, *line)
+        settle(local)
+    assert sorted(opens) == sorted(local.digests[name] for (name,) in line)
+    prefetched(local, ("rank-32",))
+    prefetched(local, *line)  # it is in line anew
+    settle(local)
+    assert opens.count(local.digests["rank-16"]) == 2
+
+
 def test_what_cannot_be_read_ahead_fails_when_it_is_loaded(make_engine):
     """The request that needs it gets the error, nobody before."""
     local = make_engine(slots=4)

@@ -315,6 +315,17 @@ def test_torch_reads_tables_in_tiles(root: Path, family: str) -> None:
     assert tiled.embedding.nbytes == 336 * 128 * 2
 
 
+def test_steps_of_many_rows_and_of_many_adapters_alternate(root: Path) -> None:
+    """The workspace grows for either and shrinks for neither; the numbers stay."""
+    world = World(decoder("qwen3", root), FLOAT_TARGETS[0])
+    long = [job(120, {}, [120], seed=9)]
+    many = [job(6, MIXTURES[5], [6], seed=i) for i in range(20)]
+    first = world.run(long), world.run(many)
+    for _ in range(2):
+        for jobs, want in zip((long, many), first, strict=True):
+            assert all(map(torch.equal, world.run(jobs), want))
+
+
 def test_time_is_told_by_phase(root: Path) -> None:
     """Every phase takes some."""
     import numpy as np

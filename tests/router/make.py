@@ -11,7 +11,8 @@ import numpy as np
 
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.features import Features, Floats, NGrams, PooledHidden
+from mora_serve.router.arrays import Floats
+from mora_serve.router.features import Features, NGrams, PooledHidden
 from mora_serve.router.format import Calibration, Gate, RouterFile
 from mora_serve.router.prototypes import unit
 from mora_serve.router.router import AdapterKey, Router

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_serve.router import index as index_module
-from mora_serve.router.features import Floats
+from mora_serve.router.arrays import Floats
 from mora_serve.router.index import Index
 from mora_serve.router.prototypes import unit
 from mora_serve.router.rows import Entry
@@ -148,6 +148,7 @@ def test_equal_centres_go_by_name() -> None:
 def test_a_search_of_many_finds_whoever_a_part_of_the_centre_speaks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(index_module, "MANY", 25)
     monkeypatch.setattr(index_module, "LIKELY", 20)
     monkeypatch.setattr(index_module, "COARSE", 64)
     others = vectors(5, 400)

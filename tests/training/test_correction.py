@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mora_serve.router.features import Floats
+from mora_serve.router.arrays import Floats
 from mora_serve.router.prototypes import unit
 from router_training.correction import CorrectionRecipe, learn_correction
 

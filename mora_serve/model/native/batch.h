@@ -21,7 +21,7 @@ typedef struct {
 } Segment;
 
 struct Workspace {
-    size_t rows, pairs, wanted;
+    size_t rows, pairs;
     Row *row;
     Segment *segment;
     int *order, *pair_row, *pair_slot;

@@ -121,13 +121,15 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
 {
     if (rows <= s->rows && pairs <= s->pairs)
         return 1;
+    rows = rows > s->rows ? rows + rows / 4 : s->rows; /* steps of many rows and of many pairs may */
+    pairs = pairs > s->pairs ? pairs + pairs / 4 : s->pairs; /* alternate: neither makes it less */
     free_space(s);
-    s->rows = rows + rows / 4, s->pairs = pairs + pairs / 4;
+    s->rows = rows, s->pairs = pairs;
     size_t heads = (size_t)m->heads * m->head_dim, inner = m->intermediate, hidden = m->hidden;
     size_t qkv = heads + 2 * (size_t)m->kv_heads * m->head_dim;
     size_t most = qkv > 2 * inner ? qkv : 2 * inner;
     most = most > hidden ? most : hidden;
-    rows = s->rows, pairs = s->pairs ? s->pairs : 1;
+    pairs = pairs ? pairs : 1;
     s->score_size = (size_t)(m->heads / m->kv_heads) * m->max_context;
     s->row = block(rows * sizeof(Row));
     s->segment = block(pairs * sizeof(Segment));

@@ -1,0 +1,12 @@
+"""The router's arrays by what they hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int8]
+Indices = npt.NDArray[np.intp]
+Hashes = npt.NDArray[np.uint64]

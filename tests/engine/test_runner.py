@@ -1,0 +1,33 @@
+"""What the runner takes of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mora_serve.engine.runner import allowed_cores
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("150000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), ("max 100000", 8), ("", 8)],
+)
+def test_a_containers_quota_bounds_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cores: int
+) -> None:
+    """Threads beyond it would wait for each other, and be stopped in turn."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    quota.write_text(f"{text}\n")
+    assert allowed_cores(quota) == cores
+
+
+def test_without_a_quota_it_is_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert allowed_cores(tmp_path / "none") == 2
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert allowed_cores(tmp_path / "none") == 4
