@@ -72,7 +72,7 @@ def memory_by_part(root: Path, work: Workload, requests: int) -> dict[str, Any]:
         kv = local.engine.runner.kv
         parts = {
             "base, 4-bit linears": local.base.linear_bytes,
-            "base, embedding, head and norms": local.base.other_bytes,
+            "base, embedding and head": local.base.other_bytes,
             f"{slots} adapter slots": local.engine.pool.slots.nbytes,
             "key/value pages": kv.k.nbytes + kv.v.nbytes,
         }

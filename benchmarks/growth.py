@@ -97,6 +97,8 @@ class Sweep:
         with Served(self.root, names, flags) as served:
             for point in points:
                 work = point.work
+                if peers is not None and point.peer and work.prompt != peers.workload.prompt:
+                    self._settle(peers, work, [point])
                 systems = [System(OURS, served.run, self.args.repeat, work.tokens)]
                 if peers is not None and point.peer == "none":
                     systems.append(System("transformers generate", peers.generate, 1, work.tokens))
@@ -112,10 +114,15 @@ class Sweep:
             return None
         used = {name for point in asked for mixture in point.wanted for name in mixture}
         peers = Peers(self.root, self.work, sorted(used))
-        most = min(16, len(asked[0].wanted))  # enough to choose by
-        peers.settle([most], sorted({point.peer for point in asked}))
-        report.log(str(peers.settings))
+        self._settle(peers, asked[0].work, asked)
         return peers
+
+    def _settle(self, peers: Peers, work: Workload, points: Sequence[Point]) -> None:
+        """Let the peers choose how to compute, for prompts of this length."""
+        peers.workload = work
+        most = min(16, len(points[0].wanted))  # enough to choose by
+        peers.settle([most], sorted({point.peer for point in points}))
+        report.log(str(peers.settings))
 
 
 def active(sweep: Sweep) -> Rows:

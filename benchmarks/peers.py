@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.turns import Work
 from benchmarks.workload import Mixtures, Run, Workload
+from mora_serve.engine.runner import allowed_cores
 
 SETTLE_STEPS = 8
 
@@ -73,11 +74,12 @@ class Clock:
 class Peers:
     """transformers with and without PEFT's adapters, on files that ``Workload`` wrote.
 
-    Models are loaded when they are first asked.
+    Models are loaded when they are first asked. They compute on as many threads as ours.
     """
 
     def __init__(self, root: Path, workload: Workload, adapters: Sequence[str]) -> None:
         quieten()
+        torch.set_num_threads(allowed_cores())
         self.workload = workload
         self.adapters = list(adapters)
         self.settings: dict[str, Any] = {}
@@ -157,8 +159,9 @@ class Peers:
     def settle(self, counts: Sequence[int], kinds: Sequence[str] = ("none", "mixed")) -> None:
         """Choose a mode for each number of requests, and the adapters' type for the largest.
 
-        ``kinds``: ``none`` for ``generate``, ``mixed`` for PEFT. The median step in the middle of
-        an answer decides; ``settings`` tells what was measured, in milliseconds a step.
+        ``kinds``: ``none`` for ``generate``, ``mixed`` for PEFT. The time of a whole answer
+        decides, reckoned from its prompt's and the median step in its middle; ``settings`` tells
+        what was measured, in milliseconds a token.
         """
         half = self.workload.tokens // 2
         later = replace(self.workload, prompt=self.workload.prompt + half)
@@ -167,8 +170,9 @@ class Peers:
 
         def step(name: str, run: Work, wanted: Mixtures) -> float:
             got = run(later.prompts(len(wanted), -1), wanted, half)
-            measured[f"{name}, {len(wanted)} requests"] = 1e3 * statistics.median(got.gaps)
-            return statistics.median(got.gaps)
+            whole = max(got.first_token) + self.workload.tokens * statistics.median(got.gaps)
+            measured[f"{name}, {len(wanted)} requests"] = 1e3 * whole / self.workload.tokens
+            return whole
 
         self._steps = SETTLE_STEPS
         if "mixed" in kinds:

@@ -126,7 +126,7 @@ def registered(result: Result) -> Any:
     """Throughput and loads a request against the number of registered adapters."""
     figure, axes = panels(8, 3.0, 2)
     values = (("tokens_per_second", "tokens a second"), ("misses_per_request", "loads a request"))
-    for i, kind in enumerate(("zipf", "uniform")):
+    for i, kind in enumerate(dict.fromkeys(r["popularity"] for r in result["saturated"])):
         rows = [r for r in result["saturated"] if r["popularity"] == kind]
         counts = [r["adapters"] for r in rows]
         for axis, (key, label) in zip(axes, values, strict=True):

@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import statistics
 import tempfile
 import time
@@ -39,7 +38,7 @@ from mora_serve.adapters.validate import read_directory
 from mora_serve.client import AsyncClient, Client
 from mora_serve.config import AdaptersConfig
 from mora_serve.demo.bundle import bundle_path, read_examples
-from mora_serve.demo.process import ServerProcess
+from mora_serve.demo.process import ServerProcess, free_port
 from mora_serve.model.shape import shape_from_config
 from mora_serve.router.router import Router
 
@@ -96,9 +95,7 @@ def main() -> None:
         state = Path(folder)
         prepare(state, args.adapters)
         report.log("the state is ready")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            metrics_port = s.getsockname()[1]
+        metrics_port = free_port()
         flags = {
             "server.state": state,
             "server.metrics_port": metrics_port,

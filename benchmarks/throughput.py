@@ -33,6 +33,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.peers import Peers, notes
+from benchmarks.plots import KINDS
 from benchmarks.served import Served
 from benchmarks.tables import percentile
 from benchmarks.turns import OURS, System, Work, row, take_turns
@@ -41,7 +42,6 @@ from mora_serve.cli.output import table
 
 CLAIMED = (1, 16)  # requests
 CLAIMED_SYSTEMS = (OURS, "transformers generate", "PEFT mixed batch")
-KINDS = ("none", "one", "distinct", "mixtures")
 SHORTER = (64, 128)  # tokens that a peer's later repetitions may be cut to
 MOST_IN_TURN = 16  # requests that are answered one after another
 # tokens/s of the same peers measured before, on a quiet machine with 2 cores and AVX-512; 16

@@ -59,13 +59,21 @@ def take_turns(
 
 
 def row(described: Mapping[str, Any], system: System, ours: System) -> dict[str, Any]:
-    """One system's figures; rates and latencies up to the same number of tokens in every run."""
+    """One system's figures; latencies up to the same number of tokens in every run.
+
+    Rates are of the whole answers: where runs were cut, times what the whole first run's rate was
+    to its own until there. Beside them, ours at as many tokens.
+    """
     named = {**described, "system": system.name}
     if system.failure:
         found = {**named, "failure": system.failure}
         report.log(f"{_text(named)}: {system.failure}")
         return found
-    rates = [run.rate(system.tokens) for run in system.runs]
+    full, rest = system.tokens, 1.0
+    if system.whole:
+        full = max(map(int, system.whole))
+        rest = system.whole[str(full)] / system.whole[str(system.tokens)]
+    rates = [rest * run.rate(system.tokens) for run in system.runs]
     same = [
         a[0] == b[0]
         for mine, theirs in zip(ours.runs, system.runs, strict=False)
@@ -83,7 +91,7 @@ def row(described: Mapping[str, Any], system: System, ours: System) -> dict[str,
         "repetitions": len(rates),
         "new_tokens": system.tokens,
         "by_tokens": system.whole,
-        "ours_until_there": statistics.median(run.rate(system.tokens) for run in ours.runs),
+        "ours_until_there": statistics.median(run.rate(full) for run in ours.runs),
         **latencies([run.until(system.tokens) for run in system.runs]),
         "same_first_tokens_as_ours": sum(same) / len(same),
     }

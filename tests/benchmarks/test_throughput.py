@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import throughput
+from benchmarks import throughput, turns
 from benchmarks.peers import MODES
 from benchmarks.throughput import (
     adapters_of,
@@ -82,6 +82,25 @@ def test_a_peers_answers_are_cut_only_where_its_rate_stays(first_step: float, le
     assert system.tokens == left
     assert abs(run_of(times).rate(left) / run_of(times).rate() - 1) <= 0.03
     assert set(system.whole) == {"64", "128", "256"}
+
+
+def test_a_cut_peers_rate_is_that_of_its_whole_answer() -> None:
+    """Times what the first run's was to its own until the cut; ours beside it is whole."""
+    mine = System(OURS, lambda *_: run_of([]), runs=[run_of([i + 1.0 for i in range(256)])])
+    mine.tokens = 256
+    first = [1.0 + 0.9 * i for i in range(256)]
+    peer = System("peer", lambda *_: run_of([]), runs=[run_of(first)], tokens=256)
+    cut(peer, 0.03)
+    assert peer.tokens == 64
+    peer.runs += [run_of([2 * t for t in first[:64]])] * 2
+    found = turns.row({}, peer, mine)
+    whole = 256 / first[-1]
+    assert found["most"] == pytest.approx(whole)
+    assert found["tokens_per_second"] == pytest.approx(whole / 2)
+    assert found["ours_until_there"] == pytest.approx(1.0)
+    assert found["inter_token_ms"]["max"] == pytest.approx(1800)
+    shorter = System("other", lambda *_: run_of([]), runs=[run_of(first[:64])], tokens=64)
+    assert turns.row({}, shorter, mine)["ours_until_there"] == pytest.approx(1.0)
 
 
 def test_systems_take_turns_on_the_same_prompts_and_a_peer_may_fail() -> None:
