@@ -1,6 +1,6 @@
 """Run the benchmarks of performance: each part's JSON, table and picture, in one go.
 
-    python -m benchmarks                         all parts (20 minutes on 2 cores)
+    python -m benchmarks                         all parts; the peers take most of the time
     python -m benchmarks throughput growth       some parts
     python -m benchmarks --redraw                tables and pictures of stored results
     python -m benchmarks --readme                the README's section from stored results
@@ -38,7 +38,8 @@ class Part:
     plot: Callable[[Mapping[str, Any]], Any] | None = None
 
 
-# Fewer repetitions than the claims', so that all parts together stay under 20 minutes on 2 cores.
+# Fewer repetitions than the claims'. They were to keep all parts under 20 minutes on 2 cores, which
+# is not so without bf16 instructions, where the peers are several times as slow.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",

@@ -48,14 +48,13 @@ class Stacked:
     """Rows of codes [n, k] of several arrays, one after another, read where they are."""
 
     def __init__(self, parts: Sequence[Codes]) -> None:
-        """Each part has its rows' numbers side by side, and all have as many."""
-        self._parts = parts  # keeps what the addresses lead to
+        """One part or more, all with as many numbers a row."""
+        # kept: what the addresses lead to
+        self._parts = [np.ascontiguousarray(p, np.int8) for p in parts]
+        self._width = min(p.shape[1] for p in parts)
         self._addresses = np.concatenate(
-            [p.ctypes.data + p.strides[0] * np.arange(len(p), dtype=np.intp) for p in parts]
+            [p.ctypes.data + p.strides[0] * np.arange(len(p), dtype=np.intp) for p in self._parts]
         )
-
-    def __len__(self) -> int:
-        return len(self._addresses)
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +62,12 @@ class Stacked:
         return self._addresses.nbytes
 
     def products(self, z: Floats, rows: Indices | None = None) -> Floats:
-        """Times z [at most k], as far as it goes -> [n]; of some rows alone where given."""
+        """Times z [at most k], as far as it goes -> [n]; of some rows alone where given.
+
+        Raises ValueError for a longer z: a compiled loop would read past the rows.
+        """
+        if len(z) > self._width:
+            raise ValueError(f"{len(z)} numbers for rows of {self._width}")
         lib = library()
         if lib is None:
             codes = np.concatenate([p[:, : len(z)] for p in self._parts])
@@ -83,7 +87,12 @@ def int8_products(codes: Codes, z: Floats) -> Floats:
 
 
 def weighted_sum(rows: Floats, index: Indices, values: Floats) -> Floats:
-    """The sum of values[i] * rows[index[i]] -> [k], of rows [n, k]."""
+    """The sum of values[i] * rows[index[i]] -> [k], of rows [n, k].
+
+    Raises IndexError for an index that is not below n, as the compiled loop cannot.
+    """
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
+        raise IndexError(f"indices up to {int(index.max())} for {len(rows)} rows")
     lib = library()
     if lib is None or not rows.flags.c_contiguous:
         found: Floats = np.einsum("n,nk->k", values, rows[index])

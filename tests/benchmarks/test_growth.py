@@ -43,7 +43,16 @@ def test_every_sweep_has_its_points(
     ):
         flags += [f"--{name}", *map(str, values)]
     monkeypatch.setattr(sys, "argv", ["growth", "--json", *flags])
+    settled, settle = [], growth.Peers.settle
+
+    def noted(peers: growth.Peers, counts: list[int], kinds: list[str]) -> None:
+        settled.append((peers.workload.prompt, *kinds))
+        settle(peers, counts, kinds)
+
+    monkeypatch.setattr(growth.Peers, "settle", noted)
     growth.main()
+    own = growth.Workload.prompt
+    assert settled == [(own, "mixed"), (own, "mixed"), (4, "none"), (16, "none")]
     sweeps = json.loads(capsys.readouterr().out.splitlines()[-1])["sweeps"]
     systems = {
         name: [(r[name], r["system"]) for r in rows if r.get("adapters") != "distinct"]

@@ -316,7 +316,7 @@ def test_torch_reads_tables_in_tiles(root: Path, family: str) -> None:
 
 
 def test_steps_of_many_rows_and_of_many_adapters_alternate(root: Path) -> None:
-    """The workspace grows for either and shrinks for neither; the numbers stay."""
+    """A workspace that grew for the one has room for the other; the numbers stay."""
     world = World(decoder("qwen3", root), FLOAT_TARGETS[0])
     long = [job(120, {}, [120], seed=9)]
     many = [job(6, MIXTURES[5], [6], seed=i) for i in range(20)]

@@ -92,6 +92,29 @@ def test_either_way_gives_the_same_sums() -> None:
     assert np.allclose(weighted_sum(table, rows % 9, z[:3]), z[:3] @ table[rows % 9], atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
+def test_what_lies_past_the_rows_is_never_read() -> None:
+    """A loop in C would go on; both ways refuse."""
+    stacked = Stacked([np.ones((2, 8), np.int8), np.ones((1, 8), np.int8)])
+    with pytest.raises(ValueError, match="9 numbers for rows of 8"):
+        stacked.products(np.ones(9, np.float32))
+    with pytest.raises(IndexError):
+        stacked.products(np.ones(8, np.float32), np.array([3]))
+    table, values = np.ones((3, 4), np.float32), np.ones(1, np.float32)
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            weighted_sum(table, np.array([index]), values)
+
+
+@pytest.mark.usefixtures("way")
+def test_parts_of_any_strides_are_read_as_they_are() -> None:
+    codes = np.arange(24, dtype=np.int8).reshape(4, 6)
+    z = np.arange(1, 4, dtype=np.float32)
+    got = Stacked([codes[:, ::2], codes[::2, 3:]]).products(z)
+    want = np.concatenate([codes[:, ::2], codes[::2, 3:]]).astype(np.float32) @ z
+    assert np.array_equal(got, want)
+
+
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     native.library.cache_clear()
     monkeypatch.setattr(native, "VERSION", -1)

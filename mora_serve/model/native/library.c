@@ -121,8 +121,9 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
 {
     if (rows <= s->rows && pairs <= s->pairs)
         return 1;
-    rows = rows > s->rows ? rows + rows / 4 : s->rows; /* steps of many rows and of many pairs may */
-    pairs = pairs > s->pairs ? pairs + pairs / 4 : s->pairs; /* alternate: neither makes it less */
+    /* Steps of many rows and of many pairs may alternate: neither takes from the other. */
+    rows = rows > s->rows ? rows + rows / 4 : s->rows;
+    pairs = pairs > s->pairs ? pairs + pairs / 4 : s->pairs;
     free_space(s);
     s->rows = rows, s->pairs = pairs;
     size_t heads = (size_t)m->heads * m->head_dim, inner = m->intermediate, hidden = m->hidden;
