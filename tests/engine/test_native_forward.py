@@ -326,6 +326,27 @@ def test_steps_of_many_rows_and_of_many_adapters_alternate(root: Path) -> None:
             assert all(map(torch.equal, world.run(jobs), want))
 
 
+def test_dora_scales_that_come_later_are_used(root: Path) -> None:
+    """Slots have no memory for them until a DoRA adapter is loaded, be it after the first step."""
+    want = World(decoder("llama3", root), FLOAT_TARGETS[0]).run(JOBS)
+    world = World(decoder("llama3", root), FLOAT_TARGETS[0])
+    parts = list(world.slots.parts())
+    scales = [part.dora for part in parts]
+    for part in parts:
+        part.dora = None
+    world.slots.has_dora[:] = [False] * world.slots.slots
+    world.forward = NativeForward(
+        decoder("llama3", root), world.slots, world.kv, CONTEXT, 2, FLOAT_TARGETS[0]
+    )
+    without = world.run(JOBS)
+    for part, dora in zip(parts, scales, strict=True):
+        part.dora = dora
+    for name, (_, scaled) in ADAPTERS.items():
+        world.slots.has_dora[SLOT[name]] = scaled
+    assert all(map(torch.equal, world.run(JOBS), want))
+    assert not all(map(torch.equal, without, want))
+
+
 def test_time_is_told_by_phase(root: Path) -> None:
     """Every phase takes some."""
     import numpy as np
