@@ -4,7 +4,8 @@
 base, half on one adapter, a quarter on a mixture of two. They begin anew in every round, which has
 a quiet window and a busy one, now the one first and now the other. In the busy one an adapter that
 the server has never seen is registered every 0.19 seconds, whether the last is done or not, and
-used at once for an answer of 8 tokens; there are fewer slots than adapters. What counts are the
+used at once for an answer of 8 tokens, which fails where it comes after the window's end; there are
+fewer slots than adapters. What counts are the
 times between two messages of a stream, as the client sees them over gRPC; of the rounds'
 percentiles and ratios the median.
 
