@@ -11,6 +11,7 @@ MIN_TOKENS = 16  # a prompt gets as many a step whatever runs: a page
 
 GAIN = 0.2  # weight of the newest measurement
 OUTLIER = 4.0  # a measurement counts as at most this many times what was expected
+GROWTH = 2.0  # a limit is at most this many times the recent prompt tokens, however cheap they were
 
 
 class StepPace:
@@ -59,10 +60,11 @@ class StepPace:
         alone = self._seconds(decodes)
         if alone is None:
             return 0
-        if not self._added:
-            return self._most if self._tokens else self._least
         allowed = (self._pace - 1) * alone * max(1.0, prompts / decodes)
-        return int(min(self._most, max(self._least, allowed * self._tokens / self._added)))
+        limit = GROWTH * self._tokens
+        if allowed * self._tokens < limit * self._added:
+            limit = allowed * self._tokens / self._added
+        return int(min(self._most, max(self._least, limit))) if allowed else self._least
 
     def _seconds(self, decodes: int) -> float | None:
         """Of a step without prompt tokens: as measured with the most similar number of streams."""

@@ -97,11 +97,28 @@ def test_one_slow_step_does_not_shrink_the_chunks_for_long() -> None:
     assert run(pace, linear, 16, 160)[-1] == pytest.approx(before, rel=0.05)
 
 
-def test_prompts_that_cost_nothing_measurable_are_not_limited() -> None:
+def test_prompts_that_cost_nothing_measurable_grow_step_by_step() -> None:
+    """One slow step without prompts must not make the next one 512 tokens long."""
     pace = StepPace(2.0, 512)
+    pace.observe(4, 0, 60.0)
+    limits = []
+    for _ in range(10):
+        limits.append(pace.limit(4, 1))
+        pace.observe(4, limits[-1], 0.02)
+    assert limits[0] == MIN_TOKENS and limits[-1] == 512
+    assert limits[1] == 2 * limits[0] and limits == sorted(limits)
+    assert limits[2] < 128
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(1e-4, 10.0)), max_size=20))
+def test_a_pace_of_one_is_the_smallest_chunk_whatever_was_measured(
+    steps: list[tuple[int, float]],
+) -> None:
+    pace = StepPace(1.0, 512)
     pace.observe(4, 0, 0.01)
-    pace.observe(4, 32, 0.009)
-    assert pace.limit(4, 1) == 512
+    for tokens, seconds in steps:
+        pace.observe(4, tokens * MIN_TOKENS, seconds)
+    assert pace.limit(4, 3) == MIN_TOKENS
 
 
 def test_the_seconds_are_those_of_as_many_streams() -> None:
