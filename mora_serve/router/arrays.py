@@ -10,3 +10,5 @@ Doubles = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int8]
 Indices = npt.NDArray[np.intp]
 Hashes = npt.NDArray[np.uint64]
+Words = npt.NDArray[np.uint32]  # hashes of words, sorted
+Objects = npt.NDArray[np.object_]  # joined 10 times faster than tuples

@@ -9,15 +9,15 @@ rest is the second one's alone; a candidate that is merely like the best one has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats
-from mora_serve.router.index import FOUND, Index
+from mora_serve.router.arrays import Floats, Objects
+from mora_serve.router.index import FOUND, Candidates, Index
 from mora_serve.router.router import Router
-from mora_serve.router.rows import Objects, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,41 +51,37 @@ def gather(
     no candidate. Raises what ``Router.embed`` raises.
     """
     z = router.embed(text, pooled)
-    rows = index.candidates(tenant, z, names)
-    if rows is None:
+    found = index.candidates(tenant, z, names)
+    if found is None:
         return None
     blend = router.calibration.blend
-    score = _blended(rows, z, blend)
-    best = int(np.lexsort((rows.names.astype(str), -score))[0])
-    first = rows.take(np.array([best]))
-    taken = first.prototypes[0] * first.scales[0, 1:, None]
-    left = router.rest(text, z, first.words[0], taken)
+    score, nearest = _scores(found, z, blend)
+    best = int(min(np.flatnonzero(score == score.max()), key=found.names.__getitem__))
+    first = nearest[best : best + 1]
+    left = router.rest(text, z, found.words(best), found.prototypes(best))
     if left.any() and len(score) == FOUND:  # others than these may be near what is left
-        rows = _joined(rows, index.candidates(tenant, left, names))
-        score = _blended(rows, z, blend)
-    again = _blended(rows, left, blend)
-    later = np.arange(len(score)) != best
-    order = np.lexsort((rows.names.astype(str), -score, -again, later))
+        position = found.positions[best]
+        found = found.joined(index.candidates(tenant, left, names))
+        best = int(np.searchsorted(found.positions, position))
+        score, _ = _scores(found, z, blend)
+    again, _ = _scores(found, left, blend)
+    listed = found.names
+    columns = list(zip((-again).tolist(), (-score).tolist(), listed, strict=True))
+    columns[best] = (-math.inf, 0.0, "")
+    order = np.array(sorted(range(len(columns)), key=columns.__getitem__))
     rest = again[order[1:]]
     rival = np.full(len(rest), rest[0] if len(rest) else 0, np.float32)
     rival[:1] = rest[1] if len(rest) > 1 else 0
     return Evidence(
-        rows.names[order],
-        rows.groups[order],
+        listed[order],
+        found.groups[order],
         score[order],
-        first.nearest(z),
+        first,
         np.column_stack((rest, rest - rival)),
     )
 
 
-def _joined(rows: Rows, more: Rows | None) -> Rows:
-    if more is None:
-        return rows
-    present = set(rows.names)
-    new = [i for i, name in enumerate(more.names) if name not in present]
-    return Rows.join((rows, more.take(np.array(new, np.intp))))
-
-
-def _blended(rows: Rows, z: Floats, blend: float) -> Floats:
-    scores: Floats = (1 - blend) * rows.cosines(z) + blend * rows.nearest(z)
-    return scores
+def _scores(found: Candidates, z: Floats, blend: float) -> tuple[Floats, Floats]:
+    """Each one's blended score [n], and its cosine with the nearest prototype [n]."""
+    cosines, nearest = found.scores(z)
+    return (1 - blend) * cosines + blend * nearest, nearest

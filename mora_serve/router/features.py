@@ -8,17 +8,16 @@ is computed elsewhere (``mora_serve.model.pooling``) and comes here as an array.
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mora_serve.errors import InvalidArgument
-from mora_serve.router.arrays import Floats, Hashes, Indices
-from mora_serve.router.native import count_ngrams
+from mora_serve.router.arrays import Floats, Indices, Words
+from mora_serve.router.native import count_features, without, word_hashes
 
 Pool = Callable[[Sequence[str]], Floats]  # n texts -> pooled hidden states [n, hidden size]
 
@@ -28,10 +27,7 @@ MAX_TOKENS = 1 << 11  # a text is read in one pass, beside which streams wait
 MAX_WEIGHT = 100.0
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz" + bytes(range(0x80, 0x100))
 _TO_SPACE = bytes(c if c in _LETTERS else 0x20 for c in range(256))
-_WORD = re.compile(rb"[^ ]+")
 _QUOTE = re.compile(rb"(?<=(.))(['\"`])\2*(?=(.))", re.DOTALL)
-_QUOTED, _END = np.uint64(1 << 40), np.uint64(1 << 41)  # beyond the hash of any word
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -73,31 +69,18 @@ class NGrams:
             "pairs": float(self.pairs),
         }
 
-    def sparse(self, text: str, without: Collection[int] | None = None) -> tuple[Indices, Floats]:
+    def sparse(self, text: str, words: Words | None = None) -> tuple[Indices, Floats]:
         """Features of one text: distinct sorted indices [n] below ``dim`` and values [n].
 
-        n is 0 for a text without any word or n-gram, such as the empty one. ``without``: what is
-        left of the text when words of these hashes (see ``words``) are taken out; n is 0 then
-        where no word outside quotations is left.
+        n is 0 for a text without any word or n-gram, such as the empty one. Of what is left of
+        the text when ``words`` (sorted hashes, see ``words``) are taken out, where given; n is 0
+        then where no word outside quotations is left.
         """
         data, weight = self._read(text)
-        words = _split(data)
-        if without is not None:
-            kept = [w for w in words if weight[w.start] < 1 or w.hash not in without]
-            if all(weight[w.start] < 1 for w in kept):
-                return np.zeros(0, np.intp), np.zeros(0, np.float32)
-            blank = bytearray(b" " * len(data))
-            for w in kept:
-                blank[w.start : w.end] = data[w.start : w.end]
-            data, words = bytes(blank), kept
-        starts = [w.start for w in words]
-        hashes, weights = np.array([w.hash for w in words], np.uint64), weight[starts]
-        if self.pairs and words:
-            near = _neighbours(hashes, weights < 1)
-            hashes = np.concatenate((hashes, near))
-            weights = np.concatenate((weights, np.full(len(near), self.pairs)))
+        if words is not None and not (data := without(data, weight, words)):
+            return np.zeros(0, np.intp), np.zeros(0, np.float32)
         lengths = range(self.shortest, self.longest + 1)
-        counts = count_ngrams(hashes, weights, data, weight, lengths, self.dim)
+        counts = count_features(data, weight, self.pairs, lengths, self.dim)
         index = np.flatnonzero(counts)
         values = np.log1p(counts[index])
         norm = float(np.sqrt(values @ values)) or 1.0
@@ -106,7 +89,7 @@ class NGrams:
     def words(self, text: str) -> list[int]:
         """Hashes of a text's words in order, those in quotations left out."""
         data, weight = self._read(text)
-        return [w.hash for w in _split(data) if weight[w.start] == 1]
+        return [hash_ for start, _, hash_ in word_hashes(data) if weight[start] == 1]
 
     def _read(self, text: str) -> tuple[bytes, npt.NDArray[np.float64]]:
         """A text as words apart by spaces, and what each byte counts."""
@@ -258,25 +241,6 @@ def _given(pooled: Floats | None) -> Floats:
             field="pooled",
         )
     return pooled
-
-
-class _Word(NamedTuple):
-    start: int
-    end: int
-    hash: int
-
-
-def _split(data: bytes) -> list[_Word]:
-    return [_Word(w.start(), w.end(), zlib.crc32(w.group())) for w in _WORD.finditer(data)]
-
-
-def _neighbours(words: Hashes, quoted: npt.NDArray[np.bool_]) -> Hashes:
-    """Hashes of neighbouring words, from their own; quoted words in a row are one, always alike."""
-    first = np.append(True, ~(quoted[1:] & quoted[:-1]))
-    ends = np.array([_END])
-    line = np.concatenate((ends, np.where(quoted, _QUOTED, words)[first], ends))
-    hashes: Hashes = line[:-1] * _MIX + line[1:]
-    return hashes
 
 
 def _quoted_spans(data: bytes) -> Iterator[tuple[int, int]]:

@@ -8,16 +8,16 @@ all, the whole centre for the better ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats, Indices
-from mora_serve.router.native import Stacked
-from mora_serve.router.rows import Entry, Objects, Rows
+from mora_serve.router.arrays import Floats, Indices, Objects, Words
+from mora_serve.router.native import Keys
+from mora_serve.router.rows import Entry, Rows
 
 CHUNK = 256  # adapters
 MANY = 2048  # adapters, of which the whole centres are read
@@ -39,18 +39,24 @@ class _Chunk:
         return len(self.rows.names)
 
 
-class _Centres(NamedTuple):
-    names: Objects  # [n] of str
-    codes: Stacked  # [n, K]
-    scales: Floats  # [n]
-    listed: Indices  # where, sorted
+class _Columns(NamedTuple):
+    """Of all of a tenant's chunks, one after another."""
 
-    def cosines(self, z: Floats, positions: Indices) -> Floats:
-        """Of z, or of its first numbers, with the centres at sorted positions."""
-        some = None if len(positions) == len(self.names) else positions
-        found = self.codes.products(z, some)
-        found *= self.scales if some is None else self.scales[some]
-        return found
+    names: Objects  # [n] of str
+    groups: Objects  # [n] of str
+    words: Objects  # [n] of sorted hashes
+    listed: Indices  # where, sorted
+    keys: Keys
+
+    @classmethod
+    def of(cls, parts: Sequence[Rows]) -> Self:
+        return cls(
+            np.concatenate([rows.names for rows in parts]),
+            np.concatenate([rows.groups for rows in parts]),
+            np.concatenate([rows.words for rows in parts]),
+            np.flatnonzero(np.concatenate([rows.listed for rows in parts])),
+            Keys([rows.keys for rows in parts]),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,46 +66,71 @@ class _Tenant:
     chunks: tuple[_Chunk, ...]
 
     @cached_property
-    def ends(self) -> Indices:
-        return np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.intp)
-
-    @cached_property
-    def centres(self) -> _Centres:
-        """Of all chunks: one product is several times as fast as one a chunk."""
-        rows = [chunk.rows for chunk in self.chunks]
-        return _Centres(
-            np.concatenate([r.names for r in rows]),
-            Stacked([r.centres for r in rows]),
-            np.concatenate([r.scales[:, 0] for r in rows]),
-            np.flatnonzero(np.concatenate([r.listed for r in rows])),
-        )
+    def columns(self) -> _Columns:
+        return _Columns.of([chunk.rows for chunk in self.chunks])
 
     def positions(self, names: Collection[str] | None) -> Indices:
         """Of the listed adapters, or of those named, sorted."""
         if names is None:
-            return self.centres.listed
-        asked, found = set(names), []
-        for chunk, end in zip(self.chunks, self.ends, strict=True):
-            known = asked & chunk.by_name.keys()
-            found += [int(end) - len(chunk) + chunk.by_name[name] for name in known]
+            return self.columns.listed
+        asked, found, start = set(names), [], 0
+        for chunk in self.chunks:
+            found += [start + chunk.by_name[name] for name in asked & chunk.by_name.keys()]
+            start += len(chunk)
         return np.array(sorted(found), np.intp)
 
-    def likely(self, z: Floats, positions: Indices, count: int) -> Indices:
-        """Of very many those ``count`` that a part of each centre speaks for, equals included."""
-        if len(positions) <= max(MANY, count):
-            return positions
-        found = self.centres.cosines(z[:COARSE], positions)
-        likely: Indices = positions[found >= -np.partition(-found, count - 1)[count - 1]]
-        return likely
+    def nearest(self, z: Floats, positions: Indices, count: int) -> Indices:
+        """Of these positions the ``count`` with the centres nearest to z, equal ones by name.
 
-    def pieces(self, positions: Indices) -> Iterator[tuple[Rows, Indices]]:
-        """The rows at sorted positions, chunk by chunk."""
-        cuts = np.searchsorted(positions, self.ends)
-        start = 0
-        for chunk, end, cut in zip(self.chunks, self.ends, cuts, strict=True):
-            if cut > start:
-                yield chunk.rows, positions[start:cut] - (end - len(chunk))
-            start = cut
+        Of more than ``MANY``, only those that a part of each centre speaks for are looked at.
+        """
+        columns = self.columns
+        if len(positions) > max(MANY, count):
+            positions, _ = columns.keys.search(z[:COARSE], positions, max(LIKELY, count))
+        found, cosines = columns.keys.search(z, positions, count)
+        if len(found) > count:
+            order = np.lexsort((columns.names[found].astype(str), -cosines))
+            found = np.sort(found[order[:count]])
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Some of a tenant's adapters, n, by their sorted positions."""
+
+    tenant: _Tenant
+    positions: Indices
+
+    @property
+    def names(self) -> Objects:
+        """Of each [n], str."""
+        names: Objects = self.tenant.columns.names[self.positions]
+        return names
+
+    @property
+    def groups(self) -> Objects:
+        """Of each [n], str."""
+        groups: Objects = self.tenant.columns.groups[self.positions]
+        return groups
+
+    def scores(self, z: Floats) -> tuple[Floats, Floats]:
+        """Cosines of z [K] with each one's centre [n], and the best with a prototype [n]."""
+        return self.tenant.columns.keys.scores(z, self.positions)
+
+    def words(self, i: int) -> Words:
+        """Sorted hashes of the words of the i-th one's examples."""
+        words: Words = self.tenant.columns.words[self.positions[i]]
+        return words
+
+    def prototypes(self, i: int) -> Floats:
+        """The prototypes of the i-th one [P, K]."""
+        return self.tenant.columns.keys.prototypes(int(self.positions[i]))
+
+    def joined(self, other: Candidates | None) -> Candidates:
+        """With others of the same tenant."""
+        if other is None:
+            return self
+        return Candidates(self.tenant, np.union1d(self.positions, other.positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,20 +193,17 @@ class Index:
         z: Floats,
         names: Collection[str] | None = None,
         count: int = FOUND,
-    ) -> Rows | None:
+    ) -> Candidates | None:
         """The ``count`` adapters whose centres are nearest to z [K], equal ones by name.
 
-        In no particular order. Of the tenant's listed ones, or of those of ``names``. Another
-        tenant's keys are not looked at, nor are the tenant's other ones where names are given.
-        Names that are not in the index are left out. None where nobody is left.
+        Of the tenant's listed ones, or of those of ``names``. Another tenant's keys are not
+        looked at, nor are the tenant's other ones where names are given. Names that are not in
+        the index are left out. None where nobody is left.
         """
         own = self.tenants.get(tenant)
         if own is None or not len(asked := own.positions(names)):
             return None
-        asked = own.likely(z, asked, max(LIKELY, count))
-        cosines = own.centres.cosines(z, asked)
-        best = asked[np.sort(_best(cosines, own.centres.names[asked], count))]
-        return Rows.join(rows.take(chosen) for rows, chosen in own.pieces(best))
+        return Candidates(own, own.nearest(z, asked, count))
 
     def listed(self, tenant: str) -> int:
         """How many of the tenant's adapters can be picked unasked."""
@@ -196,11 +224,4 @@ class Index:
     def nbytes(self) -> int:
         """Memory of the keys, names and words apart."""
         own = self.tenants.values()
-        return sum(t.centres.codes.nbytes + sum(c.rows.nbytes for c in t.chunks) for t in own)
-
-
-def _best(values: Floats, names: Objects, count: int) -> Indices:
-    """Where the ``count`` largest values are, largest first, equal ones by name."""
-    count = min(count, len(values))
-    ties = np.flatnonzero(values >= -np.partition(-values, count - 1)[count - 1])
-    return ties[np.lexsort((names[ties].astype(str), -values[ties]))][:count]
+        return sum(t.columns.keys.nbytes + sum(c.rows.nbytes for c in t.chunks) for t in own)

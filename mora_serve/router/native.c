@@ -1,6 +1,7 @@
-/* The router's inner loops, for a handful of microseconds each: see native.py, which has the same
-   in numpy. The order of a row's sum is its own, whatever is beside it. */
+/* The router's inner loops, for some microseconds each: see native.py, which has the same in numpy.
+   The order of a row's sum is its own, whatever is beside it. */
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,31 +13,86 @@
 #define CLONES
 #endif
 
-#define LANES 32
+#define MOST_CODE 16383.0f /* of a query in 15 bits */
+
+/* Inlined, so that each clone has its own. */
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
 
 /* To be raised with every change of what a function takes: a library of another version is left
    alone. */
 int mora_router_version(void)
 {
-    return 1;
+    return 2;
 }
 
-/* out[i] = rows[i] . z over k numbers. */
-CLONES void mora_int8_products(const int8_t *const *rows, int n, const float *z, int k, float *out)
+/* Integers: the same bits in any order. */
+INLINE int32_t dot(const int8_t *restrict row, const int16_t *restrict z, int k)
 {
+    int32_t sum = 0;
+    for (int j = 0; j < k; j++)
+        sum += (int16_t)row[j] * z[j];
+    return sum;
+}
+
+/* z as codes times what is returned, so that no sum of products with int8 overflows. */
+INLINE float quantised(const float *z, int k, int16_t *codes)
+{
+    float most = 0, limit = (float)(INT32_MAX / 128 / k);
+    for (int j = 0; j < k; j++)
+        most = fabsf(z[j]) > most ? fabsf(z[j]) : most;
+    limit = limit < MOST_CODE ? limit : MOST_CODE;
+    float factor = most > 0 ? limit / most : 0;
+    for (int j = 0; j < k; j++)
+        codes[j] = (int16_t)rintf(z[j] * factor);
+    return most / limit;
+}
+
+/* values[i] = scales[at[i]][0] * centres[at[i]] . z; at[i] of those with the `count` largest values,
+   and of all that equal the last of them -> found, in order; how many these are is returned.
+   `top` has room for `count`, `codes` for k. */
+CLONES int mora_search(const int8_t *const *centres, const float *const *scales, const int64_t *at,
+                       int n, const float *z, int k, int count, int16_t *codes, float *top,
+                       float *values, int64_t *found)
+{
+    float unit = quantised(z, k, codes);
+    int held = 0;
     for (int i = 0; i < n; i++) {
-        const int8_t *row = rows[i];
-        float part[LANES] = {0};
-        int j = 0;
-        for (; j + LANES <= k; j += LANES)
-            for (int lane = 0; lane < LANES; lane++)
-                part[lane] += (float)row[j + lane] * z[j + lane];
-        for (; j < k; j++)
-            part[0] += (float)row[j] * z[j];
-        for (int half = LANES / 2; half; half /= 2)
-            for (int lane = 0; lane < half; lane++)
-                part[lane] += part[lane + half];
-        out[i] = part[0];
+        float value = values[i] = (float)dot(centres[at[i]], codes, k) * (unit * scales[at[i]][0]);
+        if (held == count && value <= top[held - 1])
+            continue;
+        held += held < count;
+        int place = held - 1;
+        for (; place && top[place - 1] < value; place--)
+            top[place] = top[place - 1];
+        top[place] = value;
+    }
+    int size = 0;
+    for (int i = 0; i < n; i++)
+        if (values[i] >= top[held - 1])
+            found[size++] = at[i];
+    return size;
+}
+
+/* Of the keys at[n]: the product of z with the centre, and the largest with one of `count`
+   prototypes. `codes` has room for k. */
+CLONES void mora_scores(const int8_t *const *centres, const int8_t *const *prototypes,
+                        const float *const *scales, const int64_t *at, int n, int count,
+                        const float *z, int k, int16_t *codes, float *cosines, float *nearest)
+{
+    float unit = quantised(z, k, codes);
+    for (int i = 0; i < n; i++) {
+        const int8_t *rows = prototypes[at[i]];
+        const float *scale = scales[at[i]];
+        cosines[i] = (float)dot(centres[at[i]], codes, k) * (unit * scale[0]);
+        for (int j = 0; j < count; j++) {
+            float value = (float)dot(rows + (size_t)j * k, codes, k) * (unit * scale[1 + j]);
+            if (!j || value > nearest[i])
+                nearest[i] = value;
+        }
     }
 }
 
@@ -52,30 +108,101 @@ CLONES void mora_weighted_sum(const float *rows, const int64_t *index, const flo
     }
 }
 
-static size_t bucket(uint64_t hash, uint64_t dim)
+#define SPACE 0x20
+#define MIX 0x9E3779B97F4A7C15u
+#define QUOTED ((uint64_t)1 << 40) /* beyond the hash of any word */
+#define END ((uint64_t)1 << 41)
+
+/* As zlib's. */
+static uint32_t crc32(const uint8_t *data, int length)
 {
-    hash = (hash ^ (hash >> 31)) * 0xBF58476D1CE4E5B9u;
-    return (hash >> 33) % dim;
+    static uint32_t table[256];
+    if (!table[1]) /* Python's lock is held */
+        for (int i = 0; i < 256; i++) {
+            uint32_t crc = i;
+            for (int bit = 0; bit < 8; bit++)
+                crc = crc & 1 ? 0xEDB88320u ^ (crc >> 1) : crc >> 1;
+            table[i] = crc;
+        }
+    uint32_t crc = 0xFFFFFFFFu;
+    for (int i = 0; i < length; i++)
+        crc = table[(crc ^ data[i]) & 0xFF] ^ (crc >> 8);
+    return ~crc;
 }
 
-/* Adds to counts[dim] what hashes and, after them, the n-grams of `length` bytes of text weigh,
-   the shortest first. An n-gram has no space inside, but may begin and end with one; it weighs
-   what its second byte does. */
-void mora_count_ngrams(const uint64_t *hashes, const double *weights, int hashed,
-                       const uint8_t *text, const double *weight, int length, int shortest,
-                       int longest, int dim, double *counts)
+static void add(double *counts, int dim, uint64_t hash, double weight)
 {
-    for (int i = 0; i < hashed; i++)
-        counts[bucket(hashes[i], dim)] += weights[i];
+    hash = (hash ^ (hash >> 31)) * 0xBF58476D1CE4E5B9u;
+    counts[(hash >> 33) % (uint64_t)dim] += weight;
+}
+
+/* The end of the word that starts at or after `*start`, which is set; 0 where there is none. */
+static int next_word(const uint8_t *text, int length, int *start)
+{
+    while (*start < length && text[*start] == SPACE)
+        ++*start;
+    int end = *start;
+    while (end < length && text[end] != SPACE)
+        end++;
+    return *start < length ? end : 0;
+}
+
+/* Puts spaces in the place of words outside quotations whose hash is in words[n], which is sorted;
+   whether a word outside quotations is left. */
+int mora_without(uint8_t *text, const double *weight, int length, const uint32_t *words, int n)
+{
+    int left = 0;
+    for (int start = 0, end; (end = next_word(text, length, &start)); start = end) {
+        if (weight[start] < 1)
+            continue;
+        uint32_t hash = crc32(text + start, end - start);
+        int low = 0, high = n;
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (words[middle] < hash)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        if (low < n && words[low] == hash)
+            memset(text + start, SPACE, end - start);
+        else
+            left = 1;
+    }
+    return left;
+}
+
+/* Adds to counts[dim] what a text's words weigh, then neighbouring words (`pairs` each), then the
+   n-grams of `shortest` to `longest` bytes. A word weighs what its first byte does. Quoted words in
+   a row are one neighbour, whatever they are, and the text's ends another. An n-gram has no space
+   inside, but may begin and end with one; it weighs what its second byte does. */
+void mora_features(const uint8_t *text, const double *weight, int length, double pairs,
+                   int shortest, int longest, int dim, double *counts)
+{
+    int some = 0;
+    for (int start = 0, end; (end = next_word(text, length, &start)); start = end, some = 1)
+        add(counts, dim, crc32(text + start, end - start), weight[start]);
+    uint64_t before = END;
+    if (some && pairs > 0) {
+        for (int start = 0, end; (end = next_word(text, length, &start)); start = end) {
+            int quoted = weight[start] < 1;
+            uint64_t hash = quoted ? QUOTED : crc32(text + start, end - start);
+            if (quoted && before == QUOTED)
+                continue;
+            add(counts, dim, before * MIX + hash, pairs);
+            before = hash;
+        }
+        add(counts, dim, before * MIX + END, pairs);
+    }
     for (int n = shortest; n <= longest; n++)
         for (int i = 0; i + n <= length; i++) {
             uint64_t hash = text[i];
             int whole = 1;
             for (int j = 1; j < n; j++) {
-                hash = hash * 0x9E3779B97F4A7C15u + text[i + j];
-                whole &= j == n - 1 || text[i + j] != 0x20;
+                hash = hash * MIX + text[i + j];
+                whole &= j == n - 1 || text[i + j] != SPACE;
             }
             if (whole)
-                counts[bucket(hash + n, dim)] += weight[i + 1];
+                add(counts, dim, hash + n, weight[i + 1]);
         }
 }

@@ -1,25 +1,32 @@
 """The router's inner loops: compiled where there was a compiler, else in numpy.
 
-Each is a few microseconds of work, so the compiled ones keep Python's lock: to get it back beside
-a busy thread would take longer. Sums may differ between the two ways by their rounding; with
-either, a row's sum has the same bits whatever is beside it, which no BLAS promises.
+Each is some microseconds of work, so the compiled ones keep Python's lock: to get it back beside
+a busy thread would take longer. A key's products are sums of integers, so that they have the same
+bits either way and whatever is beside them, which no BLAS promises; weighted sums may differ by
+their rounding.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
-from ctypes import c_int, c_void_p
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from ctypes import c_double, c_int, c_void_p
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices
+from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Words
 
-VERSION = 1  # native.c's
-_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
+VERSION = 2  # native.c's
+_WORD = re.compile(rb"[^ ]+")
 _SPACE = 0x20
+_MOST_CODE = 16383  # of a query in 15 bits
+_QUOTED, _END = 1 << 40, 1 << 41  # beyond the hash of any word
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
 
 
 @cache
@@ -34,56 +41,116 @@ def library() -> ctypes.PyDLL | None:
             return None
     except (OSError, AttributeError):
         return None
-    lib.mora_int8_products.argtypes = [c_void_p, c_int, c_void_p, c_int, c_void_p]
-    lib.mora_weighted_sum.argtypes = [*[c_void_p] * 3, c_int, c_int, c_void_p]
-    lib.mora_count_ngrams.argtypes = [
-        *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p)
-    ]
-    for function in (lib.mora_int8_products, lib.mora_weighted_sum, lib.mora_count_ngrams):
+    p, i = c_void_p, c_int
+    lib.mora_search.argtypes = [p, p, p, i, p, i, i, p, p, p, p]
+    lib.mora_scores.argtypes = [p, p, p, p, i, i, p, i, p, p, p]
+    lib.mora_weighted_sum.argtypes = [p, p, p, i, i, p]
+    lib.mora_without.argtypes = [p, p, i, p, i]
+    lib.mora_features.argtypes = [p, p, i, c_double, i, i, i, p]
+    for function in (lib.mora_scores, lib.mora_weighted_sum, lib.mora_features):
         function.restype = None
     return lib
 
 
-class Stacked:
-    """Rows of codes [n, k] of several arrays, one after another, read where they are."""
+class KeyParts(NamedTuple):
+    """Keys of some adapters in 8 bits, as ``Rows`` has them."""
 
-    def __init__(self, parts: Sequence[Codes]) -> None:
-        """One part or more, all with as many numbers a row."""
+    centres: Codes  # [n, K]
+    prototypes: Codes  # [n, P, K]
+    scales: Floats  # [n, 1 + P]
+
+
+class Keys:
+    """Keys of several arrays, one after another [n], read where they are.
+
+    Positions that are not below n raise IndexError, and another z than of K numbers (for
+    ``search`` a longer one) ValueError: a compiled loop would read past the rows.
+    """
+
+    def __init__(self, parts: Sequence[KeyParts]) -> None:
+        """One part or more, all of one K and P."""
         # kept: what the addresses lead to
-        self._parts = [np.ascontiguousarray(p, np.int8) for p in parts]
-        self._width = min(p.shape[1] for p in parts)
-        self._addresses = np.concatenate(
-            [p.ctypes.data + p.strides[0] * np.arange(len(p), dtype=np.intp) for p in self._parts]
-        )
+        self._parts = [KeyParts._make(np.ascontiguousarray(c) for c in part) for part in parts]
+        columns = zip(*self._parts, strict=True)
+        self._addresses = [np.concatenate([_rows(c) for c in column]) for column in columns]
+        _, self._count, self._size = parts[0].prototypes.shape
+
+    def __len__(self) -> int:
+        return len(self._addresses[0])
 
     @property
     def nbytes(self) -> int:
         """Memory besides the parts."""
-        return self._addresses.nbytes
+        return sum(addresses.nbytes for addresses in self._addresses)
 
-    def products(self, z: Floats, rows: Indices | None = None) -> Floats:
-        """Times z [at most k], as far as it goes -> [n]; of some rows alone where given.
+    def search(self, z: Floats, at: Indices, count: int) -> tuple[Indices, Floats]:
+        """Those of the positions ``at`` whose centres have the ``count`` largest cosines with z.
 
-        Raises ValueError for a longer z: a compiled loop would read past the rows.
+        All that equal the last of them are found too. z [at most K] counts as far as it goes.
+        -> positions in the order of ``at``, and their cosines.
         """
-        if len(z) > self._width:
-            raise ValueError(f"{len(z)} numbers for rows of {self._width}")
+        self._check(at)
+        if len(z) > self._size:
+            raise ValueError(f"{len(z)} numbers for keys of {self._size}")
+        count = min(count, len(at))
+        if not count:
+            return at[:0], np.zeros(0, np.float32)
         lib = library()
         if lib is None:
-            codes = np.concatenate([p[:, : len(z)] for p in self._parts])
-            chosen = codes if rows is None else codes[rows]
-            products: Floats = np.einsum("nk,k->n", chosen.astype(np.float32), z)
-            return products
-        z = np.ascontiguousarray(z, np.float32)
-        at = self._addresses if rows is None else self._addresses[rows]
-        out = np.empty(len(at), np.float32)
-        lib.mora_int8_products(at.ctypes.data, len(at), z.ctypes.data, len(z), out.ctypes.data)
-        return out
+            every = np.concatenate([p.centres[:, : len(z)] for p in self._parts])[at]
+            values = _products(every, self._scales(at)[:, 0], z)
+            which = values >= np.partition(values, -count)[-count]
+            return at[which], values[which]
+        z, at = np.ascontiguousarray(z, np.float32), np.ascontiguousarray(at, np.intp)
+        top, values = np.empty(count, np.float32), np.empty(len(at), np.float32)
+        codes, found = np.empty(len(z), np.int16), np.empty(len(at), np.intp)
+        centres, _, scales = self._addresses
+        size = lib.mora_search(
+            *(_at(centres), _at(scales), _at(at), len(at), _at(z), len(z), count),
+            *(_at(codes), _at(top), _at(values), _at(found)),
+        )
+        return found[:size], values[values >= top[-1]]
 
+    def scores(self, z: Floats, at: Indices) -> tuple[Floats, Floats]:
+        """Cosines of z [K] with the centres at some positions, and the best with a prototype."""
+        self._check(at)
+        if len(z) != self._size:
+            raise ValueError(f"{len(z)} numbers for keys of {self._size}")
+        lib = library()
+        if lib is None:
+            scales = self._scales(at)
+            centres = np.concatenate([p.centres for p in self._parts])[at]
+            prototypes = np.concatenate([p.prototypes for p in self._parts])[at]
+            near = _products(prototypes.reshape(-1, self._size), scales[:, 1:].ravel(), z)
+            best: Floats = near.reshape(len(at), self._count).max(1)
+            return _products(centres, scales[:, 0], z), best
+        z, at = np.ascontiguousarray(z, np.float32), np.ascontiguousarray(at, np.intp)
+        codes = np.empty(len(z), np.int16)
+        cosines, nearest = np.empty(len(at), np.float32), np.empty(len(at), np.float32)
+        centres_at, prototypes_at, scales_at = self._addresses
+        lib.mora_scores(
+            *(_at(centres_at), _at(prototypes_at), _at(scales_at), _at(at), len(at)),
+            *(self._count, _at(z), len(z), _at(codes), _at(cosines), _at(nearest)),
+        )
+        return cosines, nearest
 
-def int8_products(codes: Codes, z: Floats) -> Floats:
-    """codes [n, k] times z [k] -> [n]."""
-    return Stacked([codes]).products(z)
+    def prototypes(self, at: int) -> Floats:
+        """Of the key at a position [P, K]."""
+        self._check(np.array([at]))
+        for part in self._parts:
+            if at < len(part.centres):
+                found: Floats = part.prototypes[at] * part.scales[at, 1:, None]
+                return found
+            at -= len(part.centres)
+        raise AssertionError
+
+    def _scales(self, at: Indices) -> Floats:
+        scales: Floats = np.concatenate([p.scales for p in self._parts])[at]
+        return scales
+
+    def _check(self, at: Indices) -> None:
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < len(self):
+            raise IndexError(f"positions {int(at.min())} to {int(at.max())} of {len(self)} keys")
 
 
 def weighted_sum(rows: Floats, index: Indices, values: Floats) -> Floats:
@@ -100,39 +167,71 @@ def weighted_sum(rows: Floats, index: Indices, values: Floats) -> Floats:
     index, values = np.ascontiguousarray(index, np.intp), np.ascontiguousarray(values, np.float32)
     out = np.empty(rows.shape[1], np.float32)
     lib.mora_weighted_sum(
-        *(rows.ctypes.data, index.ctypes.data, values.ctypes.data),
-        *(len(index), rows.shape[1], out.ctypes.data),
+        *(_at(rows), _at(index), _at(values), len(index), rows.shape[1], _at(out))
     )
     return out
 
 
-def count_ngrams(
-    hashes: Hashes, weights: Doubles, text: bytes, weight: Doubles, lengths: range, dim: int
-) -> Doubles:
-    """What falls into each of ``dim`` buckets: the hashes with their weights [n], and the n-grams
-    of ``lengths`` bytes of the text with the ``weight`` [len(text)] of their second byte.
+def word_hashes(text: bytes) -> Iterator[tuple[int, int, int]]:
+    """(start, end, hash) of each word of a text whose words stand apart by spaces."""
+    for word in _WORD.finditer(text):
+        yield word.start(), word.end(), zlib.crc32(word.group())
 
-    An n-gram has no space inside, but may begin and end with one. The same bits either way.
+
+def without(text: bytes, weight: Doubles, words: Words) -> bytes:
+    """A text with spaces for its words outside quotations whose hashes are in sorted ``words``.
+
+    ``weight`` [len(text)] is below 1 in quotations. b"" where no word outside them is left.
     """
     lib = library()
     if lib is None:
-        return _count_ngrams(hashes, weights, text, weight, lengths, dim)
-    hashes = np.ascontiguousarray(hashes, np.uint64)
-    weights, weight = (np.ascontiguousarray(w, np.float64) for w in (weights, weight))
-    counts = np.zeros(dim)
-    lib.mora_count_ngrams(
-        *(hashes.ctypes.data, weights.ctypes.data, len(hashes), text, weight.ctypes.data),
-        *(len(text), lengths.start, lengths.stop - 1, dim, counts.ctypes.data),
+        known, left, blank = set(words.tolist()), False, bytearray(text)
+        for start, end, hash_ in word_hashes(text):
+            if weight[start] < 1:
+                continue
+            if hash_ in known:
+                blank[start:end] = b" " * (end - start)
+            else:
+                left = True
+        return bytes(blank) if left else b""
+    data = np.frombuffer(text, np.uint8).copy()
+    weight, words = np.ascontiguousarray(weight, np.float64), np.ascontiguousarray(words, np.uint32)
+    left = lib.mora_without(_at(data), _at(weight), len(data), _at(words), len(words))
+    return data.tobytes() if left else b""
+
+
+def count_features(text: bytes, weight: Doubles, pairs: float, lengths: range, dim: int) -> Doubles:
+    """What falls into each of ``dim`` buckets of a text whose words stand apart by spaces.
+
+    Its words with the ``weight`` [len(text)] of their first byte; where ``pairs`` is above 0, as
+    much for neighbouring words, quoted words in a row (below weight 1) being one neighbour and
+    the text's ends another; the n-grams of ``lengths`` bytes, each 2 or more, with the weight of
+    their second byte. An n-gram has no space inside, but may begin and end with one. The same
+    bits either way.
+    """
+    lib = library()
+    if lib is None:
+        return _count_features(text, weight, pairs, lengths, dim)
+    weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(dim)
+    lib.mora_features(
+        *(text, _at(weight), len(text), pairs, lengths.start, lengths.stop - 1, dim, _at(counts))
     )
     return counts
 
 
-def _count_ngrams(
-    hashes: Hashes, weights: Doubles, text: bytes, weight: Doubles, lengths: range, dim: int
+def _count_features(
+    text: bytes, weight: Doubles, pairs: float, lengths: range, dim: int
 ) -> Doubles:
+    words = list(word_hashes(text))
+    hashes = np.array([hash_ for _, _, hash_ in words], np.uint64)
+    weights = weight[[start for start, _, _ in words]]
+    all_hashes, all_weights = [hashes], [weights]
+    if pairs > 0 and words:
+        near = _neighbours(hashes, weights < 1)
+        all_hashes.append(near)
+        all_weights.append(np.full(len(near), pairs))
     codes = np.frombuffer(text, np.uint8).astype(np.uint64)
     space = codes == _SPACE
-    all_hashes, all_weights = [hashes], [weights]
     rolling, broken = codes, np.zeros(len(codes), bool)
     for n in range(2, lengths.stop):
         rolling = rolling[:-1] * _MIX[0] + codes[n - 1 :]
@@ -145,3 +244,37 @@ def _count_ngrams(
     mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX[1]
     buckets = ((mixed >> np.uint64(33)) % np.uint64(dim)).astype(np.intp)
     return np.bincount(buckets, np.concatenate(all_weights), dim).astype(np.float64, copy=False)
+
+
+def _neighbours(words: Hashes, quoted: np.typing.NDArray[np.bool_]) -> Hashes:
+    """Hashes of neighbouring words, from their own."""
+    first = np.append(True, ~(quoted[1:] & quoted[:-1]))
+    ends = np.array([_END], np.uint64)
+    line = np.concatenate((ends, np.where(quoted, np.uint64(_QUOTED), words)[first], ends))
+    hashes: Hashes = line[:-1] * _MIX[0] + line[1:]
+    return hashes
+
+
+def sorted_words(hashes: Iterable[int]) -> Words:
+    """Hashes of words as ``without`` takes them."""
+    return np.array(sorted(hashes), np.uint32)
+
+
+def _rows(array: np.typing.NDArray[np.generic]) -> Indices:
+    """The address of each row of a contiguous array."""
+    return array.ctypes.data + array.strides[0] * np.arange(len(array), dtype=np.intp)
+
+
+def _at(array: np.typing.NDArray[np.generic]) -> int:
+    return array.ctypes.data
+
+
+def _products(rows: Codes, scales: Floats, z: Floats) -> Floats:
+    """Rows in 8 bits [n, k] times z [k] in 15, the same bits as compiled: sums of integers."""
+    limit = np.float32(min((2**31 - 1) // 128 // len(z), _MOST_CODE))
+    most = np.abs(z).max().astype(np.float32)
+    factor = limit / most if most else np.float32(0)
+    codes = np.rint(z.astype(np.float32) * factor).astype(np.int64)
+    sums = rows.astype(np.int64) @ codes
+    products: Floats = sums.astype(np.float32) * (most / limit * scales)
+    return products

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.arrays import Floats
+from mora_serve.router.arrays import Floats, Words
 from mora_serve.router.features import PooledHidden
 from mora_serve.router.format import RouterFile, read_router
 from mora_serve.router.native import weighted_sum
@@ -103,12 +103,12 @@ class Router:
             return np.zeros(self.dims, np.float32)
         return unit(weighted_sum(self._projection, index, values) - self._offset)
 
-    def rest(self, text: str, z: Floats, words: Collection[int], known: Floats) -> Floats:
+    def rest(self, text: str, z: Floats, words: Words, known: Floats) -> Floats:
         """What is left of an embedded prompt once an adapter has taken its part: [K], or zeros.
 
-        By n-grams, the text without the ``words`` of that adapter's examples, hidden states left
-        out; of a router without n-grams, z without what the adapter's prototypes span
-        (``known`` [P, K]).
+        By n-grams, the text without the ``words`` (sorted hashes) of that adapter's examples,
+        hidden states left out; of a router without n-grams, z without what the adapter's
+        prototypes span (``known`` [P, K]).
         """
         if self._ngrams is None:
             axes: list[Floats] = []

@@ -8,12 +8,10 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from mora_serve.router.arrays import Codes, Floats, Indices
+from mora_serve.router.arrays import Codes, Floats, Indices, Objects
 from mora_serve.router.int8 import to_int8
-from mora_serve.router.native import int8_products
+from mora_serve.router.native import KeyParts, sorted_words
 from mora_serve.router.router import AdapterKey
-
-Objects = npt.NDArray[np.object_]  # joined 10 times faster than tuples
 
 
 class Entry(NamedTuple):
@@ -30,11 +28,11 @@ class Entry(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """n adapters; keys in 8 bits. No BLAS: a row's sum has the same bits whatever is beside it."""
+    """n adapters; keys in 8 bits."""
 
     names: Objects  # [n] of str
     groups: Objects  # [n] of str
-    words: Objects  # [n] of frozenset
+    words: Objects  # [n] of sorted hashes
     listed: npt.NDArray[np.bool_]  # [n]
     centres: Codes  # [n, K]: times the scale, the centres
     prototypes: Codes  # [n, P, K]: times the scale, the prototypes
@@ -48,7 +46,7 @@ class Rows(NamedTuple):
         stacked = np.stack([k.prototypes for k in keys])
         codes, scales = to_int8(stacked.reshape(-1, stacked.shape[-1]))
         words = np.empty(len(keys), object)
-        words[:] = [k.words for k in keys]
+        words[:] = [sorted_words(k.words) for k in keys]
         return cls(
             np.array([e.name for e in entries], object),
             np.array([e.group for e in entries], object),
@@ -68,17 +66,10 @@ class Rows(NamedTuple):
         """Some of them, in that order."""
         return type(self)._make([column[rows] for column in self])
 
-    def cosines(self, z: Floats) -> Floats:
-        """Of z [K] with the centres [n]."""
-        cosines: Floats = int8_products(self.centres, z) * self.scales[:, 0]
-        return cosines
-
-    def nearest(self, z: Floats) -> Floats:
-        """The best cosine of z [K] with a prototype [n]."""
-        n, count, size = self.prototypes.shape
-        cosines = int8_products(self.prototypes.reshape(n * count, size), z).reshape(n, count)
-        best: Floats = (cosines * self.scales[:, 1:]).max(1)
-        return best
+    @property
+    def keys(self) -> KeyParts:
+        """The keys alone."""
+        return KeyParts(self.centres, self.prototypes, self.scales)
 
     @property
     def nbytes(self) -> int:

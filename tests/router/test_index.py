@@ -31,7 +31,7 @@ def found(index: Index, tenant: str, z: Floats, asked=None, count: int = 100) ->
     rows = index.candidates(tenant, z, asked, count)
     if rows is None:
         return {}
-    columns = zip(rows.cosines(z), rows.nearest(z), strict=True)
+    columns = zip(*rows.scores(z), strict=True)
     values = (tuple(x.tobytes() for x in row) for row in columns)
     return dict(zip(rows.names, values, strict=True))
 
@@ -112,8 +112,9 @@ def test_a_score_is_the_cosine_with_the_centre_and_with_the_nearest_prototype() 
     rows = Index().put("default", entry("a", 0, group="g")).candidates("default", KEYS[1])
     assert rows is not None
     assert list(rows.groups) == ["g"]
-    assert rows.cosines(KEYS[1])[0] == pytest.approx(KEYS[0] @ KEYS[1], abs=5e-3)  # 8 bits
-    assert rows.nearest(KEYS[1])[0] == pytest.approx(1.0, abs=5e-3)
+    cosine, nearest = rows.scores(KEYS[1])
+    assert cosine[0] == pytest.approx(KEYS[0] @ KEYS[1], abs=5e-3)  # 8 bits
+    assert nearest[0] == pytest.approx(1.0, abs=5e-3)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -122,7 +123,7 @@ def test_keys_in_eight_bits_score_as_the_keys_do(seed: int) -> None:
     index = Index.of(("default", Entry(f"a{i}", key(k))) for i, k in enumerate(keys))
     rows = index.candidates("default", prompt)
     assert rows is not None
-    cosines = dict(zip(rows.names, rows.cosines(prompt), strict=True))
+    cosines = dict(zip(rows.names, rows.scores(prompt)[0], strict=True))
     assert np.allclose([cosines[f"a{i}"] for i in range(8)], keys @ prompt, atol=3e-3)
 
 
@@ -135,7 +136,7 @@ def test_candidates_are_the_nearest_centres(seed: int, count: int) -> None:
     rows = index.candidates("default", prompt, count=count)
     assert every is not None
     assert rows is not None
-    ranked = sorted(zip(-every.cosines(prompt), every.names, strict=True))
+    ranked = sorted(zip(-every.scores(prompt)[0], every.names, strict=True))
     assert set(rows.names) == {name for _, name in ranked[:count]}
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mora_serve.router import native
-from mora_serve.router.native import Stacked, count_ngrams, int8_products, weighted_sum
+from mora_serve.router.int8 import to_int8
+from mora_serve.router.native import (
+    KeyParts,
+    Keys,
+    count_features,
+    sorted_words,
+    weighted_sum,
+    without,
+)
+from mora_serve.router.prototypes import unit
 
 SEEDS = st.integers(0, 2**16)
 
@@ -29,43 +41,123 @@ def test_the_library_is_built_where_the_cpu_path_is() -> None:
     assert (native.library() is None) == (library() is None)
 
 
-@given(st.text("ab c\x80", max_size=40), st.integers(2, 4), st.integers(0, 3), SEEDS)
-def test_ngrams_fall_into_the_same_buckets(text: str, least: int, more: int, seed: int) -> None:
-    """Whatever the text, its weights and its words' hashes; to the bit."""
+def marked(text: str, seed: int) -> tuple[bytes, np.ndarray]:
+    """A text as words apart by spaces, some of them in quotations."""
     rng = np.random.default_rng(seed)
     data = b" " + text.encode() + b" "
-    hashes = rng.integers(0, 1 << 42, 5, np.uint64)
-    weights, weight = rng.random(5), rng.random(len(data))
-    arguments = (hashes, weights, data, weight, range(least, least + more + 1), 67)
-    assert np.array_equal(count_ngrams(*arguments), native._count_ngrams(*arguments))
+    return data, np.where(np.repeat(rng.random(len(data)) < 0.4, 3)[: len(data)], 0.3, 1.0)
+
+
+@given(
+    st.text("ab c\x80", max_size=40),
+    st.sampled_from([0.0, 0.5, 1.7]),
+    st.integers(2, 4),
+    st.integers(0, 3),
+    SEEDS,
+)
+def test_a_text_falls_into_the_same_buckets(
+    text: str, pairs: float, least: int, more: int, seed: int
+) -> None:
+    """Whatever the text and its quotations; to the bit."""
+    arguments = (*marked(text, seed), pairs, range(least, least + more + 1), 67)
+    assert np.array_equal(count_features(*arguments), native._count_features(*arguments))
+
+
+@given(st.text("ab c\x80", max_size=40), st.lists(st.sampled_from("abc"), max_size=3), SEEDS)
+def test_the_same_words_are_taken_out(text: str, known: list[str], seed: int) -> None:
+    data, weight = marked(text, seed)
+    words = sorted_words({zlib.crc32(word.encode()) for word in known})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        plain = without(data, weight, words)
+    assert without(data, weight, words) == plain
+    left = [
+        w
+        for w in re.finditer(rb"[^ ]+", data)
+        if weight[w.start()] < 1 or w.group().decode("utf-8", "replace") not in known
+    ]
+    outside = any(weight[w.start()] == 1 for w in left)
+    assert plain.split() == ([w.group() for w in left] if outside else [])
 
 
 @pytest.mark.usefixtures("way")
 def test_an_ngram_begins_and_ends_with_spaces_and_has_none_inside() -> None:
     """Of " ab c ": of 3 bytes " ab", "ab " and " c "; each weighs what its second byte does."""
-    none = np.zeros(0)
     weight = np.array([1.0, 2, 4, 8, 16, 32])
-    counts = count_ngrams(none.astype(np.uint64), none, b" ab c ", weight, range(3, 4), 10_007)
-    assert sorted(counts[counts > 0]) == [2.0, 4.0, 16.0]
+    counts = count_features(b" ab c ", weight, 0.0, range(3, 4), 10_007)
+    words = count_features(b" ab c ", weight, 0.0, range(3, 3), 10_007)
+    assert sorted(words[words > 0]) == [2.0, 16.0]
+    assert sorted((counts - words)[counts - words > 0]) == [2.0, 4.0, 16.0]
 
 
-@given(n=st.integers(1, 9), k=st.integers(1, 100), seed=SEEDS, data=st.data())
-def test_products_of_codes(n: int, k: int, seed: int, data: st.DataObject) -> None:
-    """Near float64's, and to the bit whatever rows are beside; also of part of each row."""
+@pytest.mark.usefixtures("way")
+def test_quoted_words_in_a_row_are_one_neighbour_and_the_ends_are_two() -> None:
+    """Of " a 'b c' d ": start + a, a + quotation, quotation + d, d + end."""
+    quoted, plain = np.ones(9), np.ones(9)
+    quoted[3:6] = 0.5
+    lengths = range(3, 3)
+    for weight, pairs in ((quoted, 4), (plain, 5)):
+        counts = count_features(b" a b c d ", weight, 2.0, lengths, 10_007)
+        assert (counts == 2.0).sum() == pairs
+
+
+def keys(centres: np.ndarray, prototypes: np.ndarray) -> KeyParts:
+    codes, scale = to_int8(centres)
+    n, count, k = prototypes.shape
+    own, scales = to_int8(prototypes.reshape(-1, k))
+    return KeyParts(
+        codes, own.reshape(n, count, k), np.column_stack((scale, scales.reshape(n, count)))
+    )
+
+
+@given(
+    n=st.integers(1, 9),
+    k=st.integers(1, 100),
+    count=st.integers(1, 3),
+    seed=SEEDS,
+    data=st.data(),
+)
+def test_scores_of_keys(n: int, k: int, count: int, seed: int, data: st.DataObject) -> None:
+    """Near float64's, and to the bit whatever keys are beside."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(-127, 128, (n, k)).astype(np.int8)
-    z = rng.standard_normal(k).astype(np.float32)
-    whole = int8_products(codes, z)
-    assert whole.dtype == np.float32
-    exact = codes.astype(float) @ z.astype(float)
-    assert np.allclose(whole, exact, rtol=0, atol=1e-6 * 127 * np.abs(z).sum())
+    parts = keys(rng.standard_normal((n, k)), rng.standard_normal((n, count, k)))
+    z = unit(rng.standard_normal(k).astype(np.float32))
+    every = np.arange(n)
+    cosines, nearest = Keys([parts]).scores(z, every)
+    assert cosines.dtype == nearest.dtype == np.float32
+    scales = parts.scales.astype(float)
+    near = (parts.prototypes.astype(float) @ z) * scales[:, 1:]
+    assert np.allclose(cosines, parts.centres.astype(float) @ z * scales[:, 0], atol=1e-3)
+    assert np.allclose(nearest, near.max(1), atol=1e-3)
     cut = data.draw(st.integers(1, n))
-    stacked = Stacked([p for p in (codes[:cut].copy(), codes[cut:].copy()) if len(p)])
-    rows = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=6)), np.intp)
-    assert np.array_equal(stacked.products(z), whole)
-    assert np.array_equal(stacked.products(z, rows), whole[rows])
-    part = data.draw(st.integers(1, k))
-    assert np.array_equal(stacked.products(z[:part]), int8_products(codes[:, :part], z[:part]))
+    split = Keys(
+        [
+            p
+            for p in (KeyParts(*(c[at] for c in parts)) for at in (slice(cut), slice(cut, n)))
+            if len(p.centres)
+        ]
+    )
+    at = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=6)), np.intp)
+    assert np.array_equal(split.scores(z, at), (cosines[at], nearest[at]))
+    assert np.array_equal(split.search(z, every, n), (every, cosines))
+    i = data.draw(st.integers(0, n - 1))
+    assert np.array_equal(split.prototypes(i), parts.prototypes[i] * parts.scales[i, 1:, None])
+
+
+@pytest.mark.parametrize("way", ["compiled", "numpy"], indirect=True)
+def test_a_search_finds_the_largest_and_all_that_equal_the_last(way: str) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        n, count = int(rng.integers(1, 40)), int(rng.integers(1, 12))
+        centres = rng.integers(-3, 4, (n, 1)).astype(np.float32) * np.ones((1, 40), np.float32)
+        table = Keys([keys(centres, centres[:, None])])
+        z = np.ones(20, np.float32)  # a part of each centre
+        at = np.flatnonzero(rng.random(n) < 0.8)
+        found, cosines = table.search(z, at, count)
+        values = 20 * centres[at, 0]
+        least = sorted(values)[-min(count, len(at))] if len(at) else 0
+        assert found.tolist() == at[values >= least].tolist()
+        assert np.allclose(cosines, values[values >= least], rtol=1e-5)
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 70), count=st.integers(0, 12), seed=SEEDS)
@@ -79,40 +171,64 @@ def test_weighted_sums_of_rows(n: int, k: int, count: int, seed: int) -> None:
     assert np.allclose(got, exact, rtol=0, atol=1e-6 * (1 + np.abs(values).sum() * 5))
 
 
+@pytest.mark.parametrize("size", [1, 100, 512, 5000])
+def test_either_way_gives_the_same_bits_of_keys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest codes there are, all of one sign: no sum overflows."""
+    rng = np.random.default_rng(size)
+    codes = rng.integers(-127, 128, (40, 4, size)).astype(np.int8)
+    codes[0], codes[1] = 127, -127
+    parts = KeyParts(codes[:, 0], codes[:, 1:], rng.random((40, 4)).astype(np.float32))
+    for z in (np.ones(size), -np.ones(size), rng.standard_normal(size), np.zeros(size)):
+        query, at = z.astype(np.float32), np.array([3, 0, 1, 39])
+        table = Keys([parts])
+        compiled = (*table.scores(query, at), *table.search(query, at, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            plain = (*table.scores(query, at), *table.search(query, at, 2))
+        assert all(map(np.array_equal, compiled, plain))
+        exact = parts.centres[at].astype(float) @ query * parts.scales[at, 0].astype(float)
+        assert np.allclose(plain[0], exact, rtol=0, atol=1e-3 * np.abs(exact).max() + 1e-6)
+
+
 @pytest.mark.usefixtures("way")
-def test_either_way_gives_the_same_sums() -> None:
-    """The properties above are of the one in use; this is of both."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(-127, 128, (40, 512)).astype(np.int8)
-    z = rng.standard_normal(512).astype(np.float32)
-    rows = np.array([3, 1, 39])
-    products = Stacked([codes]).products(z, rows)
-    assert np.allclose(products, codes[rows].astype(float) @ z, rtol=0, atol=0.02)
-    table = rng.standard_normal((9, 512)).astype(np.float32)
-    assert np.allclose(weighted_sum(table, rows % 9, z[:3]), z[:3] @ table[rows % 9], atol=1e-4)
+def test_either_way_gives_the_same_weighted_sums() -> None:
+    """The property above is of the one in use; this is of both."""
+    table = np.random.default_rng(0).standard_normal((9, 512)).astype(np.float32)
+    index, values = np.array([3, 1, 0]), np.array([0.5, -2, 1], np.float32)
+    assert np.allclose(weighted_sum(table, index, values), values @ table[index], atol=1e-4)
 
 
 @pytest.mark.usefixtures("way")
 def test_what_lies_past_the_rows_is_never_read() -> None:
     """A loop in C would go on; both ways refuse."""
-    stacked = Stacked([np.ones((2, 8), np.int8), np.ones((1, 8), np.int8)])
-    with pytest.raises(ValueError, match="9 numbers for rows of 8"):
-        stacked.products(np.ones(9, np.float32))
-    with pytest.raises(IndexError):
-        stacked.products(np.ones(8, np.float32), np.array([3]))
-    table, values = np.ones((3, 4), np.float32), np.ones(1, np.float32)
+    parts = keys(np.ones((2, 8)), np.ones((2, 1, 8)))
+    table = Keys([parts, parts])
+    z, at = np.ones(8, np.float32), np.array([3])
+    with pytest.raises(ValueError, match="9 numbers for keys of 8"):
+        table.search(np.ones(9, np.float32), at, 1)
+    for short_or_long in (7, 9):
+        with pytest.raises(ValueError, match="numbers for keys of 8"):
+            table.scores(np.ones(short_or_long, np.float32), at)
+    for past in (4, -1):
+        with pytest.raises(IndexError):
+            table.search(z, np.array([past]), 1)
+        with pytest.raises(IndexError):
+            table.scores(z, np.array([0, past]))
+        with pytest.raises(IndexError):
+            table.prototypes(past)
+    rows, values = np.ones((3, 4), np.float32), np.ones(1, np.float32)
     for index in (3, -1):
         with pytest.raises(IndexError):
-            weighted_sum(table, np.array([index]), values)
+            weighted_sum(rows, np.array([index]), values)
 
 
 @pytest.mark.usefixtures("way")
 def test_parts_of_any_strides_are_read_as_they_are() -> None:
-    codes = np.arange(24, dtype=np.int8).reshape(4, 6)
-    z = np.arange(1, 4, dtype=np.float32)
-    got = Stacked([codes[:, ::2], codes[::2, 3:]]).products(z)
-    want = np.concatenate([codes[:, ::2], codes[::2, 3:]]).astype(np.float32) @ z
-    assert np.array_equal(got, want)
+    parts = keys(np.arange(24.0).reshape(4, 6), np.arange(24.0).reshape(4, 1, 6))
+    z = np.arange(6, dtype=np.float32)
+    odd = KeyParts(*(np.repeat(c, 2, axis=0)[::2] for c in parts))
+    at = np.arange(4)
+    assert np.array_equal(Keys([odd]).scores(z, at), Keys([parts]).scores(z, at))
 
 
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def bits(snapshot: Snapshot, text: str, pooled=None, names=None) -> dict[str, by
     z = snapshot.router.embed(text, pooled)
     rows = snapshot.index.candidates("default", z, names, 1000)
     assert rows is not None
-    return {n: c.tobytes() for n, c in zip(rows.names, rows.cosines(z), strict=True)}
+    return {n: c.tobytes() for n, c in zip(rows.names, rows.scores(z)[0], strict=True)}
 
 
 def wait_for(condition: Callable[[], object]) -> None:
