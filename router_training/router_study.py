@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats
+from mora_serve.router.arrays import Floats, unit
 from mora_serve.router.evidence import gather
 from mora_serve.router.features import Features, NGrams, Pool
 from mora_serve.router.format import Calibration, Gate, RouterFile
 from mora_serve.router.index import Index
 from mora_serve.router.int8 import to_int8
-from mora_serve.router.prototypes import unit
 from mora_serve.router.router import Router
 from mora_serve.router.rows import Entry
 from router_training.correction import CorrectionRecipe, learn_correction

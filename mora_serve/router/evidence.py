@@ -17,7 +17,7 @@ import numpy as np
 
 from mora_serve.router.arrays import Floats, Objects
 from mora_serve.router.index import FOUND, Candidates, Index
-from mora_serve.router.router import Router
+from mora_serve.router.router import Router, beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,10 @@ def gather(
     score, nearest = _scores(found, z, blend)
     best = int(min(np.flatnonzero(score == score.max()), key=found.names.__getitem__))
     first = nearest[best : best + 1]
-    left = router.rest(text, z, found.words(best), found.prototypes(best))
+    if router.reads_words:
+        left = router.rest(text, found.words(best))
+    else:
+        left = beside(z, found.prototypes(best))
     if left.any() and len(score) == FOUND:  # others than these may be near what is left
         position = found.positions[best]
         found = found.joined(index.candidates(tenant, left, names))
@@ -77,7 +80,7 @@ def gather(
         found.groups[order],
         score[order],
         first,
-        np.column_stack((rest, rest - rival)),
+        np.stack((rest, rest - rival), axis=1),
     )
 
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mora_serve.errors import InvalidArgument
-from mora_serve.router.arrays import Floats, Indices, Words
-from mora_serve.router.native import count_features, without, word_hashes
+from mora_serve.router.arrays import Doubles, Floats, Indices, Words
+from mora_serve.router.native import Counting, count_features, features, without, word_hashes
 
 Pool = Callable[[Sequence[str]], Floats]  # n texts -> pooled hidden states [n, hidden size]
 
@@ -76,23 +75,28 @@ class NGrams:
         the text when ``words`` (sorted hashes, see ``words``) are taken out, where given; n is 0
         then where no word outside quotations is left.
         """
-        data, weight = self._read(text)
-        if words is not None and not (data := without(data, weight, words)):
-            return np.zeros(0, np.intp), np.zeros(0, np.float32)
-        lengths = range(self.shortest, self.longest + 1)
-        counts = count_features(data, weight, self.pairs, lengths, self.dim)
-        index = np.flatnonzero(counts)
-        values = np.log1p(counts[index])
-        norm = float(np.sqrt(values @ values)) or 1.0
-        return index, (values / norm).astype(np.float32)
+        data, weight = self.read(text, words)
+        return features(count_features(data, weight, self.counting))
 
     def words(self, text: str) -> list[int]:
         """Hashes of a text's words in order, those in quotations left out."""
-        data, weight = self._read(text)
+        data, weight = self.read(text)
         return [hash_ for start, _, hash_ in word_hashes(data) if weight[start] == 1]
 
-    def _read(self, text: str) -> tuple[bytes, npt.NDArray[np.float64]]:
-        """A text as words apart by spaces, and what each byte counts."""
+    @property
+    def counting(self) -> Counting:
+        """How the texts that ``read`` gives are counted."""
+        return Counting(self.pairs, range(self.shortest, self.longest + 1), self.dim)
+
+    def read(self, text: str, words: Words | None = None) -> tuple[bytes, Doubles]:
+        """A text as words apart by spaces, and what each byte counts; ``words`` as for ``sparse``.
+
+        b"" where no word outside quotations is left without them.
+        """
+        data, weight = self._weighed(text)
+        return (data if words is None else without(data, weight, words)), weight
+
+    def _weighed(self, text: str) -> tuple[bytes, Doubles]:
         half = self.max_bytes // 2
         if len(text) > self.max_bytes:
             text = f"{text[:half]} {text[-half:]}"

@@ -96,16 +96,34 @@ CLONES void mora_scores(const int8_t *const *centres, const int8_t *const *proto
     }
 }
 
-/* out[k] = sum over i of values[i] * rows[index[i]][k], in the order of i. */
-CLONES void mora_weighted_sum(const float *rows, const int64_t *index, const float *values, int n,
-                              int k, float *out)
+INLINE void add_row(const int8_t *restrict row, float value, int k, float *restrict out)
+{
+    for (int j = 0; j < k; j++)
+        out[j] += value * row[j];
+}
+
+/* out[k] = out[k] * scales[k] - offset[k], at length 1 unless it is nothing. */
+INLINE void finish(const float *restrict scales, const float *restrict offset, int k,
+                   float *restrict out)
+{
+    double norm = 0;
+    for (int j = 0; j < k; j++) {
+        out[j] = out[j] * scales[j] - offset[j];
+        norm += (double)out[j] * out[j];
+    }
+    float factor = norm > 0 ? (float)(1 / sqrt(norm)) : 0;
+    for (int j = 0; j < k; j++)
+        out[j] *= factor;
+}
+
+/* The unit vector [k] of features: values[i] times rows[index[i]][k], and as `finish` says. */
+CLONES void mora_embed(const int8_t *rows, const float *scales, const float *offset, int k,
+                       const int64_t *index, const float *values, int n, float *out)
 {
     memset(out, 0, k * sizeof(float));
-    for (int i = 0; i < n; i++) {
-        const float *row = rows + (size_t)index[i] * k;
-        for (int j = 0; j < k; j++)
-            out[j] += values[i] * row[j];
-    }
+    for (int i = 0; i < n; i++)
+        add_row(rows + (size_t)index[i] * k, values[i], k, out);
+    finish(scales, offset, k, out);
 }
 
 #define SPACE 0x20
@@ -176,8 +194,8 @@ int mora_without(uint8_t *text, const double *weight, int length, const uint32_t
    n-grams of `shortest` to `longest` bytes. A word weighs what its first byte does. Quoted words in
    a row are one neighbour, whatever they are, and the text's ends another. An n-gram has no space
    inside, but may begin and end with one; it weighs what its second byte does. */
-void mora_features(const uint8_t *text, const double *weight, int length, double pairs,
-                   int shortest, int longest, int dim, double *counts)
+static void count_features(const uint8_t *text, const double *weight, int length, double pairs,
+                           int shortest, int longest, int dim, double *counts)
 {
     int some = 0;
     for (int start = 0, end; (end = next_word(text, length, &start)); start = end, some = 1)
@@ -205,4 +223,33 @@ void mora_features(const uint8_t *text, const double *weight, int length, double
             if (whole)
                 add(counts, dim, hash + n, weight[i + 1]);
         }
+}
+
+void mora_features(const uint8_t *text, const double *weight, int length, double pairs,
+                   int shortest, int longest, int dim, double *counts)
+{
+    count_features(text, weight, length, pairs, shortest, longest, dim, counts);
+}
+
+/* The unit vector [k] of a text: log(1 + count) of each bucket, at length 1 together, times its row.
+   Zeros where nothing was counted. counts[dim] is zeros before. */
+CLONES void mora_embed_text(const int8_t *rows, const float *scales, const float *offset, int k,
+                            const uint8_t *text, const double *weight, int length, double pairs,
+                            int shortest, int longest, int dim, double *counts, float *out)
+{
+    count_features(text, weight, length, pairs, shortest, longest, dim, counts);
+    double norm = 0;
+    for (int i = 0; i < dim; i++)
+        if (counts[i] != 0) {
+            counts[i] = log1p(counts[i]);
+            norm += counts[i] * counts[i];
+        }
+    memset(out, 0, k * sizeof(float));
+    if (norm == 0)
+        return;
+    norm = sqrt(norm);
+    for (int i = 0; i < dim; i++)
+        if (counts[i] != 0)
+            add_row(rows + (size_t)i * k, (float)(counts[i] / norm), k, out);
+    finish(scales, offset, k, out);
 }

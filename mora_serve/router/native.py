@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Words
+from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Words, unit
 
 VERSION = 2  # native.c's
 _WORD = re.compile(rb"[^ ]+")
@@ -44,10 +44,11 @@ def library() -> ctypes.PyDLL | None:
     p, i = c_void_p, c_int
     lib.mora_search.argtypes = [p, p, p, i, p, i, i, p, p, p, p]
     lib.mora_scores.argtypes = [p, p, p, p, i, i, p, i, p, p, p]
-    lib.mora_weighted_sum.argtypes = [p, p, p, i, i, p]
+    lib.mora_embed.argtypes = [p, p, p, i, p, p, i, p]
+    lib.mora_embed_text.argtypes = [p, p, p, i, p, p, i, c_double, i, i, i, p, p]
     lib.mora_without.argtypes = [p, p, i, p, i]
     lib.mora_features.argtypes = [p, p, i, c_double, i, i, i, p]
-    for function in (lib.mora_scores, lib.mora_weighted_sum, lib.mora_features):
+    for function in (lib.mora_scores, lib.mora_embed, lib.mora_embed_text, lib.mora_features):
         function.restype = None
     return lib
 
@@ -153,23 +154,69 @@ class Keys:
             raise IndexError(f"positions {int(at.min())} to {int(at.max())} of {len(self)} keys")
 
 
-def weighted_sum(rows: Floats, index: Indices, values: Floats) -> Floats:
-    """The sum of values[i] * rows[index[i]] -> [k], of rows [n, k].
+class Counting(NamedTuple):
+    """How the features of a text are counted; see ``count_features``."""
 
-    Raises IndexError for an index that is not below n, as the compiled loop cannot.
-    """
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
-        raise IndexError(f"indices up to {int(index.max())} for {len(rows)} rows")
-    lib = library()
-    if lib is None or not rows.flags.c_contiguous:
-        found: Floats = np.einsum("n,nk->k", values, rows[index])
-        return found
-    index, values = np.ascontiguousarray(index, np.intp), np.ascontiguousarray(values, np.float32)
-    out = np.empty(rows.shape[1], np.float32)
-    lib.mora_weighted_sum(
-        *(_at(rows), _at(index), _at(values), len(index), rows.shape[1], _at(out))
-    )
-    return out
+    pairs: float
+    lengths: range
+    dim: int
+
+
+class Projection:
+    """What features [D] are multiplied by to embed them as unit vectors [K]."""
+
+    def __init__(self, rows: Codes, scales: Floats, mean: Floats) -> None:
+        """Rows [D, K] times ``scales`` [K]; the features have the ``mean`` [D]."""
+        self._rows = np.ascontiguousarray(rows, np.int8)
+        self._scales, self._mean = np.ascontiguousarray(scales, np.float32), mean
+        offset = mean.astype(np.float64) @ rows.astype(np.float64) * scales
+        self._offset = np.ascontiguousarray(offset, np.float32)
+        self._arrays = (_at(self._rows), _at(self._scales), _at(self._offset), len(scales))
+
+    def part(self, size: int) -> Projection:
+        """Of the first ``size`` features alone."""
+        return Projection(self._rows[:size], self._scales, self._mean[:size])
+
+    def embed(self, index: Indices, values: Floats) -> Floats:
+        """Features ``values`` [n], at ``index`` [n], as a unit vector; zeros where n is 0.
+
+        Raises IndexError for an index that is not below D, as the compiled loop cannot.
+        """
+        size, out = len(self._rows), np.zeros(len(self._scales), np.float32)
+        if not len(index):
+            return out
+        if not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise IndexError(f"features {int(index.min())} to {int(index.max())} of {size}")
+        lib = library()
+        if lib is None:
+            products = np.einsum("n,nk->k", values, self._rows[index].astype(np.float32))
+            return unit(products * self._scales - self._offset)
+        index, values = np.ascontiguousarray(index, np.intp), np.ascontiguousarray(values, "f4")
+        lib.mora_embed(*self._arrays, _at(index), _at(values), len(index), _at(out))
+        return out
+
+    def embed_text(self, text: bytes, weight: Doubles, counting: Counting) -> Floats:
+        """A text's features, log(1 + count) at length 1, as ``embed`` does."""
+        lib = library()
+        if lib is None:
+            return self.embed(*features(count_features(text, weight, counting)))
+        if counting.dim != len(self._rows):
+            raise ValueError(f"{counting.dim} buckets for {len(self._rows)} rows")
+        weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
+        out = np.empty(len(self._scales), np.float32)
+        lib.mora_embed_text(
+            *(*self._arrays, text, _at(weight), len(text), *_counting(counting)),
+            *(_at(counts), _at(out)),
+        )
+        return out
+
+
+def features(counts: Doubles) -> tuple[Indices, Floats]:
+    """Where counts [dim] are, sorted [n], and log(1 + count) of them at length 1 together [n]."""
+    index = np.flatnonzero(counts)
+    values = np.log1p(counts[index])
+    norm = float(np.sqrt(values @ values)) or 1.0
+    return index, (values / norm).astype(np.float32)
 
 
 def word_hashes(text: bytes) -> Iterator[tuple[int, int, int]]:
@@ -200,7 +247,7 @@ def without(text: bytes, weight: Doubles, words: Words) -> bytes:
     return data.tobytes() if left else b""
 
 
-def count_features(text: bytes, weight: Doubles, pairs: float, lengths: range, dim: int) -> Doubles:
+def count_features(text: bytes, weight: Doubles, counting: Counting) -> Doubles:
     """What falls into each of ``dim`` buckets of a text whose words stand apart by spaces.
 
     Its words with the ``weight`` [len(text)] of their first byte; where ``pairs`` is above 0, as
@@ -211,17 +258,19 @@ def count_features(text: bytes, weight: Doubles, pairs: float, lengths: range, d
     """
     lib = library()
     if lib is None:
-        return _count_features(text, weight, pairs, lengths, dim)
-    weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(dim)
-    lib.mora_features(
-        *(text, _at(weight), len(text), pairs, lengths.start, lengths.stop - 1, dim, _at(counts))
-    )
+        return _count_features(text, weight, counting)
+    weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
+    lib.mora_features(text, _at(weight), len(text), *_counting(counting), _at(counts))
     return counts
 
 
-def _count_features(
-    text: bytes, weight: Doubles, pairs: float, lengths: range, dim: int
-) -> Doubles:
+def _counting(counting: Counting) -> tuple[float, int, int, int]:
+    """As the library takes it."""
+    return counting.pairs, counting.lengths.start, counting.lengths.stop - 1, counting.dim
+
+
+def _count_features(text: bytes, weight: Doubles, counting: Counting) -> Doubles:
+    pairs, lengths, dim = counting
     words = list(word_hashes(text))
     hashes = np.array([hash_ for _, _, hash_ in words], np.uint64)
     weights = weight[[start for start, _, _ in words]]

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats
+from mora_serve.router.arrays import Floats, unit
 
 ROUNDS = 10
-
-
-def unit(vectors: Floats) -> Floats:
-    """Vectors [..., K] divided by their norms; zeros stay zeros."""
-    norms = np.sqrt(np.einsum("...k,...k->...", vectors, vectors))[..., None]
-    out: Floats = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return out
 
 
 def prototypes(embedded: Floats, count: int) -> Floats:

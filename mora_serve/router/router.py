@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.arrays import Floats, Words
+from mora_serve.router.arrays import Floats, Words, unit
 from mora_serve.router.features import PooledHidden
 from mora_serve.router.format import RouterFile, read_router
-from mora_serve.router.native import weighted_sum
-from mora_serve.router.prototypes import prototypes, unit
+from mora_serve.router.native import Projection
+from mora_serve.router.prototypes import prototypes
 
 MAX_WORDS = 1024  # of a key, the commonest
 _SAME = 1e-2  # what is left of a unit vector that others span
@@ -34,8 +34,18 @@ class AdapterKey:
     words: frozenset[int] = frozenset()
 
 
-def _beside(axes: Iterable[Floats], vector: Floats) -> Floats:
-    """A vector [K] without what orthogonal unit vectors span."""
+def beside(z: Floats, known: Floats) -> Floats:
+    """What is left of z [K] without what the vectors ``known`` [P, K] span: [K], or zeros."""
+    axes: list[Floats] = []
+    for row in known:
+        new = _less(axes, row)
+        if np.einsum("k,k->", new, new) > _SAME**2:
+            axes.append(unit(new))
+    return unit(_less(axes, z))
+
+
+def _less(axes: Iterable[Floats], vector: Floats) -> Floats:
+    """A vector [K] without its parts along orthogonal unit vectors."""
     for axis in axes:
         vector = vector - np.einsum("k,k->", vector, axis) * axis
     return vector
@@ -51,11 +61,9 @@ class Router:
         self.content = content
         self.digest = digest
         self.calibration = content.calibration
-        self._projection = content.projection
-        self._offset = content.mean @ self._projection
+        self._projection = Projection(content.codes.T, content.scales, content.mean)
         self._ngrams = content.features.ngrams
-        size = self._ngrams.dim if self._ngrams else 0
-        self._ngrams_offset = content.mean[:size] @ self._projection[:size]
+        self._of_ngrams = self._projection.part(self._ngrams.dim) if self._ngrams else None
 
     @classmethod
     def load(cls, data: bytes, fingerprint: str = "") -> Router:
@@ -98,30 +106,27 @@ class Router:
         instead of calling BLAS: no thread pool to wait for, and the same bits whatever else is
         embedded. Raises InvalidArgument for a state that is missing or of another size.
         """
-        index, values = self.content.features.sparse(text, pooled)
-        if not len(index):
-            return np.zeros(self.dims, np.float32)
-        return unit(weighted_sum(self._projection, index, values) - self._offset)
+        if self.hidden is None:
+            return self._embed_text(text)
+        return self._projection.embed(*self.content.features.sparse(text, pooled))
 
-    def rest(self, text: str, z: Floats, words: Words, known: Floats) -> Floats:
-        """What is left of an embedded prompt once an adapter has taken its part: [K], or zeros.
+    @property
+    def reads_words(self) -> bool:
+        """Whether ``rest`` can work: the router is on n-grams, alone or beside states."""
+        return self._ngrams is not None
 
-        By n-grams, the text without the ``words`` (sorted hashes) of that adapter's examples,
-        hidden states left out; of a router without n-grams, z without what the adapter's
-        prototypes span (``known`` [P, K]).
+    def rest(self, text: str, words: Words) -> Floats:
+        """What is left of a prompt without an adapter's ``words`` (sorted hashes): [K], or zeros.
+
+        By its n-grams, hidden states left out.
         """
-        if self._ngrams is None:
-            axes: list[Floats] = []
-            for row in known:
-                new = _beside(axes, row)
-                if np.einsum("k,k->", new, new) > _SAME**2:
-                    axes.append(unit(new))
-            return unit(_beside(axes, z))
-        index, values = self._ngrams.sparse(text, words)
-        if not len(index):
-            return np.zeros(self.dims, np.float32)
-        left = weighted_sum(self._projection, index, values)
-        return unit(left - self._ngrams_offset)
+        return self._embed_text(text, words)
+
+    def _embed_text(self, text: str, words: Words | None = None) -> Floats:
+        if self._ngrams is None or self._of_ngrams is None:
+            raise ValueError("the router has no n-grams")
+        data, weight = self._ngrams.read(text, words)
+        return self._of_ngrams.embed_text(data, weight, self._ngrams.counting)
 
     def key(
         self, prompts: Iterable[str], pooled: Iterable[Floats] | None = None

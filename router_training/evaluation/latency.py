@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_serve.router.prototypes import unit
+from mora_serve.router.arrays import unit
 from mora_serve.router.router import AdapterKey
 from mora_serve.router.rows import Entry
 from router_training.evaluation.scored import RouterScorer

@@ -11,10 +11,9 @@ import numpy as np
 
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.errors import FailedPrecondition
-from mora_serve.router.arrays import Floats
+from mora_serve.router.arrays import Floats, unit
 from mora_serve.router.features import Features, NGrams, PooledHidden
 from mora_serve.router.format import Calibration, Gate, RouterFile
-from mora_serve.router.prototypes import unit
 from mora_serve.router.router import AdapterKey, Router
 from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.tasks import KNOWN, TASKS

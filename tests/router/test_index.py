@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_serve.router import index as index_module
-from mora_serve.router.arrays import Floats
+from mora_serve.router.arrays import Floats, unit
 from mora_serve.router.index import Index
-from mora_serve.router.prototypes import unit
 from mora_serve.router.rows import Entry
 from tests.router.make import key, vectors
 

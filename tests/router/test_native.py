@@ -11,16 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mora_serve.router import native
+from mora_serve.router.arrays import unit
 from mora_serve.router.int8 import to_int8
 from mora_serve.router.native import (
+    Counting,
     KeyParts,
     Keys,
+    Projection,
     count_features,
+    features,
     sorted_words,
-    weighted_sum,
     without,
 )
-from mora_serve.router.prototypes import unit
 
 SEEDS = st.integers(0, 2**16)
 
@@ -59,7 +61,7 @@ def test_a_text_falls_into_the_same_buckets(
     text: str, pairs: float, least: int, more: int, seed: int
 ) -> None:
     """Whatever the text and its quotations; to the bit."""
-    arguments = (*marked(text, seed), pairs, range(least, least + more + 1), 67)
+    arguments = (*marked(text, seed), Counting(pairs, range(least, least + more + 1), 67))
     assert np.array_equal(count_features(*arguments), native._count_features(*arguments))
 
 
@@ -84,8 +86,8 @@ def test_the_same_words_are_taken_out(text: str, known: list[str], seed: int) ->
 def test_an_ngram_begins_and_ends_with_spaces_and_has_none_inside() -> None:
     """Of " ab c ": of 3 bytes " ab", "ab " and " c "; each weighs what its second byte does."""
     weight = np.array([1.0, 2, 4, 8, 16, 32])
-    counts = count_features(b" ab c ", weight, 0.0, range(3, 4), 10_007)
-    words = count_features(b" ab c ", weight, 0.0, range(3, 3), 10_007)
+    counts = count_features(b" ab c ", weight, Counting(0.0, range(3, 4), 10_007))
+    words = count_features(b" ab c ", weight, Counting(0.0, range(3, 3), 10_007))
     assert sorted(words[words > 0]) == [2.0, 16.0]
     assert sorted((counts - words)[counts - words > 0]) == [2.0, 4.0, 16.0]
 
@@ -95,9 +97,8 @@ def test_quoted_words_in_a_row_are_one_neighbour_and_the_ends_are_two() -> None:
     """Of " a 'b c' d ": start + a, a + quotation, quotation + d, d + end."""
     quoted, plain = np.ones(9), np.ones(9)
     quoted[3:6] = 0.5
-    lengths = range(3, 3)
     for weight, pairs in ((quoted, 4), (plain, 5)):
-        counts = count_features(b" a b c d ", weight, 2.0, lengths, 10_007)
+        counts = count_features(b" a b c d ", weight, Counting(2.0, range(3, 3), 10_007))
         assert (counts == 2.0).sum() == pairs
 
 
@@ -160,15 +161,38 @@ def test_a_search_finds_the_largest_and_all_that_equal_the_last(way: str) -> Non
         assert np.allclose(cosines, values[values >= least], rtol=1e-5)
 
 
-@given(n=st.integers(1, 9), k=st.integers(1, 70), count=st.integers(0, 12), seed=SEEDS)
-def test_weighted_sums_of_rows(n: int, k: int, count: int, seed: int) -> None:
+def projection(n: int, k: int, seed: int) -> tuple[Projection, np.ndarray, np.ndarray]:
+    """A projection, what it multiplies by, and what it takes off."""
     rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((n, k)).astype(np.float32)
+    rows = rng.integers(-127, 128, (n, k)).astype(np.int8)
+    scales, mean = rng.random(k).astype(np.float32), rng.random(n).astype(np.float32) / n
+    return Projection(rows, scales, mean), rows * scales.astype(float), mean
+
+
+@given(n=st.integers(1, 9), k=st.integers(2, 70), count=st.integers(0, 12), seed=SEEDS)
+def test_features_are_embedded(n: int, k: int, count: int, seed: int) -> None:
+    ours, matrix, mean = projection(n, k, seed)
+    rng = np.random.default_rng(seed + 1)
     index, values = rng.integers(0, n, count), rng.standard_normal(count).astype(np.float32)
-    exact = values.astype(float) @ rows[index].astype(float)
-    got = weighted_sum(rows, index, values)
+    got = ours.embed(index, values)
     assert got.dtype == np.float32
-    assert np.allclose(got, exact, rtol=0, atol=1e-6 * (1 + np.abs(values).sum() * 5))
+    if count:
+        exact = values.astype(float) @ matrix[index] - mean.astype(float) @ matrix
+        length = np.linalg.norm(exact)
+        assert np.allclose(got * length, exact, rtol=0, atol=1e-4 * np.abs(matrix).max() * count)
+    else:
+        assert not got.any()
+
+
+@pytest.mark.usefixtures("way")
+def test_a_text_is_embedded_by_its_features() -> None:
+    ours, _, _ = projection(67, 40, 0)
+    counting = Counting(0.5, range(3, 6), 67)
+    for text in ("turn 'it' around", "a", "", " "):
+        data, weight = marked(text, 1)
+        expected = ours.embed(*features(count_features(data, weight, counting)))
+        assert np.allclose(ours.embed_text(data, weight, counting), expected, atol=1e-6)
+        assert expected.any() == bool(text.strip())
 
 
 @pytest.mark.parametrize("size", [1, 100, 512, 5000])
@@ -191,11 +215,14 @@ def test_either_way_gives_the_same_bits_of_keys(size: int, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("way")
-def test_either_way_gives_the_same_weighted_sums() -> None:
+def test_either_way_embeds_alike() -> None:
     """The property above is of the one in use; this is of both."""
-    table = np.random.default_rng(0).standard_normal((9, 512)).astype(np.float32)
+    ours, matrix, mean = projection(9, 512, 0)
     index, values = np.array([3, 1, 0]), np.array([0.5, -2, 1], np.float32)
-    assert np.allclose(weighted_sum(table, index, values), values @ table[index], atol=1e-4)
+    exact = unit((values @ matrix[index] - mean @ matrix)[None])[0]
+    assert np.allclose(ours.embed(index, values), exact, atol=1e-5)
+    part = unit((values @ matrix[index] - mean[:4] @ matrix[:4])[None])[0]
+    assert np.allclose(ours.part(4).embed(index, values), part, atol=1e-5)
 
 
 @pytest.mark.usefixtures("way")
@@ -216,10 +243,16 @@ def test_what_lies_past_the_rows_is_never_read() -> None:
             table.scores(z, np.array([0, past]))
         with pytest.raises(IndexError):
             table.prototypes(past)
-    rows, values = np.ones((3, 4), np.float32), np.ones(1, np.float32)
+    ours, _, _ = projection(3, 4, 0)
     for index in (3, -1):
         with pytest.raises(IndexError):
-            weighted_sum(rows, np.array([index]), values)
+            ours.embed(np.array([index]), np.ones(1, np.float32))
+
+
+def test_as_many_buckets_as_rows() -> None:
+    ours, _, _ = projection(3, 4, 0)
+    with pytest.raises((ValueError, IndexError)):
+        ours.embed_text(b" a b ", np.ones(5), Counting(0.5, range(3, 6), 50))
 
 
 @pytest.mark.usefixtures("way")

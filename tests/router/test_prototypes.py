@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mora_serve.router.prototypes import prototypes, unit
+from mora_serve.router.arrays import unit
+from mora_serve.router.prototypes import prototypes
 from tests.router.make import vectors
 
 

@@ -13,7 +13,7 @@ from mora_serve.errors import FailedPrecondition, InvalidArgument
 from mora_serve.router import router as router_module
 from mora_serve.router.features import Features, PooledHidden
 from mora_serve.router.native import sorted_words
-from mora_serve.router.router import Router
+from mora_serve.router.router import Router, beside
 from tests.router.make import DIMS, FINGERPRINT, fitted, prompts, router, tiny, vectors
 
 texts = st.lists(st.text(max_size=40), max_size=6)
@@ -107,10 +107,9 @@ def test_a_key_keeps_the_commonest_words(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_rest_of_a_prompt_is_what_an_adapter_does_not_say() -> None:
     key = router().key(["as json", "in json"])
-    z = router().embed("reverse 'kavo', as json")
-    rest = router().rest("reverse 'kavo', as json", z, sorted_words(key.words), key.prototypes)
+    rest = router().rest("reverse 'kavo', as json", sorted_words(key.words))
     assert np.allclose(rest, router().embed("reverse 'kavo'"), atol=1e-6)
-    nothing = router().rest("as json: 'kavo'", z, sorted_words(key.words), key.prototypes)
+    nothing = router().rest("as json: 'kavo'", sorted_words(key.words))
     assert not nothing.any()
 
 
@@ -160,7 +159,7 @@ def test_the_rest_of_hidden_states_is_what_no_prototype_spans() -> None:
     key = router.key_of(vectors(1, 2, 8))
     assert (key.prototypes[1] == key.prototypes[2]).all()  # of two prompts the last is repeated
     (z,) = vectors(2, 1, 8)
-    rest = router.rest("spell", z, sorted_words(()), key.prototypes)
+    rest = beside(z, key.prototypes)
     assert np.allclose(key.prototypes @ rest, 0, atol=1e-5)
     plane, _ = np.linalg.qr(key.prototypes[:2].T)
     expected = z - plane @ (plane.T @ z)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats
-from mora_serve.router.prototypes import unit
+from mora_serve.router.arrays import Floats, unit
 from router_training.correction import CorrectionRecipe, learn_correction
 
 SIZE = 24
