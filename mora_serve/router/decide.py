@@ -28,19 +28,19 @@ def decide(seen: Evidence | None, calibration: Calibration, max_adapters: int) -
     """
     if seen is None:
         return Choice((), ())
-    rows = zip(seen.names, seen.score, probabilities(seen, calibration), seen.groups, strict=True)
-    first, *others = [(Candidate(n, float(s), float(p)), group) for n, s, p, group in rows]
-    others.sort(key=lambda row: (-row[0].probability, -row[0].score, row[0].adapter))
-    ranked = [first, *others]
-    candidates = tuple(c for c, _ in ranked[: max(REPORTED, max_adapters)])
-    if first[0].probability < calibration.threshold:
+    likely, score = probabilities(seen, calibration), seen.score
+    rows = zip((-likely).tolist(), (-score).tolist(), seen.names, seen.groups, strict=True)
+    ranked = [next(rows), *sorted(rows)]
+    reported = ranked[: max(REPORTED, max_adapters)]
+    candidates = tuple(Candidate(name, -s, -p) for p, s, name, _ in reported)
+    if candidates[0].probability < calibration.threshold:
         return Choice((), candidates)
     chosen: list[str] = []
     groups: set[str] = set()
-    for candidate, group in ranked:
-        if chosen and (candidate.probability <= 0.5 or group in groups):
+    for opposed, _, name, group in ranked:
+        if chosen and (-opposed <= 0.5 or group in groups):
             continue
-        chosen.append(candidate.adapter)
+        chosen.append(name)
         groups |= {group} - {""}
         if len(chosen) == max_adapters:
             break

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats, Objects
+from mora_serve.router.arrays import Floats
 from mora_serve.router.index import FOUND, Candidates, Index
 from mora_serve.router.router import Router, beside
 
@@ -30,8 +30,8 @@ class Evidence:
     leads there.
     """
 
-    names: Objects
-    groups: Objects
+    names: list[str]
+    groups: list[str]
     score: Floats
     first: Floats
     further: Floats
@@ -56,28 +56,28 @@ def gather(
         return None
     blend = router.calibration.blend
     score, nearest = _scores(found, z, blend)
-    best = int(min(np.flatnonzero(score == score.max()), key=found.names.__getitem__))
+    best = min(zip((-score).tolist(), found.names, range(len(score)), strict=True))[-1]
     first = nearest[best : best + 1]
     if router.reads_words:
         left = router.rest(text, found.words(best))
     else:
         left = beside(z, found.prototypes(best))
-    if left.any() and len(score) == FOUND:  # others than these may be near what is left
+    if len(score) == FOUND and left.any():  # others than these may be near what is left
         position = found.positions[best]
         found = found.joined(index.candidates(tenant, left, names))
         best = int(np.searchsorted(found.positions, position))
         score, _ = _scores(found, z, blend)
     again, _ = _scores(found, left, blend)
-    listed = found.names
-    columns = list(zip((-again).tolist(), (-score).tolist(), listed, strict=True))
-    columns[best] = (-math.inf, 0.0, "")
-    order = np.array(sorted(range(len(columns)), key=columns.__getitem__))
+    listed, groups = found.names, found.groups
+    keys = list(zip((-again).tolist(), (-score).tolist(), listed, strict=True))
+    keys[best] = (-math.inf, 0.0, "")
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     rest = again[order[1:]]
     rival = np.full(len(rest), rest[0] if len(rest) else 0, np.float32)
     rival[:1] = rest[1] if len(rest) > 1 else 0
     return Evidence(
-        listed[order],
-        found.groups[order],
+        [listed[i] for i in order],
+        [groups[i] for i in order],
         score[order],
         first,
         np.stack((rest, rest - rival), axis=1),

@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from mora_serve.router.arrays import Floats, Indices, Objects, Words
+from mora_serve.router.arrays import Floats, Indices, Words
 from mora_serve.router.native import Keys
 from mora_serve.router.rows import Entry, Rows
 
@@ -42,18 +42,18 @@ class _Chunk:
 class _Columns(NamedTuple):
     """Of all of a tenant's chunks, one after another."""
 
-    names: Objects  # [n] of str
-    groups: Objects  # [n] of str
-    words: Objects  # [n] of sorted hashes
+    names: list[str]
+    groups: list[str]
+    words: list[Words]
     listed: Indices  # where, sorted
     keys: Keys
 
     @classmethod
     def of(cls, parts: Sequence[Rows]) -> Self:
         return cls(
-            np.concatenate([rows.names for rows in parts]),
-            np.concatenate([rows.groups for rows in parts]),
-            np.concatenate([rows.words for rows in parts]),
+            [name for rows in parts for name in rows.names],
+            [group for rows in parts for group in rows.groups],
+            [words for rows in parts for words in rows.words],
             np.flatnonzero(np.concatenate([rows.listed for rows in parts])),
             Keys([rows.keys for rows in parts]),
         )
@@ -89,8 +89,8 @@ class _Tenant:
             positions, _ = columns.keys.search(z[:COARSE], positions, max(LIKELY, count))
         found, cosines = columns.keys.search(z, positions, count)
         if len(found) > count:
-            order = np.lexsort((columns.names[found].astype(str), -cosines))
-            found = np.sort(found[order[:count]])
+            ranked = zip((-cosines).tolist(), (columns.names[i] for i in found), found, strict=True)
+            found = np.sort(np.array([i for _, _, i in sorted(ranked)[:count]], np.intp))
         return found
 
 
@@ -102,16 +102,14 @@ class Candidates:
     positions: Indices
 
     @property
-    def names(self) -> Objects:
-        """Of each [n], str."""
-        names: Objects = self.tenant.columns.names[self.positions]
-        return names
+    def names(self) -> list[str]:
+        """Of each."""
+        return [self.tenant.columns.names[i] for i in self.positions.tolist()]
 
     @property
-    def groups(self) -> Objects:
-        """Of each [n], str."""
-        groups: Objects = self.tenant.columns.groups[self.positions]
-        return groups
+    def groups(self) -> list[str]:
+        """Of each."""
+        return [self.tenant.columns.groups[i] for i in self.positions.tolist()]
 
     def scores(self, z: Floats) -> tuple[Floats, Floats]:
         """Cosines of z [K] with each one's centre [n], and the best with a prototype [n]."""
@@ -119,8 +117,7 @@ class Candidates:
 
     def words(self, i: int) -> Words:
         """Sorted hashes of the words of the i-th one's examples."""
-        words: Words = self.tenant.columns.words[self.positions[i]]
-        return words
+        return self.tenant.columns.words[int(self.positions[i])]
 
     def prototypes(self, i: int) -> Floats:
         """The prototypes of the i-th one [P, K]."""
@@ -130,7 +127,8 @@ class Candidates:
         """With others of the same tenant."""
         if other is None:
             return self
-        return Candidates(self.tenant, np.union1d(self.positions, other.positions))
+        both = {*self.positions.tolist(), *other.positions.tolist()}
+        return Candidates(self.tenant, np.array(sorted(both), np.intp))
 
 
 @dataclass(frozen=True, eq=False)

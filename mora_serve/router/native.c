@@ -51,16 +51,19 @@ INLINE float quantised(const float *z, int k, int16_t *codes)
     return most / limit;
 }
 
-/* values[i] = scales[at[i]][0] * centres[at[i]] . z; at[i] of those with the `count` largest values,
-   and of all that equal the last of them -> found, in order; how many these are is returned.
-   `top` has room for `count`, `codes` for k. */
-CLONES int mora_search(const int8_t *const *centres, const float *const *scales, const int64_t *at,
-                       int n, const float *z, int k, int count, int16_t *codes, float *top,
-                       float *values, int64_t *found)
+/* Of the keys at[n], below `keys`, those with the `count` largest products of centre and z, and all
+   that equal the last of them -> found, in order, and their products -> values, both with room for
+   n. How many these are is returned, or -1 for a position that is not below `keys`. */
+CLONES int mora_search(const int8_t *const *centres, const float *const *scales, int keys,
+                       const int64_t *at, int n, const float *z, int k, int count, float *values,
+                       int64_t *found)
 {
-    float unit = quantised(z, k, codes);
-    int held = 0;
+    int16_t codes[k];
+    float top[count], unit = quantised(z, k, codes);
+    int held = 0, size = 0;
     for (int i = 0; i < n; i++) {
+        if (at[i] < 0 || at[i] >= keys)
+            return -1;
         float value = values[i] = (float)dot(centres[at[i]], codes, k) * (unit * scales[at[i]][0]);
         if (held == count && value <= top[held - 1])
             continue;
@@ -70,21 +73,25 @@ CLONES int mora_search(const int8_t *const *centres, const float *const *scales,
             top[place] = top[place - 1];
         top[place] = value;
     }
-    int size = 0;
     for (int i = 0; i < n; i++)
-        if (values[i] >= top[held - 1])
+        if (values[i] >= top[held - 1]) {
+            values[size] = values[i];
             found[size++] = at[i];
+        }
     return size;
 }
 
-/* Of the keys at[n]: the product of z with the centre, and the largest with one of `count`
-   prototypes. `codes` has room for k. */
-CLONES void mora_scores(const int8_t *const *centres, const int8_t *const *prototypes,
-                        const float *const *scales, const int64_t *at, int n, int count,
-                        const float *z, int k, int16_t *codes, float *cosines, float *nearest)
+/* Of the keys at[n], below `keys`: the product of z with the centre, and the largest with one of
+   `count` prototypes. Returns 0, or -1 for a position that is not below `keys`. */
+CLONES int mora_scores(const int8_t *const *centres, const int8_t *const *prototypes,
+                       const float *const *scales, int keys, const int64_t *at, int n, int count,
+                       const float *z, int k, float *cosines, float *nearest)
 {
+    int16_t codes[k];
     float unit = quantised(z, k, codes);
     for (int i = 0; i < n; i++) {
+        if (at[i] < 0 || at[i] >= keys)
+            return -1;
         const int8_t *rows = prototypes[at[i]];
         const float *scale = scales[at[i]];
         cosines[i] = (float)dot(centres[at[i]], codes, k) * (unit * scale[0]);
@@ -94,6 +101,7 @@ CLONES void mora_scores(const int8_t *const *centres, const int8_t *const *proto
                 nearest[i] = value;
         }
     }
+    return 0;
 }
 
 INLINE void add_row(const int8_t *restrict row, float value, int k, float *restrict out)

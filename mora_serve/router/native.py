@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_double, c_int, c_void_p
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Wo
 VERSION = 2  # native.c's
 _WORD = re.compile(rb"[^ ]+")
 _SPACE = 0x20
+_BYTE = ctypes.c_char * 1
 _MOST_CODE = 16383  # of a query in 15 bits
 _QUOTED, _END = 1 << 40, 1 << 41  # beyond the hash of any word
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
@@ -42,13 +43,13 @@ def library() -> ctypes.PyDLL | None:
     except (OSError, AttributeError):
         return None
     p, i = c_void_p, c_int
-    lib.mora_search.argtypes = [p, p, p, i, p, i, i, p, p, p, p]
-    lib.mora_scores.argtypes = [p, p, p, p, i, i, p, i, p, p, p]
+    lib.mora_search.argtypes = [p, p, i, p, i, p, i, i, p, p]
+    lib.mora_scores.argtypes = [p, p, p, i, p, i, i, p, i, p, p]
     lib.mora_embed.argtypes = [p, p, p, i, p, p, i, p]
     lib.mora_embed_text.argtypes = [p, p, p, i, p, p, i, c_double, i, i, i, p, p]
     lib.mora_without.argtypes = [p, p, i, p, i]
     lib.mora_features.argtypes = [p, p, i, c_double, i, i, i, p]
-    for function in (lib.mora_scores, lib.mora_embed, lib.mora_embed_text, lib.mora_features):
+    for function in (lib.mora_embed, lib.mora_embed_text, lib.mora_features):
         function.restype = None
     return lib
 
@@ -74,6 +75,7 @@ class Keys:
         self._parts = [KeyParts._make(np.ascontiguousarray(c) for c in part) for part in parts]
         columns = zip(*self._parts, strict=True)
         self._addresses = [np.concatenate([_rows(c) for c in column]) for column in columns]
+        self._centres, self._prototypes, self._scales = (a.ctypes.data for a in self._addresses)
         _, self._count, self._size = parts[0].prototypes.shape
 
     def __len__(self) -> int:
@@ -90,68 +92,60 @@ class Keys:
         All that equal the last of them are found too. z [at most K] counts as far as it goes.
         -> positions in the order of ``at``, and their cosines.
         """
-        self._check(at)
-        if len(z) > self._size:
+        if not 0 < len(z) <= self._size:
             raise ValueError(f"{len(z)} numbers for keys of {self._size}")
         count = min(count, len(at))
-        if not count:
+        if count < 1:
             return at[:0], np.zeros(0, np.float32)
         lib = library()
         if lib is None:
-            every = np.concatenate([p.centres[:, : len(z)] for p in self._parts])[at]
-            values = _products(every, self._scales(at)[:, 0], z)
+            chosen = self._chosen(at)
+            values = _products(chosen.centres[:, : len(z)], chosen.scales[:, 0], z)
             which = values >= np.partition(values, -count)[-count]
             return at[which], values[which]
         z, at = np.ascontiguousarray(z, np.float32), np.ascontiguousarray(at, np.intp)
-        top, values = np.empty(count, np.float32), np.empty(len(at), np.float32)
-        codes, found = np.empty(len(z), np.int16), np.empty(len(at), np.intp)
-        centres, _, scales = self._addresses
+        values, found = np.empty(len(at), np.float32), np.empty(len(at), np.intp)
         size = lib.mora_search(
-            *(_at(centres), _at(scales), _at(at), len(at), _at(z), len(z), count),
-            *(_at(codes), _at(top), _at(values), _at(found)),
+            *(self._centres, self._scales, len(self), _at(at), len(at), _at(z), len(z), count),
+            *(_at(values), _at(found)),
         )
-        return found[:size], values[values >= top[-1]]
+        if size < 0:
+            raise self._past(at)
+        return found[:size], values[:size]
 
     def scores(self, z: Floats, at: Indices) -> tuple[Floats, Floats]:
         """Cosines of z [K] with the centres at some positions, and the best with a prototype."""
-        self._check(at)
         if len(z) != self._size:
             raise ValueError(f"{len(z)} numbers for keys of {self._size}")
         lib = library()
         if lib is None:
-            scales = self._scales(at)
-            centres = np.concatenate([p.centres for p in self._parts])[at]
-            prototypes = np.concatenate([p.prototypes for p in self._parts])[at]
+            centres, prototypes, scales = self._chosen(at)
             near = _products(prototypes.reshape(-1, self._size), scales[:, 1:].ravel(), z)
             best: Floats = near.reshape(len(at), self._count).max(1)
             return _products(centres, scales[:, 0], z), best
         z, at = np.ascontiguousarray(z, np.float32), np.ascontiguousarray(at, np.intp)
-        codes = np.empty(len(z), np.int16)
-        cosines, nearest = np.empty(len(at), np.float32), np.empty(len(at), np.float32)
-        centres_at, prototypes_at, scales_at = self._addresses
-        lib.mora_scores(
-            *(_at(centres_at), _at(prototypes_at), _at(scales_at), _at(at), len(at)),
-            *(self._count, _at(z), len(z), _at(codes), _at(cosines), _at(nearest)),
+        cosines, nearest = np.empty((2, len(at)), np.float32)
+        error = lib.mora_scores(
+            *(self._centres, self._prototypes, self._scales, len(self), _at(at), len(at)),
+            *(self._count, _at(z), len(z), _at(cosines), _at(nearest)),
         )
+        if error:
+            raise self._past(at)
         return cosines, nearest
 
     def prototypes(self, at: int) -> Floats:
         """Of the key at a position [P, K]."""
-        self._check(np.array([at]))
-        for part in self._parts:
-            if at < len(part.centres):
-                found: Floats = part.prototypes[at] * part.scales[at, 1:, None]
-                return found
-            at -= len(part.centres)
-        raise AssertionError
+        _, prototypes, scales = self._chosen(np.array([at]))
+        found: Floats = prototypes[0] * scales[0, 1:, None]
+        return found
 
-    def _scales(self, at: Indices) -> Floats:
-        scales: Floats = np.concatenate([p.scales for p in self._parts])[at]
-        return scales
+    def _chosen(self, at: Indices) -> KeyParts:
+        if len(at) and not 0 <= at.min() <= at.max() < len(self):
+            raise self._past(at)
+        return KeyParts._make(np.concatenate(c)[at] for c in zip(*self._parts, strict=True))
 
-    def _check(self, at: Indices) -> None:
-        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < len(self):
-            raise IndexError(f"positions {int(at.min())} to {int(at.max())} of {len(self)} keys")
+    def _past(self, at: Indices) -> IndexError:
+        return IndexError(f"positions {at.min()} to {at.max()} of {len(self)} keys")
 
 
 class Counting(NamedTuple):
@@ -171,7 +165,8 @@ class Projection:
         self._scales, self._mean = np.ascontiguousarray(scales, np.float32), mean
         offset = mean.astype(np.float64) @ rows.astype(np.float64) * scales
         self._offset = np.ascontiguousarray(offset, np.float32)
-        self._arrays = (_at(self._rows), _at(self._scales), _at(self._offset), len(scales))
+        fixed = (self._rows, self._scales, self._offset)
+        self._arrays = (*(array.ctypes.data for array in fixed), len(scales))
 
     def part(self, size: int) -> Projection:
         """Of the first ``size`` features alone."""
@@ -314,8 +309,12 @@ def _rows(array: np.typing.NDArray[np.generic]) -> Indices:
     return array.ctypes.data + array.strides[0] * np.arange(len(array), dtype=np.intp)
 
 
-def _at(array: np.typing.NDArray[np.generic]) -> int:
-    return array.ctypes.data
+def _at(array: Any) -> ctypes.Array[ctypes.c_char] | int:
+    """Where a contiguous array is, as the library takes it: ``ctypes.data`` is 4 times slower."""
+    try:
+        return _BYTE.from_buffer(array)
+    except (TypeError, ValueError):  # it cannot be written to, or is empty
+        return int(array.ctypes.data)
 
 
 def _products(rows: Codes, scales: Floats, z: Floats) -> Floats:
