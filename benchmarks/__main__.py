@@ -38,21 +38,21 @@ class Part:
     plot: Callable[[Mapping[str, Any]], Any] | None = None
 
 
-# Fewer and shorter than the claims': all parts in 20 minutes on 2 cores without bf16 instructions,
-# where the peers are slowest.
+# Fewer and shorter than the claims': all parts in about 20 minutes on 2 cores without bf16
+# instructions, where the peers are slowest.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",
         ("--requests", "1", "4", "16", "64"),
-        ("--repeat", "2", "--own", "2", "--tokens", "64", "--other-tokens", "16"),
+        ("--repeat", "3", "--peer-repeat", "1", "--own", "1")
+        + ("--tokens", "32", "--other-tokens", "16", "--peer-adapters", "16"),
         tables.throughput,
         plots.throughput,
     ),
     "growth": Part(
         "growth",
         (),
-        ("--repeat", "1", "--active", "1", "8", "64", "--ranks", "4", "16", "64")
-        + ("--prompts", "16", "64", "256"),
+        ("--repeat", "1", "--no-peers", "--active", "1", "8", "64", "--ranks", "4", "16", "64"),
         tables.growth,
         plots.growth,
     ),

@@ -43,7 +43,7 @@ from mora_serve.cli.output import table
 CLAIMED = (1, 16)  # requests
 CLAIMED_SYSTEMS = (OURS, "transformers generate", "PEFT mixed batch")
 SHORTER = (64, 128)  # tokens that a peer's later repetitions may be cut to
-MOST_IN_TURN = 16  # requests that are answered one after another
+MOST_IN_TURN = 4  # requests that are answered one after another: more take as long each
 # tokens/s of the same peers measured before, on a quiet machine with 2 cores and AVX-512; 16
 # requests, but for the last
 EARLIER = {"generate": 319.0, "one": 251.0, "distinct": 92.0, "generate at 1": 80.0}
@@ -58,6 +58,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="*", default=list(CLAIMED))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--peer-repeat", type=int, help="of the peers; left out, as --repeat")
+    parser.add_argument(
+        "--peer-adapters", type=int, default=64, help="the most that PEFT gets: it loads slowly"
+    )
     parser.add_argument("--other-tokens", type=int, default=64)
     parser.add_argument(
         "--tolerance", type=float, default=0.03, help="of the rate, by fewer tokens"
@@ -94,7 +98,7 @@ def compare(
     peers = None
     if not args.no_peers:
         report.log("loading the peers ...")
-        peers = Peers(root, workload, names)
+        peers = Peers(root, workload, names[: args.peer_adapters])
         peers.settle([n for n in args.requests if n in CLAIMED] or args.requests)
         report.log(str(peers.settings))
     rows: list[dict[str, Any]] = []
@@ -102,7 +106,8 @@ def compare(
     with Served(root, names, flags) as served:
         for kind in args.kinds:
             for count in args.requests:
-                systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
+                able = peers if kind != "distinct" or count <= args.peer_adapters else None
+                systems = [System(OURS, served.run), *peers_of(able, kind, count)]
                 rows += cell(workload, kind, count, systems, args)
         turns = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}
@@ -147,9 +152,8 @@ def cell(
     for system in systems:
         claimed = count in CLAIMED and system.name in CLAIMED_SYSTEMS
         system.tokens = args.tokens if claimed else args.other_tokens
-        system.repeat = (
-            args.repeat if claimed else min(3 if system.name == OURS else 1, args.repeat)
-        )
+        most = args.repeat if system.name == OURS else args.peer_repeat or args.repeat
+        system.repeat = most if claimed else min(3 if system.name == OURS else 1, most)
 
     def after(system: System) -> None:
         if system.repeat > 1 and len(system.runs) == 1 and system.name != OURS:
