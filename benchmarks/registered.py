@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32000)
     args = parser.parse_args()
-    if args.requests < 2 * args.clients:
-        parser.error("--requests: give at least twice as many as --clients")
+    if args.requests < 3 * args.clients:  # fewer leave no time in which all clients are busy
+        parser.error("--requests: give at least three times as many as --clients")
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), args)
     for row in result["saturated"]:
