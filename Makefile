@@ -35,7 +35,7 @@ serve: $(CORE) ## serve the bundled models; ARGS="--base.model DIR" for another 
 	@$(PY) -m mora_serve serve $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k name" for some of them
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(DEV) ## check style, format and types
 	@$(PY) -m ruff check .
