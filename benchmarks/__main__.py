@@ -38,41 +38,45 @@ class Part:
     plot: Callable[[Mapping[str, Any]], Any] | None = None
 
 
+def _flags(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
 # Fewer and shorter than the claims': all parts in less than 20 minutes on 2 cores with bf16
 # instructions, in 25 without, where the peers are several times as slow.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",
-        ("--requests", "1", "4", "16", "64"),
-        ("--repeat", "3", "--peer-repeat", "1", "--own", "1")
-        + ("--tokens", "32", "--other-tokens", "16", "--peer-adapters", "16"),
+        _flags("--requests 1 4 16 64"),
+        _flags(
+            "--repeat 3 --peer-repeat 1 --own 1 --tokens 32 --other-tokens 16 --peer-adapters 16"
+        ),
         tables.throughput,
         plots.throughput,
     ),
     "growth": Part(
         "growth",
         (),
-        ("--repeat", "1", "--no-peers", "--active", "1", "8", "64", "--ranks", "4", "16", "64")
-        + ("--prompts", "16", "64", "256"),
+        _flags("--repeat 1 --no-peers --active 1 8 64 --ranks 4 16 64 --prompts 16 64 256"),
         tables.growth,
         plots.growth,
     ),
     "overhead": Part(
         "overhead",
         (),
-        ("--tokens", "64", "--repeat", "3", "--starts", "3"),
+        _flags("--tokens 64 --repeat 3 --starts 3"),
         tables.overhead,
         plots.overhead,
     ),
-    "step": Part("step", (), ("--rounds", "5"), tables.step, plots.step),
+    "step": Part("step", (), _flags("--rounds 5"), tables.step, plots.step),
     "registered": Part(
         "registered",
         (),
-        ("--points", "--repeat", "1", "--requests", "96", "--poisson-seconds", "8"),
+        _flags("--points --repeat 1 --requests 96 --poisson-seconds 8"),
         tables.registered,
         plots.registered,
     ),
-    "residency": Part("residency", (), ("--repeat", "2"), tables.residency, plots.residency),
+    "residency": Part("residency", (), _flags("--repeat 2"), tables.residency, plots.residency),
 }
 
 

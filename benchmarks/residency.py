@@ -42,9 +42,7 @@ LASTING = 8  # adapters of the streams
 LENGTH = 2000  # tokens of a stream: more than come in a round
 PERCENTILES = [*range(99), *(99 + i / 10 for i in range(10))]  # of the curve
 SETTLE_SECONDS = 1.0  # before each window
-ARRIVALS = (
-    0.8  # the part of a busy window in which adapters arrive, so that the last is used in it
-)
+ARRIVALS = 0.8  # the part of a busy window in which adapters arrive, so that the last is used in it
 
 
 @dataclass
