@@ -3,7 +3,7 @@
 16 streams run on a Llama of 100M parameters in NF4 (or another size by flags): a quarter on the
 base, half on one adapter, a quarter on a mixture of two. They begin anew in every round, which has
 a quiet window and a busy one, now the one first and now the other. In the busy one an adapter that
-the server has never seen is registered every 0.19 seconds, whether the last is done or not, and
+the server has never seen is registered every 0.16 seconds, whether the last is done or not, and
 used at once for an answer of 8 tokens, which fails where it comes after the window's end; there are
 fewer slots than adapters. What counts are the
 times between two messages of a stream, as the client sees them over gRPC; of the rounds'

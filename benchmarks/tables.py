@@ -143,6 +143,8 @@ def residency(result: Result) -> str:
             *(percentile(used, p, 0) for p in ("p50", "p90", "p99", "max")),
         )
     )
+    asked = result["arguments"]["repeat"] * result["arguments"]["adapters"]
+    rows.append((f"failed or late, of {asked}", str(result["failed"]), "", "", ""))
     return markdown(("", "p50", "p90", "p99", "most"), rows)
 
 

@@ -9,8 +9,10 @@ medians count. Prompts are included.
 What claims rest on, 1 and 16 requests, has ``--repeat`` repetitions of ``--tokens`` tokens. There a
 peer's repetitions after the first are cut to fewer tokens where its first whole one shows that its
 rate until there is the same (``--tolerance``). Other peers there, and all systems of other cells,
-have answers of ``--other-tokens``; a peer's one repetition is beside three of ours. Where a peer's
-answers are shorter than ours, what it is compared with is our rate until there.
+have answers of ``--other-tokens``; a peer's one repetition is beside three of ours, as are all of a
+peer's with ``--peer-repeat 1``. Where a peer's answers are shorter than ours, what it is compared
+with is our rate until there. PEFT gets ``--peer-adapters`` at most, as it takes minutes to load
+many: cells with more distinct ones are without it.
 
 What is claimed of ours against ours (distinct adapters against none, say) is measured apart,
 ``--own`` times at 16 requests: the kinds take turns, and the median of the turns' ratios counts.
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=5, help="turns of ours against ours; 0: none")
     Workload.add_arguments(parser)
     args = parser.parse_args()
+    if args.peer_adapters < min(max(CLAIMED), max(args.requests)):
+        parser.error(f"--peer-adapters: give at least {max(CLAIMED)}")
     with tempfile.TemporaryDirectory() as folder:
         rows, own, peers = compare(Path(folder), args)
     report.log(as_table(rows))

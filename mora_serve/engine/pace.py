@@ -11,7 +11,7 @@ MIN_TOKENS = 16  # a prompt gets as many a step whatever runs: a page
 
 GAIN = 0.2  # weight of the newest measurement
 OUTLIER = 4.0  # a measurement counts as at most this many times what was expected
-GROWTH = 2.0  # a limit is at most this many times the recent prompt tokens, however cheap they were
+GROWTH = 2.0  # a limit is at most this many times the largest recent chunks, however cheap
 
 
 class StepPace:
@@ -30,6 +30,7 @@ class StepPace:
         self._most, self._least = most, min(least, most)
         self._alone: dict[int, float] = {}  # bits of the number of decodes -> seconds of a step
         self._added = self._tokens = 0.0  # seconds, and the prompt tokens that took them
+        self._largest = 0.0  # prompt tokens of a recent step
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step: its streams, its prompt tokens, how long it took."""
@@ -46,6 +47,7 @@ class StepPace:
                 added = min(added, OUTLIER * max(alone, prompt_tokens * self._added / self._tokens))
             self._added = (1 - GAIN) * self._added + added
             self._tokens = (1 - GAIN) * self._tokens + prompt_tokens
+            self._largest = max(prompt_tokens, (1 - GAIN) * self._largest)
 
     def limit(self, decodes: int, prompts: int) -> int:
         """Prompt tokens for the next step, in which ``decodes`` streams run.
@@ -61,7 +63,7 @@ class StepPace:
         if alone is None:
             return 0
         allowed = (self._pace - 1) * alone * max(1.0, prompts / decodes)
-        limit = GROWTH * self._tokens
+        limit = GROWTH * self._largest
         if allowed * self._tokens < limit * self._added:
             limit = allowed * self._tokens / self._added
         return int(min(self._most, max(self._least, limit))) if allowed else self._least

@@ -1,9 +1,9 @@
 """The keys of all adapters: immutable, so that readers never lock.
 
-Rows live in chunks by tenant. A change copies one chunk and the lists of chunks, nothing else;
-a search touches the chunks of the caller's tenant alone. A key takes a byte a dimension for its
-centre and for each prototype. Among very many a search narrows down: a part of each centre for
-all, the whole centre for the better ones.
+Rows live in chunks by tenant. A change copies one chunk and the lists of chunks; the next search
+lists the tenant's names and where its keys are, and touches the chunks of that tenant alone. A key
+takes a byte a dimension for its centre and for each prototype. Among very many a search narrows
+down: a part of each centre for all, the whole centre for the better ones.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[Rows]) -> Self:
         return cls(
-            [name for rows in parts for name in rows.names],
-            [group for rows in parts for group in rows.groups],
-            [words for rows in parts for words in rows.words],
+            np.concatenate([rows.names for rows in parts]).tolist(),
+            np.concatenate([rows.groups for rows in parts]).tolist(),
+            np.concatenate([rows.words for rows in parts]).tolist(),
             np.flatnonzero(np.concatenate([rows.listed for rows in parts])),
             Keys([rows.keys for rows in parts]),
         )

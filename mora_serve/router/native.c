@@ -14,6 +14,7 @@
 #endif
 
 #define MOST_CODE 16383.0f /* of a query in 15 bits */
+#define LEAST 1e-15 /* shorter vectors are nothing: their scale would not be a number */
 
 /* Inlined, so that each clone has its own. */
 #if defined(__GNUC__)
@@ -22,11 +23,19 @@
 #define INLINE static inline
 #endif
 
-/* To be raised with every change of what a function takes: a library of another version is left
-   alone. */
+static uint32_t crc_table[256];
+
+/* To be asked first. To be raised with every change of what a function takes: a library of another
+   version is left alone. */
 int mora_router_version(void)
 {
-    return 2;
+    for (int i = 0; i < 256; i++) {
+        uint32_t crc = i;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc & 1 ? 0xEDB88320u ^ (crc >> 1) : crc >> 1;
+        crc_table[i] = crc;
+    }
+    return 3;
 }
 
 /* Integers: the same bits in any order. */
@@ -45,7 +54,7 @@ INLINE float quantised(const float *z, int k, int16_t *codes)
     for (int j = 0; j < k; j++)
         most = fabsf(z[j]) > most ? fabsf(z[j]) : most;
     limit = limit < MOST_CODE ? limit : MOST_CODE;
-    float factor = most > 0 ? limit / most : 0;
+    float factor = most > LEAST ? limit / most : 0;
     for (int j = 0; j < k; j++)
         codes[j] = (int16_t)rintf(z[j] * factor);
     return most / limit;
@@ -119,9 +128,9 @@ INLINE void finish(const float *restrict scales, const float *restrict offset, i
         out[j] = out[j] * scales[j] - offset[j];
         norm += (double)out[j] * out[j];
     }
-    float factor = norm > 0 ? (float)(1 / sqrt(norm)) : 0;
+    double factor = norm > LEAST * LEAST ? 1 / sqrt(norm) : 0;
     for (int j = 0; j < k; j++)
-        out[j] *= factor;
+        out[j] = (float)(out[j] * factor);
 }
 
 /* The unit vector [k] of features: values[i] times rows[index[i]][k], and as `finish` says. */
@@ -142,17 +151,9 @@ CLONES void mora_embed(const int8_t *rows, const float *scales, const float *off
 /* As zlib's. */
 static uint32_t crc32(const uint8_t *data, int length)
 {
-    static uint32_t table[256];
-    if (!table[1]) /* Python's lock is held */
-        for (int i = 0; i < 256; i++) {
-            uint32_t crc = i;
-            for (int bit = 0; bit < 8; bit++)
-                crc = crc & 1 ? 0xEDB88320u ^ (crc >> 1) : crc >> 1;
-            table[i] = crc;
-        }
     uint32_t crc = 0xFFFFFFFFu;
     for (int i = 0; i < length; i++)
-        crc = table[(crc ^ data[i]) & 0xFF] ^ (crc >> 8);
+        crc = crc_table[(crc ^ data[i]) & 0xFF] ^ (crc >> 8);
     return ~crc;
 }
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Words, unit
+from mora_serve.router.arrays import Codes, Doubles, Floats, Hashes, Indices, Words
 
-VERSION = 2  # native.c's
+VERSION = 3  # native.c's
 _WORD = re.compile(rb"[^ ]+")
 _SPACE = 0x20
 _BYTE = ctypes.c_char * 1
+_LEAST = 1e-15  # shorter vectors are nothing
 _MOST_CODE = 16383  # of a query in 15 bits
 _QUOTED, _END = 1 << 40, 1 << 41  # beyond the hash of any word
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
@@ -70,13 +71,26 @@ class Keys:
     """
 
     def __init__(self, parts: Sequence[KeyParts]) -> None:
-        """One part or more, all of one K and P."""
+        """One part or more. Raises ValueError unless all are of one K and P, each 1 or more."""
         # kept: what the addresses lead to
-        self._parts = [KeyParts._make(np.ascontiguousarray(c) for c in part) for part in parts]
+        self._parts = [
+            KeyParts(
+                np.ascontiguousarray(part.centres, np.int8),
+                np.ascontiguousarray(part.prototypes, np.int8),
+                np.ascontiguousarray(part.scales, np.float32),
+            )
+            for part in parts
+        ]
+        _, count, size = self._parts[0].prototypes.shape
+        for centres, prototypes, scales in self._parts:
+            n = len(centres)
+            shapes = centres.shape, prototypes.shape, scales.shape
+            if shapes != ((n, size), (n, count, size), (n, 1 + count)) or not count * size:
+                raise ValueError(f"keys of shapes {shapes} beside {count} prototypes of {size}")
         columns = zip(*self._parts, strict=True)
         self._addresses = [np.concatenate([_rows(c) for c in column]) for column in columns]
         self._centres, self._prototypes, self._scales = (a.ctypes.data for a in self._addresses)
-        _, self._count, self._size = parts[0].prototypes.shape
+        self._count, self._size = count, size
 
     def __len__(self) -> int:
         return len(self._addresses[0])
@@ -175,9 +189,12 @@ class Projection:
     def embed(self, index: Indices, values: Floats) -> Floats:
         """Features ``values`` [n], at ``index`` [n], as a unit vector; zeros where n is 0.
 
-        Raises IndexError for an index that is not below D, as the compiled loop cannot.
+        Raises IndexError for an index that is not below D, and ValueError for another number of
+        values: a compiled loop would read past them.
         """
         size, out = len(self._rows), np.zeros(len(self._scales), np.float32)
+        if len(index) != len(values):
+            raise ValueError(f"{len(index)} indices of {len(values)} features")
         if not len(index):
             return out
         if not 0 <= int(index.min()) <= int(index.max()) < size:
@@ -185,18 +202,25 @@ class Projection:
         lib = library()
         if lib is None:
             products = np.einsum("n,nk->k", values, self._rows[index].astype(np.float32))
-            return unit(products * self._scales - self._offset)
+            found = products.astype(np.float64) * self._scales - self._offset
+            length = np.sqrt((found * found).sum())
+            return (found / length).astype(np.float32) if length > _LEAST else out
         index, values = np.ascontiguousarray(index, np.intp), np.ascontiguousarray(values, "f4")
         lib.mora_embed(*self._arrays, _at(index), _at(values), len(index), _at(out))
         return out
 
     def embed_text(self, text: bytes, weight: Doubles, counting: Counting) -> Floats:
-        """A text's features, log(1 + count) at length 1, as ``embed`` does."""
+        """A text's features, log(1 + count) at length 1, as ``embed`` does.
+
+        Raises ValueError where there are not as many buckets as rows, and what
+        ``count_features`` raises.
+        """
+        if counting.dim != len(self._rows):
+            raise ValueError(f"{counting.dim} buckets for {len(self._rows)} rows")
         lib = library()
         if lib is None:
             return self.embed(*features(count_features(text, weight, counting)))
-        if counting.dim != len(self._rows):
-            raise ValueError(f"{counting.dim} buckets for {len(self._rows)} rows")
+        _check(text, weight, counting)
         weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
         out = np.empty(len(self._scales), np.float32)
         lib.mora_embed_text(
@@ -224,7 +248,9 @@ def without(text: bytes, weight: Doubles, words: Words) -> bytes:
     """A text with spaces for its words outside quotations whose hashes are in sorted ``words``.
 
     ``weight`` [len(text)] is below 1 in quotations. b"" where no word outside them is left.
+    Raises ValueError for another number of weights.
     """
+    _check(text, weight)
     lib = library()
     if lib is None:
         known, left, blank = set(words.tolist()), False, bytearray(text)
@@ -249,14 +275,23 @@ def count_features(text: bytes, weight: Doubles, counting: Counting) -> Doubles:
     much for neighbouring words, quoted words in a row (below weight 1) being one neighbour and
     the text's ends another; the n-grams of ``lengths`` bytes, each 2 or more, with the weight of
     their second byte. An n-gram has no space inside, but may begin and end with one. The same
-    bits either way.
+    bits either way. Raises ValueError for another number of weights, and for shorter n-grams.
     """
+    _check(text, weight, counting)
     lib = library()
     if lib is None:
         return _count_features(text, weight, counting)
     weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
     lib.mora_features(text, _at(weight), len(text), *_counting(counting), _at(counts))
     return counts
+
+
+def _check(text: bytes, weight: Doubles, counting: Counting | None = None) -> None:
+    """As a compiled loop would read past what is there."""
+    if len(weight) != len(text):
+        raise ValueError(f"{len(weight)} weights of {len(text)} bytes")
+    if counting is not None and (counting.lengths.start < 2 or counting.dim < 1):
+        raise ValueError(f"n-grams of {counting.lengths.start} bytes in {counting.dim} buckets")
 
 
 def _counting(counting: Counting) -> tuple[float, int, int, int]:
@@ -321,7 +356,7 @@ def _products(rows: Codes, scales: Floats, z: Floats) -> Floats:
     """Rows in 8 bits [n, k] times z [k] in 15, the same bits as compiled: sums of integers."""
     limit = np.float32(min((2**31 - 1) // 128 // len(z), _MOST_CODE))
     most = np.abs(z).max().astype(np.float32)
-    factor = limit / most if most else np.float32(0)
+    factor = limit / most if most > _LEAST else np.float32(0)
     codes = np.rint(z.astype(np.float32) * factor).astype(np.int64)
     sums = rows.astype(np.int64) @ codes
     products: Floats = sums.astype(np.float32) * (most / limit * scales)

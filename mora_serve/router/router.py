@@ -118,7 +118,7 @@ class Router:
     def rest(self, text: str, words: Words) -> Floats:
         """What is left of a prompt without an adapter's ``words`` (sorted hashes): [K], or zeros.
 
-        By its n-grams, hidden states left out.
+        By its n-grams, hidden states left out. Raises ValueError unless ``reads_words``.
         """
         return self._embed_text(text, words)
 

@@ -249,10 +249,47 @@ def test_what_lies_past_the_rows_is_never_read() -> None:
             ours.embed(np.array([index]), np.ones(1, np.float32))
 
 
-def test_as_many_buckets_as_rows() -> None:
+@pytest.mark.usefixtures("way")
+def test_numbers_that_do_not_agree_are_refused() -> None:
     ours, _, _ = projection(3, 4, 0)
-    with pytest.raises((ValueError, IndexError)):
-        ours.embed_text(b" a b ", np.ones(5), Counting(0.5, range(3, 6), 50))
+    counting = Counting(0.5, range(3, 6), 3)
+    with pytest.raises(ValueError, match="50 buckets for 3 rows"):
+        ours.embed_text(b" a b ", np.ones(5), counting._replace(dim=50))
+    with pytest.raises(ValueError, match="3 indices of 1 features"):
+        ours.embed(np.array([0, 1, 2]), np.ones(1, np.float32))
+    for work in (
+        lambda: ours.embed_text(b" a b ", np.ones(4), counting),
+        lambda: without(b" a b ", np.ones(4), sorted_words(())),
+        lambda: count_features(b" a b ", np.ones(4), counting),
+    ):
+        with pytest.raises(ValueError, match="4 weights of 5 bytes"):
+            work()
+    with pytest.raises(ValueError, match="n-grams of 1 bytes"):
+        count_features(b" a ", np.ones(3), counting._replace(lengths=range(1, 3)))
+    good, small = (
+        keys(np.ones((2, 8)), np.ones((2, 2, 8))),
+        keys(np.ones((2, 4)), np.ones((2, 2, 4))),
+    )
+    few = keys(np.ones((2, 8)), np.ones((2, 1, 8)))
+    for other in (small, few, good._replace(scales=good.scales[:1])):
+        with pytest.raises(ValueError, match="keys of shapes"):
+            Keys([good, other])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-25, 1e-10, 1e4])
+def test_a_projection_of_any_scale_gives_a_unit_vector_or_nothing(scale: float) -> None:
+    """Never an infinite number, or none."""
+    rows = np.random.default_rng(3).integers(-127, 128, (5, 40)).astype(np.int8)
+    ours = Projection(rows, np.full(40, scale, np.float32), np.zeros(5, np.float32))
+    z = ours.embed(np.array([1, 2]), np.array([0.6, 0.8], np.float32))
+    assert np.linalg.norm(z) == pytest.approx(0.0 if scale < 1e-20 else 1.0, abs=1e-5)
+    table = Keys([keys(np.ones((2, 40)), np.ones((2, 1, 40)))])
+    tiny = np.full(40, 1e-42, np.float32)
+    for query in (z, tiny):
+        found, cosines = table.search(query, np.arange(2), 1)
+        assert len(found) == 2
+        assert np.isfinite(cosines).all()
 
 
 @pytest.mark.usefixtures("way")
