@@ -16,7 +16,7 @@ import numpy as np
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.router.arrays import Doubles, Floats, Indices, Words
-from mora_serve.router.native import Counting, count_features, features, without, word_hashes
+from mora_serve.router.counting import Counting, count_features, features, without, word_hashes
 
 Pool = Callable[[Sequence[str]], Floats]  # n texts -> pooled hidden states [n, hidden size]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from mora_serve.router.arrays import Floats, Indices, Words
-from mora_serve.router.native import Keys
+from mora_serve.router.key_search import Keys
 from mora_serve.router.rows import Entry, Rows
 
 CHUNK = 256  # adapters

@@ -1,5 +1,5 @@
-/* The router's inner loops, for some microseconds each: see native.py, which has the same in numpy.
-   The order of a row's sum is its own, whatever is beside it. */
+/* The router's inner loops, for some microseconds each: see native.py. key_search.py, projection.py
+   and counting.py have the same in numpy. */
 
 #include <math.h>
 #include <stddef.h>

@@ -13,7 +13,7 @@ from mora_serve.errors import FailedPrecondition
 from mora_serve.router.arrays import Floats, Words, unit
 from mora_serve.router.features import PooledHidden
 from mora_serve.router.format import RouterFile, read_router
-from mora_serve.router.native import Projection
+from mora_serve.router.projection import Projection
 from mora_serve.router.prototypes import prototypes
 
 MAX_WORDS = 1024  # of a key, the commonest

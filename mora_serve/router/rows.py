@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mora_serve.router.arrays import Codes, Floats, Indices, Objects
+from mora_serve.router.counting import sorted_words
 from mora_serve.router.int8 import to_int8
-from mora_serve.router.native import KeyParts, sorted_words
+from mora_serve.router.key_search import KeyParts
 from mora_serve.router.router import AdapterKey
 
 

@@ -84,8 +84,8 @@ def test_where_the_cost_jumps_the_steps_keep_the_pace_on_average() -> None:
 
 def test_more_who_wait_than_stream_make_the_streams_give_way_in_proportion() -> None:
     pace = StepPace(2.0, 10_000)
-    run(pace, linear, 20, 60)
-    few, many = pace.limit(20, 20), pace.limit(20, 60)
+    few = run(pace, linear, 20, 60, prompts=20)[-1]
+    many = run(pace, linear, 20, 60, prompts=60)[-1]
     assert many == pytest.approx(3 * few, rel=0.02)
 
 

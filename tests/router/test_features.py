@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mora_serve.errors import InvalidArgument
+from mora_serve.router.counting import sorted_words
 from mora_serve.router.features import Features, NGrams, PooledHidden, features_from
-from mora_serve.router.native import sorted_words
 
 FEATURES = NGrams()
 

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mora_serve.router import counting as counting_module
 from mora_serve.router import native
 from mora_serve.router.arrays import unit
-from mora_serve.router.int8 import to_int8
-from mora_serve.router.native import (
+from mora_serve.router.counting import (
     Counting,
-    KeyParts,
-    Keys,
-    Projection,
     count_features,
     features,
     sorted_words,
     without,
 )
+from mora_serve.router.int8 import to_int8
+from mora_serve.router.key_search import KeyParts, Keys
+from mora_serve.router.projection import Projection
 
 SEEDS = st.integers(0, 2**16)
 
@@ -62,7 +62,7 @@ def test_a_text_falls_into_the_same_buckets(
 ) -> None:
     """Whatever the text and its quotations; to the bit."""
     arguments = (*marked(text, seed), Counting(pairs, range(least, least + more + 1), 67))
-    assert np.array_equal(count_features(*arguments), native._count_features(*arguments))
+    assert np.array_equal(count_features(*arguments), counting_module._count_features(*arguments))
 
 
 @given(st.text("ab c\x80", max_size=40), st.lists(st.sampled_from("abc"), max_size=3), SEEDS)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mora_serve.errors import FailedPrecondition, InvalidArgument
 from mora_serve.router import router as router_module
+from mora_serve.router.counting import sorted_words
 from mora_serve.router.features import Features, PooledHidden
-from mora_serve.router.native import sorted_words
 from mora_serve.router.router import Router, beside
 from tests.router.make import DIMS, FINGERPRINT, fitted, prompts, router, tiny, vectors
 
