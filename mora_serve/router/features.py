@@ -94,7 +94,8 @@ class NGrams:
         b"" where no word outside quotations is left without them.
         """
         data, weight = self._weighed(text)
-        return (data if words is None else without(data, weight, words)), weight
+        left = data if words is None else without(data, weight, words)
+        return left, weight[: len(left)]
 
     def _weighed(self, text: str) -> tuple[bytes, Doubles]:
         half = self.max_bytes // 2
