@@ -217,7 +217,8 @@ def readme(results: Mapping[str, Result], pictures: Mapping[str, str]) -> str:
             ]
             ratio, best, name = min(peers, default=(0.0, 0.0, ""))
             named = (KINDS[ours["adapters"]], str(ours["requests"]), f"{rate:.0f}")
-            against = (name, f"{best:.0f}", f"{ratio:.2f}") if peers else ("none", "", "")
+            missing = "none can" if ours["adapters"] == "mixtures" else "not measured"
+            against = (name, f"{best:.0f}", f"{ratio:.2f}") if peers else (missing, "", "")
             lines.append((*named, *against))
         work = results["throughput"]["arguments"]
         parts += [

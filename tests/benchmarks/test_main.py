@@ -125,7 +125,7 @@ def test_the_readme_shows_ours_beside_the_best_peer(tmp_path: Path) -> None:
     tables.write_readme(readme, section)
     text = readme.read_text()
     assert "| no adapter | 16 | 400 | transformers generate | 200 | 2.00 |" in text
-    assert "| two-adapter mixtures | 16 | 300 | none |  |  |" in text
+    assert "| two-adapter mixtures | 16 | 300 | none can |  |  |" in text
     assert "![throughput](a.png)" in text
     assert "b.png" not in text
     assert text.startswith("before\n")
