@@ -42,8 +42,8 @@ def _flags(line: str) -> tuple[str, ...]:
     return tuple(line.split())
 
 
-# Fewer and shorter than the claims': all parts in less than 20 minutes on 2 cores with bf16
-# instructions, in 25 without, where the peers are several times as slow.
+# Fewer and shorter than the claims', to keep all parts under 20 minutes on 2 cores; without bf16
+# instructions, where the peers are several times as slow, it is longer.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",

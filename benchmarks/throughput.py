@@ -110,8 +110,7 @@ def compare(
     with Served(root, names, flags) as served:
         for kind in args.kinds:
             for count in args.requests:
-                able = peers if kind != "distinct" or count <= args.peer_adapters else None
-                systems = [System(OURS, served.run), *peers_of(able, kind, count)]
+                systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
                 rows += cell(workload, kind, count, systems, args)
         turns = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}
@@ -121,6 +120,8 @@ def compare(
 def peers_of(peers: Peers | None, kind: str, count: int) -> list[System]:
     """The peers that can do a cell's work."""
     if peers is None or kind == "mixtures":
+        return []
+    if kind == "distinct" and count > len(peers.adapters):
         return []
     if kind == "none":
         return [
@@ -154,10 +155,7 @@ def cell(
 ) -> list[dict[str, Any]]:
     """A row for each system: they take turns."""
     for system in systems:
-        claimed = count in CLAIMED and system.name in CLAIMED_SYSTEMS
-        system.tokens = args.tokens if claimed else args.other_tokens
-        most = args.repeat if system.name == OURS else args.peer_repeat or args.repeat
-        system.repeat = most if claimed else min(3 if system.name == OURS else 1, most)
+        size(system, count, args)
 
     def after(system: System) -> None:
         if system.repeat > 1 and len(system.runs) == 1 and system.name != OURS:
@@ -166,6 +164,15 @@ def cell(
     take_turns(systems, workload, adapters_of(kind, count), after)
     described = {"adapters": kind, "requests": count}
     return [row(described, system, systems[0]) for system in systems]
+
+
+def size(system: System, count: int, args: argparse.Namespace) -> None:
+    """How often a system answers a cell's requests, and how long the answers are."""
+    ours = system.name == OURS
+    claimed = count in CLAIMED and system.name in CLAIMED_SYSTEMS
+    system.tokens = args.tokens if claimed else args.other_tokens
+    most = args.repeat if ours else args.peer_repeat or args.repeat
+    system.repeat = most if claimed else min(3 if ours else 1, most)
 
 
 def own_turns(

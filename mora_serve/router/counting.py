@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mora_serve.router import native
 from mora_serve.router.arrays import Doubles, Floats, Hashes, Indices, Words
+from mora_serve.router.native import address
 
 _WORD = re.compile(rb"[^ ]+")
 _SPACE = 0x20
@@ -66,9 +67,7 @@ def without(text: bytes, weight: Doubles, words: Words) -> bytes:
         return bytes(blank) if left else b""
     data = np.frombuffer(text, np.uint8).copy()
     weight, words = np.ascontiguousarray(weight, np.float64), np.ascontiguousarray(words, np.uint32)
-    left = lib.mora_without(
-        native.at(data), native.at(weight), len(data), native.at(words), len(words)
-    )
+    left = lib.mora_without(address(data), address(weight), len(data), address(words), len(words))
     return data.tobytes() if left else b""
 
 
@@ -86,7 +85,7 @@ def count_features(text: bytes, weight: Doubles, counting: Counting) -> Doubles:
     if lib is None:
         return _count_features(text, weight, counting)
     weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
-    lib.mora_features(text, native.at(weight), len(text), *counting.numbers, native.at(counts))
+    lib.mora_features(text, address(weight), len(text), *counting.numbers, address(counts))
     return counts
 
 

@@ -68,15 +68,12 @@ class NGrams:
             "pairs": float(self.pairs),
         }
 
-    def sparse(self, text: str, words: Words | None = None) -> tuple[Indices, Floats]:
+    def sparse(self, text: str) -> tuple[Indices, Floats]:
         """Features of one text: distinct sorted indices [n] below ``dim`` and values [n].
 
-        n is 0 for a text without any word or n-gram, such as the empty one. Of what is left of
-        the text when ``words`` (sorted hashes, see ``words``) are taken out, where given; n is 0
-        then where no word outside quotations is left.
+        n is 0 for a text without any word or n-gram, such as the empty one.
         """
-        data, weight = self.read(text, words)
-        return features(count_features(data, weight, self.counting))
+        return features(count_features(*self.read(text), self.counting))
 
     def words(self, text: str) -> list[int]:
         """Hashes of a text's words in order, those in quotations left out."""
@@ -89,9 +86,10 @@ class NGrams:
         return Counting(self.pairs, range(self.shortest, self.longest + 1), self.dim)
 
     def read(self, text: str, words: Words | None = None) -> tuple[bytes, Doubles]:
-        """A text as words apart by spaces, and what each byte counts; ``words`` as for ``sparse``.
+        """A text as words apart by spaces, and what each byte counts [bytes].
 
-        b"" where no word outside quotations is left without them.
+        Where ``words`` (sorted hashes, see ``words``) are given, without them; and nothing, not
+        a byte, where no word outside quotations is left then.
         """
         data, weight = self._weighed(text)
         left = data if words is None else without(data, weight, words)

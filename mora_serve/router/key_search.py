@@ -13,6 +13,7 @@ import numpy as np
 
 from mora_serve.router import native
 from mora_serve.router.arrays import Codes, Floats, Indices
+from mora_serve.router.native import address
 
 _MOST_CODE = 16383  # of a query in 15 bits
 
@@ -86,13 +87,13 @@ class Keys:
                 self._centres,
                 self._scales,
                 len(self),
-                native.at(at),
+                address(at),
                 len(at),
-                native.at(z),
+                address(z),
                 len(z),
                 count,
             ),
-            *(native.at(values), native.at(found)),
+            *(address(values), address(found)),
         )
         if size < 0:
             raise self._past(at)
@@ -111,8 +112,21 @@ class Keys:
         z, at = np.ascontiguousarray(z, np.float32), np.ascontiguousarray(at, np.intp)
         cosines, nearest = np.empty((2, len(at)), np.float32)
         error = lib.mora_scores(
-            *(self._centres, self._prototypes, self._scales, len(self), native.at(at), len(at)),
-            *(self._count, native.at(z), len(z), native.at(cosines), native.at(nearest)),
+            *(
+                self._centres,
+                self._prototypes,
+                self._scales,
+                len(self),
+                address(at),
+                len(at),
+            ),
+            *(
+                self._count,
+                address(z),
+                len(z),
+                address(cosines),
+                address(nearest),
+            ),
         )
         if error:
             raise self._past(at)

@@ -43,7 +43,7 @@ def library() -> ctypes.PyDLL | None:
     return lib
 
 
-def at(array: Any) -> ctypes.Array[ctypes.c_char] | int:
+def address(array: Any) -> ctypes.Array[ctypes.c_char] | int:
     """Where a contiguous array is, as the library takes it: ``ctypes.data`` is 4 times slower."""
     try:
         return _BYTE.from_buffer(array)

@@ -7,6 +7,7 @@ import numpy as np
 from mora_serve.router import native
 from mora_serve.router.arrays import Codes, Doubles, Floats, Indices
 from mora_serve.router.counting import Counting, check_weights, count_features, features
+from mora_serve.router.native import address
 
 
 class Projection:
@@ -46,7 +47,11 @@ class Projection:
             return (found / length).astype(np.float32) if length > native.LEAST else out
         index, values = np.ascontiguousarray(index, np.intp), np.ascontiguousarray(values, "f4")
         lib.mora_embed(
-            *self._arrays, native.at(index), native.at(values), len(index), native.at(out)
+            *self._arrays,
+            address(index),
+            address(values),
+            len(index),
+            address(out),
         )
         return out
 
@@ -65,7 +70,7 @@ class Projection:
         weight, counts = np.ascontiguousarray(weight, np.float64), np.zeros(counting.dim)
         out = np.empty(len(self._scales), np.float32)
         lib.mora_embed_text(
-            *(*self._arrays, text, native.at(weight), len(text), *counting.numbers),
-            *(native.at(counts), native.at(out)),
+            *(*self._arrays, text, address(weight), len(text), *counting.numbers),
+            *(address(counts), address(out)),
         )
         return out

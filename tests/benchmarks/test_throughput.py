@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import throughput, turns
-from benchmarks.peers import MODES
+from benchmarks.peers import MODES, Peers
 from benchmarks.throughput import (
     adapters_of,
     cut,
@@ -20,6 +22,8 @@ from benchmarks.throughput import (
     own_figures,
     own_turns,
     peer_ratios,
+    peers_of,
+    size,
 )
 from benchmarks.turns import OURS, System, Work, take_turns
 from benchmarks.workload import Mixtures, Run, Workload, latencies, mixtures
@@ -126,6 +130,39 @@ def test_systems_take_turns_on_the_same_prompts_and_a_peer_may_fail() -> None:
     assert (broken.failure, broken.runs) == ("ValueError: no such kernel", [])
     with pytest.raises(ValueError, match="no such kernel"):
         take_turns([System(OURS, fails)], Workload(), [{}])
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "repeat", "peer_repeat", "expected"),
+    [
+        (OURS, 16, 5, None, (5, 256)),
+        ("transformers generate", 16, 5, None, (5, 256)),
+        ("transformers generate", 16, 5, 1, (1, 256)),
+        ("transformers generate", 64, 5, None, (1, 64)),
+        ("PEFT one adapter set", 16, 5, None, (1, 64)),
+        (OURS, 64, 5, 1, (3, 64)),
+        (OURS, 1, 2, 1, (2, 256)),
+    ],
+)
+def test_claimed_cells_are_longer_and_measured_more_often(
+    name: str, count: int, repeat: int, peer_repeat: int | None, expected: tuple[int, int]
+) -> None:
+    system = System(name, lambda *_: run_of([]))
+    args = argparse.Namespace(repeat=repeat, peer_repeat=peer_repeat, tokens=256, other_tokens=64)
+    size(system, count, args)
+    assert (system.repeat, system.tokens) == expected
+
+
+def test_peft_is_asked_for_as_many_distinct_adapters_as_it_has(tmp_path: Path) -> None:
+    peers = Peers(tmp_path, Workload(), ["a0", "a1", "a2", "a3"])  # loaded when it is asked
+
+    def names(kind: str, count: int) -> list[str]:
+        return [system.name for system in peers_of(peers, kind, count)]
+
+    assert names("distinct", 4) == ["PEFT mixed batch", "PEFT one after another"]
+    assert names("distinct", 5) == names("mixtures", 4) == []
+    assert "PEFT mixed batch" in names("one", 64)
+    assert "transformers generate" in names("none", 64)
 
 
 def row(kind: str, count: int, system: str, rate: float) -> dict[str, object]:
