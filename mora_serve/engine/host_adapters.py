@@ -8,7 +8,7 @@ first; and it can be converted before there is a slot for it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from mora_serve.adapters.validate import LoraModule, TensorRef, ValidatedAdapter
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.lora import AdapterSlots, dora_scale
+from mora_serve.model.native.library import FILE_TYPES, PieceStruct, library
 from mora_serve.model.shape import SITES
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -89,7 +90,6 @@ class HostAdapters:
         return made
 
     def _convert(self, digest: str, adapter: ValidatedAdapter) -> HostAdapter:
-        file = _Tensors(adapter)
         sizes = [
             (m.a.shape[0] * m.a.shape[1], m.b.shape[0] * m.b.shape[1]) for m in adapter.modules
         ]
@@ -98,23 +98,21 @@ class HostAdapters:
             dtype=self._slots.dtype,
             pin_memory=self._slots.device.type == "cuda",
         )
-        modules, start = [], 0
-        scales = self._dora.pop(digest, {})
+        parts, start = [], 0
         for module, (a_size, b_size) in zip(adapter.modules, sizes, strict=True):
             middle, end = start + a_size, start + a_size + b_size
             a = packed[start:middle].view(module.a.shape)
-            b = packed[middle:end].view(module.rank, -1)
+            parts.append((module, a, packed[middle:end].view(module.rank, -1)))
             start = end
-            a.copy_(file[module.a])
-            # In float32, so that it is rounded once, whatever the file's type.
-            torch.mul(file[module.b].float().T, module.scaling, out=b)
-            dora = None
-            if module.magnitude is not None:
-                key = module.layer, module.projection
-                if key not in scales:
-                    scales[key] = self._scale(module, module.magnitude, file)
-                dora = scales[key]
-            modules.append(HostModule(module.layer, module.projection, a, b, dora))
+        file = _Tensors(adapter)
+        file.unpack(parts)
+        scales = self._dora.pop(digest, {})
+        modules = []
+        for module, a, b in parts:
+            key = module.layer, module.projection
+            if module.magnitude is not None and key not in scales:
+                scales[key] = self._scale(module, module.magnitude, file)
+            modules.append(HostModule(*key, a, b, scales.get(key)))
         if scales:
             self._dora[digest] = scales
             if len(self._dora) > DORA_KEPT:
@@ -134,15 +132,33 @@ class HostAdapters:
 
 
 class _Tensors:
-    """The tensors of an adapter's file, from one copy of it: the mapped file is read-only."""
+    """The tensors of an adapter's file."""
 
     def __init__(self, adapter: ValidatedAdapter) -> None:
-        self._bytes = torch.empty(len(adapter.weights), dtype=torch.uint8)
-        self._bytes.numpy()[...] = np.frombuffer(adapter.weights, np.uint8)
+        self._file = np.frombuffer(adapter.weights, np.uint8)
+
+    def unpack(self, parts: Sequence[tuple[LoraModule, Tensor, Tensor]]) -> None:
+        """Fill each module's A [rank, in] and B [rank, out], the scaling in it.
+
+        In float32, so that each number is rounded once, whatever the file's type.
+        """
+        lib = library()
+        if lib is None:
+            for module, a, b in parts:
+                a.copy_(self[module.a])
+                torch.mul(self[module.b].float().T, module.scaling, out=b)
+            return
+        start = self._file.ctypes.data
+        pieces = []
+        for module, a, b in parts:
+            bf16 = a.dtype == torch.bfloat16
+            for ref, to, transposed in ((module.a, a, False), (module.b, b, True)):
+                kind, scale = FILE_TYPES.index(ref.dtype), module.scaling if transposed else 1.0
+                address = start + ref.start, to.data_ptr()
+                pieces.append((*address, kind, *ref.shape, transposed, bf16, scale))
+        lib.mora_unpack((PieceStruct * len(pieces))(*pieces), len(pieces))
 
     def __getitem__(self, ref: TensorRef) -> Tensor:
         dtype = DTYPES[ref.dtype]
-        part = self._bytes[ref.start : ref.end]
-        if ref.start % dtype.itemsize:
-            part = part.clone()
-        return part.view(dtype).view(ref.shape)
+        # A copy: a mapped file is read-only, and need not be aligned.
+        return torch.from_numpy(self._file[ref.start : ref.end].copy()).view(dtype).view(ref.shape)

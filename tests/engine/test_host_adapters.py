@@ -6,24 +6,42 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mora_serve.engine import host_adapters
 from mora_serve.engine.host_adapters import HostAdapters
+from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.native.library import library
 from mora_serve.model.shape import projection_path
 
 
-def host(local, limit=1 << 20):
-    engine = local.engine
-    return HostAdapters(local.base.decoder, engine.pool.slots, local._open, limit)
+def host(local, limit=1 << 20, dtype=torch.float32):
+    decoder = local.base.decoder
+    slots = AdapterSlots(decoder.shape, 1, 8, dtype, torch.device("cpu"))
+    return HostAdapters(decoder, slots, local._open, limit)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """Both ways to read a file."""
+    if request.param == "torch":
+        monkeypatch.setattr(host_adapters, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("the native path was not built: no C compiler")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("slots", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype):
-    """A bit for bit, B transposed and scaled in float32, wherever the file puts them."""
+def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype, slots):
+    """A bit for bit, B transposed and scaled in float32, rounded once; wherever the file has them."""
     source = model_root / "adapters" / "rank-4"
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "adapter_config.json").write_bytes(
         (source / "adapter_config.json").read_bytes()
     )
     tensors = {k: v.to(dtype) for k, v in load_file(source / "adapter_model.safetensors").items()}
+    for tensor in tensors.values():  # the least and greatest numbers, halves of the last bit
+        edges = [0.0, -0.0, 6e-8, -6.1e-5, 65504.0, 1.00390625, 1.01171875]
+        tensor.view(-1)[: len(edges)] = torch.tensor(edges).to(dtype)
     file = tmp_path / "x" / "adapter_model.safetensors"
     save_file(tensors, file)
     data = file.read_bytes()
@@ -34,13 +52,13 @@ def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, d
         local = make_engine(names=())
         local.register("x", tmp_path, "x")
         adapter = local.adapters[local.digests["x"]]
-        found = host(local).get(adapter.digest)
+        found = host(local, dtype=slots).get(adapter.digest)
         assert len(found.modules) == len(adapter.modules)
         for module, stored in zip(found.modules, adapter.modules, strict=True):
             prefix = f"base_model.model.{projection_path(module.layer, module.projection)}"
-            assert torch.equal(module.a, tensors[f"{prefix}.lora_A.weight"].float())
+            assert torch.equal(module.a, tensors[f"{prefix}.lora_A.weight"].to(slots))
             b = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
-            assert torch.equal(module.b, b)
+            assert torch.equal(module.b, b.to(slots))
             assert module.dora is None
 
 

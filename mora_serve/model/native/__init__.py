@@ -2,5 +2,6 @@
 
 product.h multiplies rows with 4-bit and dense weights, adapter.h adds the mixtures, attention.h
 reads the pages, forward.h puts them together; team.c holds the threads. Each target_*.c compiles
-all of that for one instruction set; library.c chooses. library.py calls it.
+all of that for one instruction set; library.c chooses. unpack.c reads adapters' files. library.py
+calls it.
 """

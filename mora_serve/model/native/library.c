@@ -71,7 +71,7 @@ size_t mora_layout(int index)
 {
     static const size_t LAYOUT[] = {sizeof(Weight), sizeof(Linear), sizeof(Projection),
                                     sizeof(Layer),  sizeof(Model),  sizeof(Chunk),
-                                    sizeof(Step),   PHASES};
+                                    sizeof(Step),   sizeof(Piece),  PHASES};
     return index < (int)(sizeof LAYOUT / sizeof *LAYOUT) ? LAYOUT[index] : 0;
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 LANES = 16  # outputs of one tile of a weight
 DENSE, NF4, TILED = 0, 1, 2
+FILE_TYPES = ("F32", "F16", "BF16")  # of an adapter's tensors, as C numbers them
 CHUNK_FIELDS = 5  # int32 each
 PHASES = (
     *("embedding", "qkv product", "heads", "attention", "o product", "o rows"),
@@ -99,11 +100,23 @@ class StepStruct(Structure):
     ]
 
 
+class PieceStruct(Structure):
+    """A tensor of an adapter's file, and where it goes."""
+
+    _fields_ = [
+        ("source", c_void_p),
+        ("to", c_void_p),
+        *((n, c_int32) for n in ("type", "rows", "columns", "transposed", "bf16")),
+        ("scale", c_float),
+    ]
+
+
 def layout() -> list[int]:
     """Sizes as ``mora_layout`` gives them; a library with others was built from other sources."""
     structs = (WeightStruct, LinearStruct, ProjectionStruct, LayerStruct, ModelStruct)
     sizes = [ctypes.sizeof(s) for s in structs]
-    return [*sizes, CHUNK_FIELDS * ctypes.sizeof(c_int32), ctypes.sizeof(StepStruct), len(PHASES)]
+    of_step = CHUNK_FIELDS * ctypes.sizeof(c_int32), ctypes.sizeof(StepStruct)
+    return [*sizes, *of_step, ctypes.sizeof(PieceStruct), len(PHASES)]
 
 
 @cache
@@ -134,6 +147,7 @@ def library() -> ctypes.CDLL | None:
     lib.mora_tile.restype = None
     lib.mora_untile.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p]
     lib.mora_untile.restype = None
+    lib.mora_unpack.argtypes, lib.mora_unpack.restype = [POINTER(PieceStruct), c_int], None
     return lib
 
 

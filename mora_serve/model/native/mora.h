@@ -80,6 +80,17 @@ typedef struct {
     double *seconds;                       /* [PHASES] time spent is added; or NULL */
 } Step;
 
+/* A tensor of an adapter's file, [rows][columns] of `type`, not aligned, all of it finite; and where
+   it goes, as bfloat16 or float, [columns][rows] if transposed. */
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+typedef struct {
+    const uint8_t *from;
+    void *to;
+    int32_t type, rows, columns, transposed, bf16;
+    float scale;
+} Piece;
+
 /* What a step's time goes into. */
 enum { EMBEDDING, QKV_PRODUCT, HEADS, ATTENTION, O_PRODUCT, O_ROWS, GATE_UP_PRODUCT, SWIGLU,
        DOWN_PRODUCT, DOWN_ROWS, HEAD_PRODUCT, JUDGEMENT, PHASES };
