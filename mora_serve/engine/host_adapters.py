@@ -155,7 +155,7 @@ class _Tensors:
             for ref, to, transposed in ((module.a, a, False), (module.b, b, True)):
                 kind, scale = FILE_TYPES.index(ref.dtype), module.scaling if transposed else 1.0
                 address = start + ref.start, to.data_ptr()
-                pieces.append((*address, kind, *ref.shape, transposed, bf16, scale))
+                pieces.append(PieceStruct(*address, kind, *ref.shape, transposed, bf16, scale))
         lib.mora_unpack((PieceStruct * len(pieces))(*pieces), len(pieces))
 
     def __getitem__(self, ref: TensorRef) -> Tensor:

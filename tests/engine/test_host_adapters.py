@@ -32,7 +32,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("slots", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, dtype, slots):
-    """A bit for bit, B transposed and scaled in float32, rounded once; wherever the file has them."""
+    """A bit for bit, B transposed and scaled in float32, rounded once, wherever in the file."""
     source = model_root / "adapters" / "rank-4"
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "adapter_config.json").write_bytes(
