@@ -84,6 +84,17 @@ def test_whoever_the_rest_is_for_is_found_though_the_whole_prompt_does_not_show_
     assert set(seen(PAIR).names) == {"reverse", "json"}
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_best_stays_first_wherever_those_found_later_are_registered(
+    monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    names = list(TASKS)[::turn]
+    best = seen(PAIR, *names).names[0]
+    monkeypatch.setattr(evidence_module, "FOUND", 1)
+    monkeypatch.setattr(index_module.Index.candidates, "__defaults__", (None, 1))
+    assert seen(PAIR, *names).names[0] == best
+
+
 def test_a_text_without_features_scores_nothing() -> None:
     found = seen("?!")
     assert not found.score.any()
