@@ -98,6 +98,14 @@ def test_one_slow_step_does_not_shrink_the_chunks_for_long() -> None:
     assert run(pace, linear, 16, 160)[-1] == pytest.approx(before, rel=0.05)
 
 
+def test_the_short_end_of_a_prompt_does_not_shrink_the_next_chunk() -> None:
+    pace = StepPace(2.0, 512)
+    before = run(pace, linear, 16, 60)[-1]
+    assert before > 4 * MIN_TOKENS
+    pace.observe(16, 1, linear(16, 1))
+    assert pace.limit(16, 1) == pytest.approx(before, rel=0.05)
+
+
 @pytest.mark.parametrize("settled", [0, 60])
 def test_prompts_that_cost_nothing_measurable_grow_step_by_step(settled: int) -> None:
     """One slow step without prompts must not make the next one 512 tokens long."""
