@@ -49,7 +49,7 @@ PARTS: Mapping[str, Part] = {
         "throughput",
         _flags("--requests 1 4 16 64"),
         _flags(
-            "--repeat 3 --peer-repeat 1 --own 1 --tokens 32 --other-tokens 16 --peer-adapters 16"
+            "--repeat 2 --peer-repeat 1 --own 1 --tokens 32 --other-tokens 16 --peer-adapters 16"
         ),
         tables.throughput,
         plots.throughput,
@@ -64,7 +64,7 @@ PARTS: Mapping[str, Part] = {
     "overhead": Part(
         "overhead",
         (),
-        _flags("--tokens 64 --repeat 3 --starts 3"),
+        _flags("--tokens 48 --repeat 3 --starts 2"),
         tables.overhead,
         plots.overhead,
     ),
@@ -72,7 +72,7 @@ PARTS: Mapping[str, Part] = {
     "registered": Part(
         "registered",
         (),
-        _flags("--points --repeat 1 --requests 96 --poisson-seconds 8"),
+        _flags("--points --repeat 1 --requests 96 --tokens 32 --poisson-seconds 6"),
         tables.registered,
         plots.registered,
     ),
