@@ -131,9 +131,11 @@ def registered(result: Result) -> Any:
         counts = [r["adapters"] for r in rows]
         for axis, (key, label) in zip(axes, values, strict=True):
             axis.plot(counts, [r[key] for r in rows], "o-", color=_PALETTE[i], label=kind)
-            axis.set(xscale="log", ylim=(0, None), xlabel="registered adapters", ylabel=label)
+            axis.set(xscale="log", xlabel="registered adapters", ylabel=label)
             axis.set_xticks(counts, [str(n) for n in counts])
             axis.minorticks_off()
+    for axis in axes:
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])  # once all is drawn
     axes[1].legend()
     return figure
 

@@ -48,5 +48,7 @@ def test_every_new_adapter_answers_beside_the_streams(
     lines = tables.residency(result).splitlines()
     assert len(lines) == 2 + 5
     assert lines[-1].startswith(f"| failed or late, of 6 | {len(late)} |")
+    worse = tables.residency({**result, "failed": 5}).splitlines()
+    assert worse[-1].startswith("| failed or late, of 6 | 5 |")
     plots.save(plots.residency(result), tmp_path / "residency.png")
     assert (tmp_path / "residency.png").stat().st_size > 1000
