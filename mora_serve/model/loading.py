@@ -21,10 +21,21 @@ from mora_serve.errors import ConfigError
 from mora_serve.model import quant
 from mora_serve.model.checkpoint import Checkpoint
 from mora_serve.model.decoder import Decoder, Layer
-from mora_serve.model.shape import SITES, ModelShape, projection_path, shape_from_config
+from mora_serve.model.files import described, eos_ids, read_config, resolve
+from mora_serve.model.shape import SITES, ModelShape, projection_path
 from mora_serve.model.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base by its files, weights apart: all that is needed to encode rows and to plan."""
+
+    directory: Path
+    shape: ModelShape
+    tokenizer: Tokenizer
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
     """
     directory = resolve(config.model, config.revision)
     hf, shape, rope = _read_config(directory)
-    eos_ids = _eos_ids(directory, hf)
+    ends = eos_ids(directory, hf)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     stored = hf.get("quantization_config") or {}
@@ -77,7 +88,7 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
         )
     with Checkpoint(directory, device) as checkpoint:
         decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
-        tokenizer = Tokenizer.load(directory, eos_ids)
+        tokenizer = Tokenizer.load(directory, ends)
         return Base(
             name=Path(config.model).name,
             shape=shape,
@@ -88,69 +99,23 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
         )
 
 
-def resolve(model: str, revision: str = "main") -> Path:
-    """The directory of a model: a local one, the bundled demo's, or a hub id's snapshot."""
-    if model == "demo":
-        from mora_serve.demo.bundle import bundle_path
+def read_base(model: str, revision: str = "main") -> BaseFiles:
+    """The base of a directory, hub id, or 'demo', without its linear weights.
 
-        return bundle_path() / "base"
-    if (path := Path(model)).is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            ignore_patterns=["consolidated*", "*/*"],  # the same weights again, in other formats
-        )
-        return Path(str(snapshot))
-    except Exception as e:
-        raise ConfigError(
-            f"base.model: {model!r} is neither a directory nor a model that the hub gives "
-            f"({type(e).__name__}); download it first or give its directory",
-            field="base.model",
-        ) from e
+    Raises ConfigError as ``load_base`` does.
+    """
+    directory = resolve(model, revision)
+    hf, shape, _ = _read_config(directory)
+    tokenizer = Tokenizer.load(directory, eos_ids(directory, hf))
+    with Checkpoint(directory, torch.device("cpu")) as checkpoint:
+        return BaseFiles(directory, shape, tokenizer, _fingerprint(shape, tokenizer, checkpoint))
 
 
 def _read_config(directory: Path) -> tuple[dict[str, Any], ModelShape, tuple[Tensor, float]]:
     """What config.json holds, the shape that it describes, and its rope frequencies."""
-    try:
-        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(hf, dict):
-            raise TypeError(f"it holds a {type(hf).__name__}")
-        shape = shape_from_config(hf)
+    hf, shape = read_config(directory)
+    with described():
         return hf, shape, rope_frequencies(shape)
-    except OSError as e:
-        raise ConfigError(
-            f"base.model: config.json cannot be read ({e.strerror}); give the directory or hub id "
-            "of a model in the Hugging Face format",
-            field="base.model",
-        ) from e
-    except (ValueError, KeyError, TypeError, ArithmeticError) as e:
-        detail = f"missing key: {e.args[0]}" if isinstance(e, KeyError) else str(e)
-        raise ConfigError(
-            f"base.model: config.json does not describe a model ({detail}); download it again "
-            "or correct it",
-            field="base.model",
-        ) from e
-
-
-def _eos_ids(directory: Path, hf: dict[str, Any]) -> frozenset[int]:
-    """The ids that end an answer, of generation_config.json where it has them, else of ``hf``."""
-    eos = hf.get("eos_token_id")
-    try:
-        generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-        eos = generation.get("eos_token_id", eos)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, AttributeError) as e:
-        raise ConfigError(
-            "base.model: generation_config.json cannot be read; download it again or remove it",
-            field="base.model",
-        ) from e
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 def _decoder(

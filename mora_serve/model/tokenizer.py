@@ -27,6 +27,11 @@ class Tokenizer:
         return cls(hf, eos_ids | own)
 
     @property
+    def hf(self) -> Any:
+        """The tokenizer as transformers has it."""
+        return self._hf
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can work."""
         return bool(self._hf.chat_template)
@@ -41,18 +46,22 @@ class Tokenizer:
         The answer ends in the tokenizer's own end token: that of a turn in models that chat.
         """
         asked = self.chat([("user", prompt)]) if self.has_chat_template else self.encode(prompt)
+        return asked, [*self.plain(answer), self.end_id]
+
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's own end token: that of a turn in models that chat."""
         own = self._hf.eos_token_id
-        end = min(self.eos_ids) if own is None else int(own)
-        return asked, [*self.plain(answer), end]
+        return min(self.eos_ids) if own is None else int(own)
 
     def plain(self, text: str) -> list[int]:
         """Token ids of the text alone, without special tokens."""
         return list(self._hf.encode(text, add_special_tokens=False, verbose=False))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; an incomplete character ends in U+FFFD."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text, without special tokens unless asked for; an incomplete character ends in U+FFFD."""
         text: str = self._hf.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -61,23 +70,40 @@ class Tokenizer:
 
         Raises InvalidArgument when the model has none, or when the template refuses the roles.
         """
-        from jinja2 import TemplateError
-
         if not self.has_chat_template:
             raise InvalidArgument(
                 "messages: this base model has no chat template; send prompt instead",
                 field="messages",
             )
+        return self.plain(self.render(messages))
+
+    def render(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        generate: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """The text of (role, content) messages under a chat template, the model's own if None.
+
+        ``generate``: with what the template puts before an answer. Raises InvalidArgument when the
+        template refuses the roles.
+        """
+        from jinja2 import TemplateError
+
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
-            ids = self._hf.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            text: str = self._hf.apply_chat_template(
+                conversation,
+                chat_template=template,
+                add_generation_prompt=generate,
+                tokenize=False,
             )
         except TemplateError as e:
             raise InvalidArgument(
                 f"messages: the model's chat template refuses them: {e}", field="messages"
             ) from e
-        return list(ids)
+        return text
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, for the base's fingerprint."""
