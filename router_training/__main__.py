@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router_training import command
+from router_training.tuning import command as tuning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command.add_to(commands)
+    tuning.add_to(commands)
     demo = commands.add_parser("demo", help="make the demo bundle from seeds")
     demo.add_argument("--out", type=Path, required=True, help="directory of the bundle")
     demo.add_argument("--seed", type=int, default=0, help="of everything that is random")
@@ -52,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     joint.add_argument("config", type=Path, help="the YAML file; JointSettings has its keys")
     joint.set_defaults(run=_joint)
     given = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args(command.with_default(given, commands.choices))
+    args, rest = parser.parse_known_args(command.with_default(given, commands.choices))
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = rest
     status: int = args.run(args)
     return status
 

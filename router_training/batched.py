@@ -10,9 +10,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ class AdapterRecipe:
     buckets: int = 16
     layer_scales: bool = False
     seed: int = 0
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,19 @@ def mixture_weights(rows: Sequence[MixedRow], count: int) -> Tensor:
 Losses = Callable[[Decoder, StackedAdapters, Sequence[MixedRow]], Tensor]
 
 
+class Follower(Protocol):
+    """Keeps a run's progress."""
+
+    def begin(self, adapters: StackedAdapters, optimizer: Any, schedule: Any) -> int:
+        """Put back what was saved, if anything was; how many steps are done."""
+
+    def after(self, step: int, adapters: StackedAdapters, optimizer: Any, schedule: Any) -> bool:
+        """Called after each step, counted from 1; whether the run ends with it."""
+
+
 def row_losses(
     decoder: Decoder,
-    adapters: StackedAdapters,
+    adapters: StackedAdapters | None,
     rows: Sequence[MixedRow],
     weights: Tensor | None = None,
     support: Tensor | None = None,
@@ -82,11 +94,11 @@ def row_losses(
     """Mean cross-entropy of each row's answer tokens [rows].
 
     ``weights`` [rows, count] stand for the rows' own mixtures where given; see
-    ``StackedAdapters.mix`` for ``support``.
+    ``StackedAdapters.mix`` for ``support``. Without adapters, the base's.
     """
     batch = collate([row.tokens for row in rows])
     wanted = batch.answer.flatten().nonzero().flatten()
-    if weights is None:
+    if weights is None and adapters is not None:
         weights = mixture_weights(rows, adapters.count)
     hidden = batch_hidden(decoder, batch, adapters, weights, wanted, support)
     losses = F.cross_entropy(
@@ -110,53 +122,88 @@ def train_adapters(
     losses: Losses = row_losses,
     besides: Sequence[dict[str, Any]] = (),
 ) -> StackedAdapters:
-    """Train ``count`` adapters on rows from ``draw``; the loss is the mean over rows of what
-    ``losses`` gives, and ``penalty`` of the adapters, where given.
+    """Train ``count`` adapters on rows from ``draw``, in batches of similar length.
 
     ``start``: adapters to go on with, instead of new ones of the recipe's size. ``prepare`` gets
-    the adapters before the first step. ``besides`` are further groups of parameters for the
-    optimiser, whose learning rates follow the same schedule. An adapter that no row uses stays as
-    it was initialised.
+    the adapters before the first step. See ``train_on`` for the others.
     """
     torch.manual_seed(recipe.seed)
-    decoder = trained_through(decoder)
     adapters = start or StackedAdapters(
         decoder.shape, count, recipe.rank, recipe.alpha, recipe.targets, recipe.layer_scales
     )
     if recipe.layer_scales and adapters.scales is None:
         adapters.scales = nn.Parameter(torch.ones(count, decoder.shape.layers))
-    adapters.requires_grad_()
     if prepare is not None:
-        prepare(adapters)
-    parameters = list(adapters.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": recipe.lr}, *besides],
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
+        prepare(adapters.requires_grad_())
     rng = random.Random(recipe.seed)
     batches = bucketed(draw, lambda row: len(row.tokens), recipe.rows, rng, recipe.buckets)
     started, recent = time.monotonic(), 0.0
-    for step in range(1, recipe.steps + 1):
+
+    def note(step: int, loss: float) -> None:
+        nonlocal recent
+        recent = loss if step == 1 else 0.9 * recent + 0.1 * loss
+        if step % 25 == 0 or step == recipe.steps:
+            seconds = time.monotonic() - started
+            eta = seconds / step * (recipe.steps - step)
+            log(f"adapters {step}/{recipe.steps} {seconds:.0f}s eta {eta:.0f}s loss {recent:.3f}")
+
+    return train_on(
+        decoder, adapters, batches, recipe, note, penalty=penalty, losses=losses, besides=besides
+    )
+
+
+def train_on(
+    decoder: Decoder,
+    adapters: StackedAdapters,
+    batches: Iterator[Sequence[MixedRow]],
+    recipe: AdapterRecipe,
+    note: Callable[[int, float], None],
+    *,
+    penalty: Callable[[StackedAdapters], Tensor] | None = None,
+    losses: Losses = row_losses,
+    besides: Sequence[dict[str, Any]] = (),
+    schedule: Callable[[int], float] | None = None,
+    follower: Follower | None = None,
+) -> StackedAdapters:
+    """Train adapters on batches; the loss is the mean over a batch's rows of what ``losses`` gives,
+    and ``penalty`` of the adapters, where given.
+
+    ``besides`` are further groups of parameters for the optimiser, whose learning rates follow the
+    same ``schedule``: the share of a step, counted from 0, else the recipe's cosine. ``note`` gets
+    each step, counted from 1, and its loss. With a ``follower`` a run can go on where one was
+    stopped: batches that it had are drawn and left. An adapter that no row uses stays as it is.
+    """
+    decoder = trained_through(decoder)
+    adapters.requires_grad_()
+    parameters = list(adapters.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": recipe.lr}, *besides],
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    shares = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, schedule or (lambda step: rate(step, recipe))
+    )
+    done = 0 if follower is None else follower.begin(adapters, optimizer, shares)
+    for _ in range(done):
+        next(batches)
+    for step in range(done + 1, recipe.steps + 1):
         optimizer.zero_grad()
-        loss = 0.0
+        loss, batch = 0.0, next(batches)
         # Side by side, rows of one adapter leave the others out of the product.
-        for part in parts(sorted(next(batches), key=lambda row: row.mixture)):
-            share = losses(decoder, adapters, part).sum() / recipe.rows
+        for part in parts(sorted(batch, key=lambda row: row.mixture)):
+            share = losses(decoder, adapters, part).sum() / len(batch)
             torch.autograd.backward(share)
             loss += share.item()
         if penalty is not None:
             torch.autograd.backward(penalty(adapters))
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
-        schedule.step()
-        recent = loss if step == 1 else 0.9 * recent + 0.1 * loss
-        if step % 25 == 0 or step == recipe.steps:
-            seconds = time.monotonic() - started
-            eta = seconds / step * (recipe.steps - step)
-            log(f"adapters {step}/{recipe.steps} {seconds:.0f}s eta {eta:.0f}s loss {recent:.3f}")
+        shares.step()
+        note(step, loss)
+        if follower is not None and follower.after(step, adapters, optimizer, shares):
+            break
     return adapters.requires_grad_(False)
 
 
@@ -227,17 +274,18 @@ def subset(adapters: StackedAdapters, indices: Sequence[int]) -> StackedAdapters
         adapters.scales is not None,
     ).requires_grad_(False)
     for place, index in enumerate(indices):
-        _copy(adapters, index, out, place)
+        copy_into(adapters, index, out, place)
     return out
 
 
 def copy_adapter(adapters: StackedAdapters, source: int, target: int) -> None:
     """Overwrite one adapter of a stack with another, also in the middle of training."""
-    _copy(adapters, source, adapters, target)
+    copy_into(adapters, source, adapters, target)
 
 
 @torch.no_grad()
-def _copy(source: StackedAdapters, index: int, target: StackedAdapters, place: int) -> None:
+def copy_into(source: StackedAdapters, index: int, target: StackedAdapters, place: int) -> None:
+    """Overwrite one adapter of a stack with one of another stack of the same shape."""
     for key in source.a:
         if key.endswith(f"/{index}"):
             other = f"{key.rpartition('/')[0]}/{place}"

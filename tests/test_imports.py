@@ -87,7 +87,7 @@ def normal(name: str) -> str:
     ("directory", "extras"),
     [
         ("mora_serve", ()),
-        ("router_training", ("train",)),
+        ("router_training", ("train", "eval")),
         ("benchmarks", ("train",)),
         ("tests", ("train", "dev")),
     ],
