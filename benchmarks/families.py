@@ -55,7 +55,8 @@ def byte_tokenizer(directory: Path) -> None:
     raw.decoder = decoders.ByteLevel()
     hf = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>")
     hf.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     hf.save_pretrained(str(directory))
 
