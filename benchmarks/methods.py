@@ -131,8 +131,7 @@ def slot_bytes(directory: Path) -> int:
         pool = local.engine.pool
         slot = pool.slot(local.digests["made"])
         filled = (t[slot] for part in pool.slots.parts() for t in (part.a, part.b))
-        count = sum(int(t.count_nonzero()) * t.itemsize for t in filled)
-        return count
+        return sum(int(t.count_nonzero()) * t.itemsize for t in filled)
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mora_serve.errors import InvalidArgument
+from mora_serve.errors import ConfigError, InvalidArgument
 
 
 class Tokenizer:
@@ -19,10 +19,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, eos_ids: frozenset[int]) -> Tokenizer:
-        """Read tokenizer.json and its configuration; no code of the model's own is run."""
+        """Read tokenizer.json and its configuration; no code of the model's own is run.
+
+        Raises ConfigError where they cannot be read.
+        """
         from transformers import AutoTokenizer
 
-        hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        try:
+            hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        except Exception as e:  # of several libraries, for a file that is missing or broken
+            raise ConfigError(
+                f"base.model: its tokenizer cannot be read ({type(e).__name__}); download "
+                "tokenizer.json and tokenizer_config.json again",
+                field="base.model",
+            ) from e
         own = frozenset() if hf.eos_token_id is None else frozenset((int(hf.eos_token_id),))
         return cls(hf, eos_ids | own)
 

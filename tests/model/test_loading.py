@@ -242,6 +242,13 @@ def test_the_ends_are_those_of_the_generation_config(copy, config, generation, e
     assert load(copy).tokenizer.eos_ids == expected
 
 
+def test_a_broken_tokenizer_is_an_error(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="its tokenizer cannot be read") as e:
+        load(copy)
+    assert e.value.field == "base.model"
+
+
 def test_a_broken_generation_config_is_an_error(copy):
     (copy / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read"):
