@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.tuning_rows import task_rows, trainer, write_chats, write_settings
+from benchmarks.tuning_rows import reported, task_rows, trainer, write_chats, write_settings
 from mora_serve.client import Client
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.demo.process import ServerProcess
@@ -32,15 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--asked", type=int, default=64)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args)
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    reported(measure, parser)
 
 
 def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:

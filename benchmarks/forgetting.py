@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.tuning_rows import Rows, task_rows, trainer, write_chats, write_settings
+from benchmarks.tuning_rows import Rows, reported, task_rows, trainer, write_chats, write_settings
 from router_training.demo.coded import CodedRows
 from router_training.demo.tasks import OPERATIONS
 
@@ -28,17 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--task", default="spell")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--general", type=int, default=100)
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--weight", type=float, default=1.0, help="of replayed rows")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args)
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    reported(measure, parser)
 
 
 def coded(count: int, seed: str) -> Rows:

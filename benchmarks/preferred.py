@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.tuning_rows import trainer, write_settings
+from benchmarks.tuning_rows import reported, trainer, write_settings
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.model.loading import read_base
 from router_training.demo.tasks import word
@@ -37,16 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--methods", nargs="*", default=[*PAIRED, *UNPAIRED])
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--asked", type=int, default=200)
     parser.add_argument("--epochs", type=float, default=6.0)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args)
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    reported(measure, parser)
 
 
 def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.tuning_rows import task_rows, trainer, write_chats, write_settings
+from benchmarks.tuning_rows import reported, task_rows, trainer, write_chats, write_settings
 
 WAIT_SECONDS = 300.0
 
@@ -27,14 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dropout", type=float, default=0.1)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args)
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    reported(measure, parser)
 
 
 def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:

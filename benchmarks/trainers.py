@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from benchmarks import report
 from benchmarks.tuning_rows import task_rows, write_chats
 from mora_serve.model.loading import read_base
-from router_training.batched import AdapterRecipe, MixedRow, train_on
+from router_training.batched import MixedRow, train_on
 from router_training.peft_files import load_peft
 from router_training.tuning import sft
 from router_training.tuning.begin import with_adapter
@@ -34,8 +34,8 @@ from router_training.tuning.model import load
 from router_training.tuning.prepared import prepare, steps_of
 from router_training.tuning.settings import TuneSettings, tune_settings
 from router_training.tuning.together import (
-    BETAS,
     load_for,
+    recipe_of,
     schedule,
     shared,
     token_mean,
@@ -157,16 +157,6 @@ def both(root: Path, settings: TuneSettings) -> dict[str, tuple[list[float], lis
         seconds.append(now - last)
         last = now
 
-    recipe = AdapterRecipe(
-        rank=settings.lora_r,
-        alpha=settings.lora_alpha,
-        targets=settings.lora_target_modules,
-        steps=steps,
-        lr=settings.learning_rate,
-        clip=settings.max_grad_norm,
-        betas=BETAS,
-        weight_decay=settings.weight_decay,
-    )
     decoder = load_for(settings)
     adapters = load_peft(base.shape, [root / "start"])
     last = time.perf_counter()
@@ -174,7 +164,7 @@ def both(root: Path, settings: TuneSettings) -> dict[str, tuple[list[float], lis
         decoder,
         adapters,
         in_order([rows_of(inputs) for inputs in seen]),
-        recipe,
+        recipe_of(settings, steps),
         note,
         losses=token_mean,
         schedule=schedule(settings, steps),

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from benchmarks import report
 from mora_serve.demo.bundle import bundle_path
 from router_training.demo.tasks import TASKS, Split
 
 Rows = list[tuple[str, str]]
+Measure = Callable[[Path, argparse.Namespace], dict[str, Any]]
+
+
+def reported(measure: Measure, parser: argparse.ArgumentParser) -> None:
+    """Measure in a folder that is gone afterwards, and report."""
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), args)
+    report.log(str(result))
+    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
 
 
 def task_rows(task: str, count: int, seed: int = 0, split: Split = "train") -> Rows:

@@ -123,11 +123,12 @@ def _importance(decision: Decision) -> Section:
                 kept = layer in decision.kept[name]
                 size = 20 + 900 * value
                 colour = COLOURS[OURS] if kept else MUTED
-                axes.scatter(layer, y, s=size, color=colour, marker="o" if kept else "x")
+                mark = "o" if kept else "x"
+                axes.scatter(layer, y, s=size, color=colour, marker=mark, clip_on=False)
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(range(layers))
         axes.set_xlabel("layer")
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_ylim(len(names) - 0.3, -0.7)
         image = as_image(figure)
     does = "share one adapter" if decision.mode == "share" else "have none"
     rows = [(name, *(f"{v:.2f}" for v in values)) for name, values in decision.importance.items()]

@@ -156,6 +156,21 @@ def load_for(settings: TuneSettings) -> Decoder:
     return load_base(config).decoder
 
 
+def recipe_of(settings: TuneSettings, steps: int) -> AdapterRecipe:
+    """The settings as the batched trainer has them; AdamW as transformers has it."""
+    return AdapterRecipe(
+        rank=settings.lora_r,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_target_modules,
+        steps=steps,
+        lr=settings.learning_rate,
+        clip=settings.max_grad_norm,
+        seed=settings.seed,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def train_together(
     settings: TuneSettings,
     names: Sequence[str],
@@ -167,17 +182,7 @@ def train_together(
 ) -> StackedAdapters:
     """Train an adapter for each name on the samples that are its own."""
     torch.manual_seed(settings.seed)
-    recipe = AdapterRecipe(
-        rank=settings.lora_r,
-        alpha=settings.lora_alpha,
-        targets=settings.lora_target_modules,
-        steps=steps,
-        lr=settings.learning_rate,
-        clip=settings.max_grad_norm,
-        seed=settings.seed,
-        betas=BETAS,
-        weight_decay=settings.weight_decay,
-    )
+    recipe = recipe_of(settings, steps)
     adapters = StackedAdapters(decoder.shape, len(names), recipe.rank, recipe.alpha, recipe.targets)
     return train_on(
         decoder,
