@@ -80,14 +80,16 @@ def whole_run(settings: TuneSettings, log: Log) -> list[Outcome]:
             before = {"loss": losses["loss_before"], **before}
             after = {"loss": losses["loss_after"], **after}
         passed = passes(settings.check, before, after)
-        if passed and settings.register_to:
-            register(settings.register_to, name, directory, log)
-        outcome = Outcome(
-            name, directory, before, after, answered, passed, bool(passed and settings.register_to)
-        )
+        outcome = Outcome(name, directory, before, after, answered, passed)
         add_metrics(directory, {"before": before, "after": after, "passed": passed})
         write_report(outcome, Path(settings.output_dir))
         outcomes.append(outcome)
+    if not settings.register_to:
+        return outcomes
+    for i, outcome in enumerate(outcomes):  # once all is written: no server may be there
+        if outcome.passed:
+            register(settings.register_to, outcome.name, outcome.directory, log)
+            outcomes[i] = dataclasses.replace(outcome, registered=True)
     return outcomes
 
 

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.preferred import lines, make_pairs
 from benchmarks.tuning_rows import task_rows, write_chats, write_settings
 from mora_serve.demo.bundle import bundle_path
 from router_training.__main__ import main
@@ -234,6 +237,65 @@ def test_what_the_check_refused_is_not_registered(config, tmp_path: Path, capsys
     again = config(check={"margin": 0.0}, metrics=[], register_to="127.0.0.1:1")
     assert main(["eval", str(again)]) == 0
     assert "passed" in capsys.readouterr().out
+
+
+def test_a_server_that_is_not_there_costs_nothing_but_the_registration(
+    config, tmp_path: Path, capsys
+) -> None:
+    path = config(metrics=[], register_to="127.0.0.1:1")
+    assert main(["run", str(path)]) == 2
+    assert "127.0.0.1:1" in capsys.readouterr().err
+    directory = tmp_path / "made" / "adapter"
+    assert json.loads((directory / "manifest.json").read_text())["metrics"]["passed"] is True
+    assert (directory / "report.html").exists()
+
+
+def test_the_doctor_knows_preferences(config, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(lines(make_pairs(12), paired=True))
+    path = config(rl="dpo", datasets=[{"path": file, "rows": 10}], val_set_size=2)
+    assert main(["check", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows to learn from"], found["rows held out"]) == (8, 2)
+    assert set(found["row"]) == {"prompt", "chosen", "rejected"}
+    assert found["cut to sequence_len"] == 0
+    assert main(["check", str(path), "--json", "--sequence_len", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["cut to sequence_len"] == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation"),
+        ({"liger_kernel": True}, "liger_kernel"),
+        ({"report_to": ["wandb"]}, "report_to"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_the_run(
+    config, tmp_path: Path, capsys, values: dict[str, Any], field: str
+) -> None:
+    if torch.cuda.is_available() or find_spec("wandb"):
+        pytest.skip("this machine has it")
+    assert main(["adapter", str(config(**values))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{field}: ")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_start_of_another_base_is_refused_naming_both(config, tmp_path: Path, capsys) -> None:
+    assert main(["adapter", str(config())]) == 0
+    start = tmp_path / "made" / "adapter"
+    again = config(start_from=start, output_dir=tmp_path / "again")
+    assert main(["adapter", str(again)]) == 0
+    card = json.loads((start / "routing_card.json").read_text())
+    (start / "routing_card.json").write_text(json.dumps({**card, "base_fingerprint": "0" * 64}))
+    other = config(start_from=start, output_dir=tmp_path / "other")
+    capsys.readouterr()
+    assert main(["adapter", str(other)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("start_from: ")
+    assert "0" * 64 in said
+    assert card["base_fingerprint"] in said
 
 
 def test_an_example_is_written_to_start_from(tmp_path: Path, monkeypatch, capsys) -> None:
