@@ -9,14 +9,12 @@ of lora_A's numbers that are the same as before.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.tuning_rows import task_rows, write_chats
+from benchmarks.tuning_rows import reported, task_rows, write_chats
 from mora_serve.model.loading import read_base
 from router_training.tuning import sft
 from router_training.tuning.begin import with_adapter
@@ -30,28 +28,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-5)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        chats = write_chats(root / "chats.jsonl", task_rows("spell", 200))
-        settings = tune_settings(
-            {
-                "base_model": "demo",
-                "datasets": [{"path": str(chats)}],
-                "output_dir": str(root / "out"),
-                "max_steps": args.steps,
-                "learning_rate": args.lr,
-                "warmup_ratio": 0.0,
-                "val_set_size": 0,
-            }
-        )
-        result = {"unchanged": unchanged(settings, root / "ours")}
-        result["unchanged_trl"] = unchanged(settings, root / "trl", as_trl_has_it=True)
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    reported(measure, parser)
+
+
+def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The shares of both."""
+    chats = write_chats(root / "chats.jsonl", task_rows("spell", 200))
+    settings = tune_settings(
+        {
+            "base_model": "demo",
+            "datasets": [{"path": str(chats)}],
+            "output_dir": str(root / "out"),
+            "max_steps": args.steps,
+            "learning_rate": args.lr,
+            "warmup_ratio": 0.0,
+            "val_set_size": 0,
+        }
+    )
+    return {
+        "unchanged": unchanged(settings, root / "ours"),
+        "unchanged_trl": unchanged(settings, root / "trl", as_trl_has_it=True),
+    }
 
 
 def unchanged(settings: TuneSettings, out: Path, *, as_trl_has_it: bool = False) -> float:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, report
-from benchmarks.tuning_rows import trainer, write_settings
+from benchmarks import memory
+from benchmarks.tuning_rows import reported, trainer, write_settings
 
 Sizes = tuple[int, int, int, int, int, int]  # hidden, inner, layers, heads, their kv, vocabulary
 SHAPES: Mapping[str, tuple[str, Sizes]] = {
@@ -37,21 +36,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        (root / "rows.jsonl").write_text(rows(2 * args.rows, args.length))
-        result = {"plans": planned(root), **run(root, args)}
+    reported(measure, parser)
+
+
+def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and figures of the plans, and a run's peak beside its own."""
+    (root / "rows.jsonl").write_text(rows(2 * args.rows, args.length))
+    result = {"plans": planned(root), **run(root, args)}
     result["slowest_seconds"] = max(plan["seconds"] for plan in result["plans"].values())
-    report.log(str(result))
-    report.emit({**result, "arguments": vars(args), "environment": report.environment()})
+    return result
 
 
 def rows(count: int, length: int) -> str:

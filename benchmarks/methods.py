@@ -118,14 +118,15 @@ def compare(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def demo_engine() -> LocalEngine:
+    """The server's engine on the demo's base, in fp32."""
+    base = BaseConfig(str(bundle_path() / "base"), dtype="fp32", device="cpu")
+    return LocalEngine(Config(base, EngineConfig(), AdaptersConfig(slots=2)))
+
+
 def slot_bytes(directory: Path) -> int:
     """Bytes of a slot that an adapter fills in the server's engine: those that are not zero."""
-    config = Config(
-        BaseConfig(str(bundle_path() / "base"), dtype="fp32", device="cpu"),
-        EngineConfig(),
-        AdaptersConfig(slots=2),
-    )
-    with LocalEngine(config) as local:
+    with demo_engine() as local:
         local.register("made", directory.parent, directory.name)
         local.make_resident(["made"])
         pool = local.engine.pool

@@ -43,8 +43,14 @@ def general_ability(
     return before, after
 
 
+def check_tasks(settings: TuneSettings) -> None:
+    """Raises InvalidArgument for a task that is not known, before anything is trained."""
+    if settings.general_tasks:
+        _Tasks(settings)
+
+
 class _Tasks:
-    """The settings' tasks, found once."""
+    """The settings' tasks."""
 
     def __init__(self, settings: TuneSettings) -> None:
         from lm_eval.tasks import TaskManager
@@ -93,7 +99,7 @@ class _Tasks:
                     log_samples=False,
                     random_seed=self._settings.seed,
                 )
-        except (OSError, ConnectionError, FileNotFoundError) as e:
+        except OSError as e:
             raise InvalidArgument(
                 f"general_tasks: their rows cannot be had ({type(e).__name__}); check the "
                 "network, or give local copies with general_tasks_path",

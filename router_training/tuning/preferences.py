@@ -16,7 +16,7 @@ from mora_serve.model.tokenizer import Tokenizer
 from router_training.tuning.encoding import CHATML
 from router_training.tuning.formats import PREFERENCES
 from router_training.tuning.model import masters_in_fp32
-from router_training.tuning.prepared import times
+from router_training.tuning.prepared import held_out_of, times
 from router_training.tuning.settings import Dataset, TuneSettings
 from router_training.tuning.sft import arguments, stopping
 from router_training.tuning.sources import rows_of
@@ -53,16 +53,7 @@ def read_preferences(settings: TuneSettings, tokenizer: Tokenizer) -> Preference
         apart = {row["prompt"] for row in held_out}
         left_out = sum(row["prompt"] in apart for row in asked)
     else:
-        size = settings.val_set_size
-        count = round(size * len(prompts)) if size < 1 else int(size)
-        count = max(1, count) if size else 0
-        if count >= len(prompts):
-            raise InvalidArgument(
-                f"val_set_size: {size:g} would hold out {count} of {len(prompts)} different "
-                "prompts, so none is left to learn; give less, or 0",
-                field="val_set_size",
-            )
-        apart = set(random.Random(settings.seed).sample(prompts, count))
+        apart = held_out_of(prompts, settings, "prompts")
         held_out = [row for row in asked if row["prompt"] in apart]
     kept = [row for row in asked if row["prompt"] not in apart]
     if not kept:

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.tokenizer import Tokenizer
@@ -17,6 +18,8 @@ from router_training.tuning.encoding import CHATML, IGNORED, Encoded, Encoder
 from router_training.tuning.formats import Example, Seen, example_of
 from router_training.tuning.settings import Dataset, TuneSettings
 from router_training.tuning.sources import rows_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +118,26 @@ def _samples(
 def _split(samples: list[Sample], settings: TuneSettings) -> tuple[list[Sample], list[Sample]]:
     """Rows held out by chance, none of replay; equal rows stay on one side."""
     own = sorted({(s.encoded.ids, s.adapter) for s in samples if not s.replay})
-    size = settings.val_set_size
-    count = round(size * len(own)) if size < 1 else int(size)
-    if size and not count:
-        count = 1
-    if count >= len(own):
-        raise InvalidArgument(
-            f"val_set_size: {size:g} would hold out {count} of {len(own)} different rows, so none "
-            "is left to learn; give less, or 0",
-            field="val_set_size",
-        )
-    chosen = set(random.Random(settings.seed).sample(own, count))
+    chosen = held_out_of(own, settings, "rows")
     train = [s for s in samples if (s.encoded.ids, s.adapter) not in chosen or s.replay]
     first = {(s.encoded.ids, s.adapter): s for s in reversed(samples) if not s.replay}
     return train, [first[key] for key in sorted(chosen)]
+
+
+def held_out_of(different: Sequence[T], settings: TuneSettings, what: str) -> set[T]:
+    """Those of some different rows or prompts that ``val_set_size`` holds out, by chance.
+
+    At least one unless it is 0. Raises InvalidArgument where none is left.
+    """
+    size = settings.val_set_size
+    count = max(1, round(size * len(different)) if size < 1 else int(size)) if size else 0
+    if count >= len(different):
+        raise InvalidArgument(
+            f"val_set_size: {size:g} would hold out {count} of {len(different)} different {what}, "
+            "so none is left to learn; give less, or 0",
+            field="val_set_size",
+        )
+    return set(random.Random(settings.seed).sample(different, count))
 
 
 def _none(settings: TuneSettings, findings: Findings, key: str) -> InvalidArgument:

@@ -17,7 +17,7 @@ from mora_serve.model.loading import BaseFiles, read_base
 from router_training.tuning import ranks
 from router_training.tuning.answers import METRICS, Answered, answer, answerable, served, upload
 from router_training.tuning.encoding import CHATML, Encoder
-from router_training.tuning.general import PREFIX, general_ability
+from router_training.tuning.general import PREFIX, check_tasks, general_ability
 from router_training.tuning.machine import check_machine
 from router_training.tuning.prepared import Prepared, Sample, of_adapter, prepare
 from router_training.tuning.report import write_report
@@ -64,6 +64,8 @@ def whole_run(settings: TuneSettings, log: Log) -> list[Outcome]:
     Of several processes the first does all but train; the others return nothing.
     Raises what ``train`` raises, and Unavailable where no server can be reached.
     """
+    check_machine(settings)
+    check_tasks(settings)
     trained = train(settings, log)
     if not trained.finished:
         raise KeyboardInterrupt

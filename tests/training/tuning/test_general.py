@@ -13,7 +13,7 @@ from mora_serve.model.loading import read_base
 from router_training.tuning.general import general_ability
 from router_training.tuning.run import train
 from router_training.tuning.settings import Check
-from router_training.tuning.whole import passes
+from router_training.tuning.whole import passes, whole_run
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -65,6 +65,9 @@ def test_an_unknown_task_is_named(make, tasks: Path) -> None:
     with pytest.raises(InvalidArgument, match="'spilling' is not one of the folder's") as caught:
         general_ability(settings, read_base("demo"), {})
     assert caught.value.field == "general_tasks"
+    with pytest.raises(InvalidArgument, match="'spilling'"):  # before anything is trained
+        whole_run(settings, lambda line: None)
+    assert not Path(settings.output_dir).exists()
 
 
 def test_what_forgot_does_not_pass() -> None:

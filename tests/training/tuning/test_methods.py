@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.local import LocalEngine
-from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
+from benchmarks.methods import demo_engine
 from mora_serve.core import SamplingParams
-from mora_serve.demo.bundle import bundle_path
 from mora_serve.model.loading import read_base
 from router_training.tuning import adalora
 from router_training.tuning.begin import with_adapter
@@ -120,12 +118,7 @@ def test_what_was_trained_is_served_as_peft_has_it(make, values: dict[str, Any])
         theirs = model.generate(
             torch.tensor([asked]), max_new_tokens=8, do_sample=False, use_cache=True
         )[0, len(asked) :].tolist()
-    config = Config(
-        BaseConfig(str(bundle_path() / "base"), dtype="fp32", device="cpu"),
-        EngineConfig(),
-        AdaptersConfig(slots=2),
-    )
-    with LocalEngine(config) as local:
+    with demo_engine() as local:
         local.register("made", directory.parent, directory.name)
         sampling = SamplingParams(max_tokens=8, temperature=0.0)
         ours = local.generate([(asked, {"made": 1.0}, sampling)])[0]
