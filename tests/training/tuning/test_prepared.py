@@ -73,6 +73,18 @@ def test_equal_rows_of_two_adapters_are_held_out_of_each_apart(tmp_path: Path) -
         assert not learned & asked
 
 
+def test_what_one_adapter_is_asked_another_may_learn(tmp_path: Path) -> None:
+    own = write_chats(tmp_path / "own.jsonl", task_rows("spell", 20))
+    asked = write_chats(tmp_path / "asked.jsonl", task_rows("spell", 20)[:4])
+    found = prepared(
+        tmp_path,
+        datasets=[{"path": str(own), "adapter": name} for name in ("a", "b")],
+        test_datasets=[{"path": str(asked), "adapter": "a"}],
+    )
+    assert [len(of_adapter(found.train, name)) for name in ("a", "b")] == [16, 20]
+    assert found.findings.in_both == 4
+
+
 @given(st.floats(0.01, 20.0))
 def test_a_weight_is_how_often_a_row_is_learned_on_average(weight: float) -> None:
     rng = random.Random(0)
