@@ -22,8 +22,9 @@ from router_training.tuning.settings import LoraDrop
 
 
 @given(
-    st.lists(st.floats(0, 1e6), min_size=1, max_size=8),
-    st.floats(0, 1),
+    # a library that torch loads may have switched subnormal numbers off
+    st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8),
+    st.floats(0, 1, allow_subnormal=False),
 )
 def test_the_most_important_layers_are_kept_until_they_hold_the_threshold(
     values: list[float], threshold: float
