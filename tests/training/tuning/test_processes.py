@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,23 @@ def test_two_processes_are_one_with_twice_the_batch(chats: Path, tmp_path: Path)
     for key, tensor in a.items():
         # five steps of 1e-3 each, where AdamW makes as much of the least gradient's sign
         assert (tensor - b[key]).abs().mean() < 2e-4, key
+
+
+def test_an_interrupt_of_one_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, torch; from router_training.tuning.interrupts import Interrupts\n"
+        "torch.distributed.init_process_group('gloo', init_method='file://' + sys.argv[1], "
+        "rank=int(os.environ['RANK']), world_size=2)\n"
+        "found = Interrupts(); print(found.agreed()); found.wished = os.environ['RANK'] == '1'\n"
+        "print(found.agreed())"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "store")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [run.communicate(timeout=120)[0].split() for run in runs] == [["False", "True"]] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks.preferred import lines, make_pairs
 from benchmarks.tuning_rows import task_rows, write_chats, write_settings
 from mora_serve.demo.bundle import bundle_path
 from router_training.__main__ import main
+from router_training.tuning.results import write_card
 from router_training.tuning.stopped import RUN_FILE
 
 
@@ -83,6 +85,27 @@ def test_a_run_is_made_again_to_the_bit_and_goes_on_so_and_refuses_other_rows(
     ):
         assert main(["adapter", str(config(max_steps=4, save_steps=2, **values))]) == 2
         assert f"with other {what}" in capsys.readouterr().err
+
+
+def test_patience_outlives_a_stop(config, tmp_path: Path) -> None:
+    """It counts from before: a run that goes on ends where it would have ended."""
+    values = {"max_steps": 9, "eval_steps": 1, "early_stopping_patience": 3, "save_total_limit": 9}
+    path = config(**values, learning_rate=1e-9)  # nothing gets better
+    manifest = tmp_path / "made" / "adapter" / "manifest.json"
+    assert main(["adapter", str(path)]) == 0
+    ended = json.loads(manifest.read_text())["steps"]
+    assert 3 < ended < 8
+    shutil.rmtree(tmp_path / "made" / "checkpoints" / f"checkpoint-{ended}")
+    assert main(["adapter", str(path)]) == 0
+    assert json.loads(manifest.read_text())["steps"] == ended
+
+
+def test_a_card_has_prompts_from_all_over_the_rows(make, tmp_path: Path) -> None:
+    for count, expected in ((8, [f"p{i}" for i in range(0, 96, 12)]), (200, None)):
+        rows = [f"p{i}" for i in range(96)] * 2
+        write_card(tmp_path, make(card_prompts=count), rows, 192, "0" * 64)
+        prompts = json.loads((tmp_path / "routing_card.json").read_text())["prompts"]
+        assert prompts == (expected or rows[:96])
 
 
 def wrong_base(tmp_path: Path) -> dict[str, Any]:
@@ -231,6 +254,7 @@ def test_what_the_check_refused_is_not_registered(config, tmp_path: Path, capsys
     assert capsys.readouterr().err.startswith("check: the quality check refused 'made'")
     lines = (tmp_path / "made" / "metrics.jsonl").read_text().splitlines()
     held_out = [json.loads(line)["eval_loss"] for line in lines if "eval_loss" in line]
+    assert not any("base_loss" in line for line in lines)
     metrics = json.loads((tmp_path / "made" / "adapter" / "manifest.json").read_text())["metrics"]
     assert held_out[-1] == pytest.approx(metrics["loss_after"], rel=1e-3)
     assert metrics["loss_before"] > metrics["loss_after"]
