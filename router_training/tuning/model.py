@@ -52,7 +52,6 @@ def load(settings: TuneSettings, directory: Path) -> Any:
         torch.cuda.set_device(ranks.device())
         options["device_map"] = {"": ranks.device()}
     model = AutoModelForCausalLM.from_pretrained(str(directory), **options)
-    model.config.use_cache = False  # with a cache, packed rows would see each other
     return model
 
 
