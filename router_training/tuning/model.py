@@ -51,8 +51,7 @@ def load(settings: TuneSettings, directory: Path) -> Any:
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.device())
         options["device_map"] = {"": ranks.device()}
-    model = AutoModelForCausalLM.from_pretrained(str(directory), **options)
-    return model
+    return AutoModelForCausalLM.from_pretrained(str(directory), **options)
 
 
 def peft_config(settings: TuneSettings, shape: ModelShape, steps: int) -> Any:
