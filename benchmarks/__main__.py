@@ -42,14 +42,14 @@ def _flags(line: str) -> tuple[str, ...]:
     return tuple(line.split())
 
 
-# Fewer and shorter than the claims', to keep all parts under 20 minutes on 2 cores; without bf16
-# instructions, where the peers are several times as slow, it is longer.
+# Fewer and shorter than the claims', to keep all parts under 20 minutes on 2 cores.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",
         _flags("--requests 1 4 16 64"),
         _flags(
-            "--repeat 2 --peer-repeat 1 --own 1 --tokens 32 --other-tokens 16 --peer-adapters 16"
+            "--repeat 2 --peer-requests 1 16 --peer-repeat 1 --own 1 --tokens 32 --other-tokens 16 "
+            "--peer-adapters 16"
         ),
         tables.throughput,
         plots.throughput,
@@ -57,14 +57,16 @@ PARTS: Mapping[str, Part] = {
     "growth": Part(
         "growth",
         (),
-        _flags("--repeat 1 --no-peers --active 1 8 64 --ranks 4 16 64 --prompts 16 64 256"),
+        _flags(
+            "--repeat 1 --no-peers --tokens 16 --active 1 8 64 --ranks 4 16 64 --prompts 16 64 256"
+        ),
         tables.growth,
         plots.growth,
     ),
     "overhead": Part(
         "overhead",
         (),
-        _flags("--tokens 48 --repeat 3 --starts 2"),
+        _flags("--tokens 32 --repeat 3 --starts 2"),
         tables.overhead,
         plots.overhead,
     ),
@@ -72,7 +74,7 @@ PARTS: Mapping[str, Part] = {
     "registered": Part(
         "registered",
         (),
-        _flags("--points --repeat 1 --requests 96 --tokens 32 --poisson-seconds 6"),
+        _flags("--points --repeat 1 --requests 72 --tokens 32 --poisson-seconds 5"),
         tables.registered,
         plots.registered,
     ),

@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="*", default=list(CLAIMED))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--peer-requests", type=int, nargs="*", help="at which the peers run; left out: all"
+    )
     parser.add_argument("--peer-repeat", type=int, help="of the peers; left out, as --repeat")
     parser.add_argument(
         "--peer-adapters", type=int, default=64, help="the most that PEFT gets: it loads slowly"
@@ -110,7 +113,9 @@ def compare(
     with Served(root, names, flags) as served:
         for kind in args.kinds:
             for count in args.requests:
-                systems = [System(OURS, served.run), *peers_of(peers, kind, count)]
+                beside = args.peer_requests is None or count in args.peer_requests
+                systems = [System(OURS, served.run)]
+                systems += peers_of(peers, kind, count) if beside else []
                 rows += cell(workload, kind, count, systems, args)
         turns = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}
