@@ -42,7 +42,7 @@ def _flags(line: str) -> tuple[str, ...]:
     return tuple(line.split())
 
 
-# Fewer and shorter than the claims', to keep all parts under 20 minutes on 2 cores.
+# Fewer and shorter than the claims', so that all parts together take some 20 minutes on 2 cores.
 PARTS: Mapping[str, Part] = {
     "throughput": Part(
         "throughput",

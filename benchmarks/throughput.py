@@ -113,9 +113,9 @@ def compare(
     with Served(root, names, flags) as served:
         for kind in args.kinds:
             for count in args.requests:
-                beside = args.peer_requests is None or count in args.peer_requests
-                systems = [System(OURS, served.run)]
-                systems += peers_of(peers, kind, count) if beside else []
+                wanted = args.peer_requests is None or count in args.peer_requests
+                beside = peers if wanted else None
+                systems = [System(OURS, served.run), *peers_of(beside, kind, count)]
                 rows += cell(workload, kind, count, systems, args)
         turns = own_turns(served.run, workload, args.kinds, max(CLAIMED), args.own, args.tokens)
     said = {"settings": peers.settings, "notes": notes()} if peers else {}

@@ -221,13 +221,27 @@ def test_peers_are_held_to_earlier_ratios() -> None:
     assert peer_ratios(rows[1:]) == {}
 
 
+SIZES = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4}
+SMALL = [f"--{k}={v}" for k, v in {**SIZES, "prompt": 8, "tokens": 6, "repeat": 1}.items()]
+
+
+def test_peers_run_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["throughput", "--json", "--kinds", "none", "--requests", "1", "2", *SMALL]
+    command += ["--other-tokens", "4", "--own", "0", "--peer-requests", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    throughput.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert sorted(r["requests"] for r in rows if r["system"] == OURS) == [1, 2]
+    assert {r["requests"] for r in rows if r["system"] != OURS} == {1}
+
+
 def test_all_systems_do_the_same_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ours over gRPC and every peer answer a small base's prompts, nearly always alike."""
-    sizes = {"hidden": 128, "intermediate": 192, "layers": 2, "vocabulary": 320, "rank": 4}
-    flags = [f"--{k}={v}" for k, v in {**sizes, "prompt": 8, "tokens": 6, "repeat": 1}.items()]
-    command = ["throughput", "--json", "--requests", "1", "4", "--other-tokens", "4", *flags]
+    command = ["throughput", "--json", "--requests", "1", "4", "--other-tokens", "4", *SMALL]
     command += ["--own", "1"]
     monkeypatch.setattr(sys, "argv", command)
     throughput.main()
