@@ -30,7 +30,7 @@ from mora_serve import __version__
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.metrics import Metrics
-from mora_serve.server import lag
+from mora_serve.server import lag, tls
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -99,7 +99,7 @@ class MoraServer:
     @property
     def address(self) -> str:
         """Host and port, as clients want it."""
-        return _join(self.config.server.host, self.port)
+        return tls.join(self.config.server.host, self.port)
 
     async def start(self) -> None:
         """Listen, load, serve; health says NOT_SERVING until the end.
@@ -163,7 +163,12 @@ class MoraServer:
         size = self.config.server.max_message_bytes
         server = aio.server(
             interceptors=(
-                CallInterceptor(self.metrics, self._gate, self.config.engine.stall_seconds),
+                CallInterceptor(
+                    self.metrics,
+                    self._gate,
+                    self.config.engine.stall_seconds,
+                    self.config.server.log_calls,
+                ),
             ),
             options=(
                 ("grpc.max_receive_message_length", size),
@@ -180,33 +185,24 @@ class MoraServer:
 
     def _listen(self, server: aio.Server) -> None:
         config = self.config.server
-        try:
-            socket.getaddrinfo(config.host, config.port)
-        except (OSError, UnicodeError):
-            raise ConfigError(
-                f"server.host: {config.host!r} is no address of this machine; give one, such as "
-                "127.0.0.1 or 0.0.0.0",
-                field="server.host",
-            ) from None
-        try:
-            self.port = server.add_insecure_port(_join(config.host, config.port))
-        except RuntimeError:
-            raise ConfigError(
-                f"server.port: {_join(config.host, config.port)} cannot be listened on; choose "
-                "another port, stop what uses this one, or set server.host to an address of this "
-                "machine",
-                field="server.port",
-            ) from None
+        secure = tls.credentials(config)
+        self.port = tls.add_port(server, config.host, config.port, config, secure)
         if config.metrics_port < 0:
             return
         try:
             self._exposition, _ = start_http_server(
-                config.metrics_port, config.host, self.metrics.registry
+                config.metrics_port, config.metrics_host, self.metrics.registry
             )
+        except socket.gaierror:
+            raise ConfigError(
+                f"server.metrics_host: {config.metrics_host!r} is no address of this machine; "
+                "give one, such as 127.0.0.1",
+                field="server.metrics_host",
+            ) from None
         except OSError as e:
             raise ConfigError(
-                f"server.metrics_port: {_join(config.host, config.metrics_port)} cannot be "
-                f"listened on ({e.strerror}); choose another port, or -1 for none",
+                f"server.metrics_port: {tls.join(config.metrics_host, config.metrics_port)} cannot "
+                f"be listened on ({e.strerror}); choose another port, or -1 for none",
                 field="server.metrics_port",
             ) from None
         self.metrics_port = self._exposition.server_port
@@ -295,7 +291,3 @@ async def _on_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return await done
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.core import DEFAULT_TENANT
@@ -19,10 +19,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: ``request_id`` is echoed to the client, ``tenant`` owns the adapters it names."""
+    """One call: ``request_id`` is echoed to the client, ``tenant`` owns the adapters it names.
+
+    ``counts`` are for the line of the log that tells of its end.
+    """
 
     request_id: str
     tenant: str = DEFAULT_TENANT
+    counts: dict[str, int] = field(default_factory=dict, compare=False)
 
 
 # Set by the interceptor in the task of each call, so every call sees its own.
@@ -32,6 +36,11 @@ _current: ContextVar[Call] = ContextVar("mora_serve_call")
 def current() -> Call:
     """The call that this task serves."""
     return _current.get()
+
+
+def found() -> Call | None:
+    """The call that this task serves, or None where it serves none."""
+    return _current.get(None)
 
 
 def enter(call: Call) -> None:

@@ -26,6 +26,7 @@ from grpc_status import rpc_status
 from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted, Unavailable
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
+from mora_serve.server import logs
 from mora_serve.server.gate import Gate, State
 
 DOMAIN = "mora-serve"
@@ -45,11 +46,15 @@ class _Malformed:
 class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
     """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
 
-    grpc's own services (health, reflection) pass whatever the gate's state.
+    grpc's own services (health, reflection) pass whatever the gate's state. ``log_calls`` logs a
+    line for each call that ends.
     """
 
-    def __init__(self, metrics: Metrics, gate: Gate, stall_seconds: float) -> None:
+    def __init__(
+        self, metrics: Metrics, gate: Gate, stall_seconds: float, log_calls: bool = False
+    ) -> None:
         self._metrics = metrics
+        self._log_calls = log_calls
         self._gate = gate
         self._stall_seconds = stall_seconds
 
@@ -164,7 +169,10 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             error = Internal(f"internal error; the server's log has it as request {request_id}")
             outcome = error.code
         finally:
-            self._metrics.rpc(method, outcome, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            self._metrics.rpc(method, outcome, seconds)
+            if self._log_calls:
+                logs.ended(method, outcome, seconds, request_id)
         return await _abort(context, error, echo)
 
 
