@@ -101,7 +101,7 @@ class Cases:
                 "file": ("adapter_config.json", "adapter_model.safetensors", "routing_card.json"),
                 "data": (self._config, self._weights[:5000], b"{}", b"RIFF"),
                 "page_size": (0, 1, 2, 100),
-                "cursor": ("", "0", "1", "0:0", "1-1", "1/2"),
+                "cursor": ("", "0.0", "1.0", "1.ff", "fffffffffff.0", "1/2"),
                 "seconds": (0, 1_800_000_000, -1, 253_402_300_799),
                 "nanos": (0, 1, 999_999_999, -1),
                 "service": ("", "mora_serve.v1.GenerationService"),
@@ -226,7 +226,7 @@ def _elsewhere(path: str, rng: random.Random) -> str:
             path.lower(),
             "/a/b",
             "/" + "x" * 300,
-            path.replace(".v1.", ".v2."),
+            path.replace(".v1", ".v2"),
             "/x/%2e%2e",
         )
     )
