@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 PATTERNS = {
-    "traceback": re.compile(r'Traceback|File "|\bline \d+, in |\braise \w+'),
+    "traceback": re.compile(r'Traceback|File "|\bline \d+, in '),
     "path": re.compile(r"(?<![\w/:.])~?/(?:[\w.+-]+/)*[\w.+-]{2,}"),
     "source": re.compile(r"\b[\w/]+\.(?:py|pyx|pxi|cc|cpp|so)\b"),
     "memory": re.compile(
