@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +140,9 @@ def refuse_unfit(directory: Path) -> None:
 
 
 def register(address: str, name: str, directory: Path, log: Log) -> None:
-    """Upload an adapter to a server, in place of one of its name."""
+    """Upload an adapter to a server, in place of one of its name; MORA_API_KEY is its key."""
     _present(directory)
-    with Client(address) as client:
+    with Client(address, api_key=os.environ.get("MORA_API_KEY") or None) as client:
         upload(client, name, directory)
     log(f"registered as {name} at {address}")
 
