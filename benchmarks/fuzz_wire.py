@@ -3,8 +3,8 @@
 Each call is made from its method's descriptor (``wire_cases``): plausible, wild or spoilt bytes,
 metadata, deadlines and kinds. Whatever comes back has to be an answer of the method's type or a
 documented, typed status that gives nothing away. Beside them, one connection for every 50 calls
-speaks HTTP/2 as no client of grpc's would (``wire_garbage``). At the end the server has to answer known
-prompts, of a tenant that no case names, with the same tokens as before.
+speaks HTTP/2 as no client of grpc's would (``wire_garbage``). At the end the server has to answer
+known prompts, of a tenant that no case names, with the same tokens as before.
 
     python -m benchmarks.fuzz_wire --json
     python -m benchmarks.fuzz_wire --requests 3000 --seconds 120 --json
