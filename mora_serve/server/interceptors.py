@@ -26,7 +26,14 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[i
 from grpc import aio
 from grpc_status import rpc_status
 
-from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted, Unavailable
+from mora_serve.errors import (
+    Internal,
+    InvalidArgument,
+    MoraError,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server import logs
@@ -189,6 +196,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         except MoraError as e:
             error = e
             outcome = e.code
+        except NotImplementedError:  # of the base of a generated servicer
+            error = Unimplemented(f"method: {method} is none of this server's; see its reflection")
+            outcome = error.code
         except Exception:
             log.exception("request %s: %s failed", request_id, method)
             error = Internal(f"internal error; the server's log has it as request {request_id}")
