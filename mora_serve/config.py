@@ -110,9 +110,32 @@ class ServerConfig:
     port: int = _doc(50051, "gRPC port; 0 takes a free one")
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
     max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
+    admin_host: str = _doc("127.0.0.1", "address for administrators")
+    admin_port: int = _doc(
+        -1,
+        "gRPC port for LoadRouter and PinAdapter, which are then refused on server.port; 0 takes a "
+        "free one, -1 serves them on server.port",
+    )
     drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
+    )
+
+
+@dataclass(frozen=True)
+class AccessConfig:
+    """Who may call."""
+
+    file: str = _doc(
+        "",
+        "TOML file of API keys, their roles and tenants, and limits a tenant (see SECURITY.md); "
+        "empty lets in whoever reaches the server",
+    )
+    audit: str = _doc(
+        "", "file for the audit log, JSON lines; empty writes its lines to the server's log"
+    )
+    allow_anonymous: bool = _doc(
+        False, "listen beyond this machine without an access file: whoever reaches it may do all"
     )
 
 
@@ -125,6 +148,7 @@ class Config:
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
 
 
 def load_config(
@@ -249,7 +273,7 @@ def _check(config: Config) -> None:
     for key in keys():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        least = -1 if key == "server.metrics_port" else 0
+        least = -1 if key in ("server.metrics_port", "server.admin_port") else 0
         if not isinstance(value, (int, float)):
             continue
         most = _MOST.get(key, _MOST.get(name.rpartition("_")[2], 2**31 - 1))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mora_serve.errors import Failure
 
 DEFAULT_TENANT = "default"
+SHARED_TENANT = "shared"  # owns what every tenant may use
 
 
 class Source(enum.Enum):

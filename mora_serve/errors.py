@@ -84,6 +84,13 @@ class DeadlineExceeded(MoraError):
     reason = "DEADLINE_EXCEEDED"
 
 
+class Unauthenticated(MoraError):
+    """The call needs a key that is valid."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
 class PermissionDenied(MoraError):
     """The caller may not use what it named."""
 

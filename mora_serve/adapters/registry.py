@@ -24,16 +24,18 @@ from mora_serve.adapters.card import RoutingCard, check_card
 from mora_serve.adapters.changelog import ChangeLog
 from mora_serve.adapters.files import CONFIG, WEIGHTS
 from mora_serve.adapters.history import History
-from mora_serve.adapters.record import AdapterRecord, Change, RouterRecord, State
+from mora_serve.adapters.record import AdapterRecord, Change, Quota, RouterRecord, State
 from mora_serve.adapters.untrusted import check_name, quoted
 from mora_serve.adapters.validate import ValidatedAdapter, read_stored
 from mora_serve.config import AdaptersConfig
+from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import (
     AlreadyExists,
     ConfigError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
 )
 from mora_serve.model.shape import ModelShape
@@ -99,15 +101,17 @@ class Registry:
         return self._state.revision
 
     def get(self, tenant: str, name: str, digest: str = "") -> AdapterRecord:
-        """The adapter of this name, and of this content where a digest is given.
+        """What the tenant means by a name, of this content where a digest is given.
 
-        Raises NotFound, with the nearest names of the tenant, and FailedPrecondition for one that
-        was made for another base.
+        That is its own adapter, or else the shared one of this name.
+
+        Raises NotFound, with the nearest names that the tenant may use, and FailedPrecondition for
+        one that was made for another base.
         """
-        records = self._state.by_tenant.get(tenant, {})
-        record = records.get(name)
+        state = self._state
+        record = state.find(tenant, name)
         if record is None:
-            raise _unknown("adapter", name, records)
+            raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
         if digest and digest != record.digest:
             raise NotFound(
                 f"digest: adapter {quoted(name)} has no version {quoted(digest)}; its version is "
@@ -125,11 +129,18 @@ class Registry:
         return record
 
     def list(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """The tenant's adapters by name, those for another base included."""
-        return tuple(self._state.by_tenant.get(tenant, {}).values())
+        """What the tenant may use, by name, adapters for another base included.
+
+        Its own adapters, and the shared ones whose names it has not given to its own.
+        """
+        return self._state.visible(tenant)
+
+    def own(self, tenant: str) -> Mapping[str, AdapterRecord]:
+        """The tenant's own adapters by name, those for another base included."""
+        return self._state.by_tenant.get(tenant, {})
 
     def served(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """Those of the tenant's adapters that this base can serve, by name."""
+        """Those that the tenant may use and that this base can serve, by name."""
         return tuple(filter(self._fits, self.list(tenant)))
 
     def verified(self, record: AdapterRecord) -> bool:
@@ -147,16 +158,14 @@ class Registry:
 
     def tasks(self, tenant: str) -> tuple[str, ...]:
         """The tasks that ``by_task`` knows for the tenant, in order."""
-        records = self._state.by_tenant.get(tenant, {}).values()
-        return tuple(sorted({t for r in records if self._fits(r) for t in r.tasks}))
+        return tuple(sorted({t for r in self.served(tenant) for t in r.tasks}))
 
     def by_task(self, tenant: str, task: str) -> tuple[AdapterRecord, ...]:
-        """The tenant's adapters for a task, by name: at least one.
+        """What the tenant may use for a task, by name: at least one.
 
-        Raises NotFound with the nearest tasks of the tenant.
+        Raises NotFound with the nearest tasks that the tenant may use.
         """
-        records = self._state.by_task.get((tenant, task), ())
-        found = tuple(r for r in records if self._fits(r))
+        found = tuple(filter(self._fits, self._state.visible_for(tenant, task)))
         if not found:
             raise _unknown("task", task, self.tasks(tenant))
         return found
@@ -218,6 +227,7 @@ class Registry:
         card: RoutingCard | None = None,
         tasks: Iterable[str] | None = None,
         replace: bool = False,
+        quota: Quota | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Register an adapter; returns its record and whether that is new.
 
@@ -225,7 +235,8 @@ class Registry:
         that the name has already changes nothing, the card included. Durable when it returns.
 
         Raises InvalidArgument for a bad name or card, AlreadyExists where the name has other
-        content and ``replace`` is false, ResourceExhausted beyond max_adapters or disk space.
+        content and ``replace`` is false, ResourceExhausted beyond max_adapters, the tenant's
+        quota or disk space.
         """
         check_name(tenant, "tenant")
         check_name(name, "name")
@@ -250,11 +261,13 @@ class Registry:
 
         def change(state: State) -> Change | None:
             before = state.adapters.get(record.key)
+            if before is not None and before.digest == record.digest:
+                return None
+            if quota is not None:
+                quota.check(state.by_tenant.get(tenant, {}).values(), record)
             if before is None:
                 self._check_count(state)
                 return Change(state.revision + 1, None, record)
-            if before.digest == record.digest:
-                return None
             if not replace:
                 raise AlreadyExists(
                     f"name: {quoted(name)} is in use by version {before.version} with digest "
@@ -286,8 +299,9 @@ class Registry:
     ) -> AdapterRecord:
         """Replace the card, or its tasks alone; the content and the version stay.
 
-        A card that names no base keeps the base named before. Raises NotFound, and
-        InvalidArgument for a bad card.
+        A card that names no base keeps the base named before. Raises NotFound, InvalidArgument for
+        a bad card, and PermissionDenied for a shared adapter of another tenant, as do ``pin`` and
+        ``unregister``.
         """
 
         def change(record: AdapterRecord) -> AdapterRecord:
@@ -431,10 +445,18 @@ def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:
 
 
 def _known(state: State, tenant: str, name: str) -> AdapterRecord:
+    """The tenant's own adapter of a name, to be changed."""
     record = state.adapters.get((tenant, name))
-    if record is None:
-        raise _unknown("adapter", name, state.by_tenant.get(tenant, {}))
-    return record
+    if record is not None:
+        return record
+    if state.find(tenant, name) is not None:
+        raise PermissionDenied(
+            f"adapter: {quoted(name)} is shared; only tenant {SHARED_TENANT!r} can change it, "
+            "register one of your own under another name",
+            field="adapter",
+            reason="SHARED_ADAPTER",
+        )
+    raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NotFound:

@@ -66,8 +66,10 @@ def read_examples(bundle: Path) -> tuple[Example, ...]:
     )
 
 
-def register_bundle(registry: Registry, shape: ModelShape, limits: AdaptersConfig) -> None:
-    """Register the bundle's adapters and router for the default tenant.
+def register_bundle(
+    registry: Registry, shape: ModelShape, limits: AdaptersConfig, tenant: str = DEFAULT_TENANT
+) -> None:
+    """Register the bundle's adapters for a tenant, and its router.
 
     Only the adapters that the manifest marks so; a name that is in use, and a router that is
     stored, stay as they are, so that a restart changes nothing. Raises MoraError when the limits
@@ -77,11 +79,11 @@ def register_bundle(registry: Registry, shape: ModelShape, limits: AdaptersConfi
 
     bundle = bundle_path()
     manifest = json.loads((bundle / MANIFEST_FILE).read_text())
-    known = {record.name for record in registry.list(DEFAULT_TENANT)}
+    known = registry.own(tenant).keys()
     for entry in manifest["adapters"]:
         if entry["registered"] and entry["name"] not in known:
             adapter = read_directory(bundle, entry["directory"], shape, limits)
-            registry.register(DEFAULT_TENANT, entry["name"], adapter)
+            registry.register(tenant, entry["name"], adapter)
     if registry.router() is None:
         files = sorted((bundle / manifest["router"]).iterdir())
         registry.set_router({file.name: file.read_bytes() for file in files})

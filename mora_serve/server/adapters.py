@@ -7,16 +7,20 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import contextvars
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mora_serve.access.audit import Audit
 from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.record import Quota
 from mora_serve.adapters.registry import AdapterRecord, Registry
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
 from mora_serve.config import Config
+from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.shape import ModelShape
 from mora_serve.router.routing import Routing
@@ -59,17 +63,20 @@ class AdapterServicer(AdapterServiceServicer):
         fingerprint: str,
         executor: Executor,
         short: Executor,
+        audit: Audit,
     ) -> None:
         self._registry = registry
         self._routing = routing
         self._pins = pins
         self._resident = resident
+        self._config = config
         self._limits = config.adapters
         self._stall_seconds = config.engine.stall_seconds
         self._shape = shape
         self._fingerprint = fingerprint
         self._executor = executor
         self._short = short
+        self._audit = audit
         self._uploads = Places(MAX_UPLOADS, "uploads")
         self._registrations = Places(MAX_REGISTRATIONS, "registrations")
 
@@ -79,8 +86,9 @@ class AdapterServicer(AdapterServiceServicer):
         """Register a directory under the adapter root."""
         check_name(request.name, "name")
 
+        root, path = calls.root_of(self._config), request.path
+
         def read() -> ValidatedAdapter:
-            root, path = self._limits.root, request.path
             return read_directory(root, path, self._shape, self._limits, self._fingerprint)
 
         with self._registrations.taken():
@@ -129,7 +137,8 @@ class AdapterServicer(AdapterServiceServicer):
         def update() -> AdapterRecord:
             card = self._card(request.card, "card")
             with _of_name():
-                return self._registry.update(tenant, name, card=card)
+                record = self._registry.update(tenant, name, card=card)
+            return self._recorded("adapter.updated", record)
 
         record = await self._run(update)
         await self._keyed(record)
@@ -140,8 +149,14 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> pb.UnregisterAdapterResponse:
         """Remove an adapter."""
         check_name(request.name, "name")
-        with _of_name():
-            await self._run(self._registry.unregister, calls.current().tenant, request.name)
+        tenant, name = calls.current().tenant, request.name
+
+        def unregister() -> AdapterRecord:
+            with _of_name():
+                record = self._registry.unregister(tenant, name)
+            return self._recorded("adapter.unregistered", record)
+
+        await self._run(unregister)
         return pb.UnregisterAdapterResponse()
 
     async def ListAdapters(
@@ -190,13 +205,15 @@ class AdapterServicer(AdapterServiceServicer):
         tenant, name, pinned = calls.current().tenant, request.name, request.pinned
 
         def pin() -> AdapterRecord:
-            if not pinned:
-                return self._registry.pin(tenant, name, False)
-            with self._pins.reserved(self._registry.get(tenant, name).digest):
-                return self._registry.pin(tenant, name, True)
+            with _of_name():
+                if not pinned:
+                    record = self._registry.pin(tenant, name, False)
+                    return self._recorded("adapter.unpinned", record)
+                with self._pins.reserved(self._registry.get(tenant, name).digest):
+                    record = self._registry.pin(tenant, name, True)
+            return self._recorded("adapter.pinned", record)
 
-        with _of_name():
-            record = await self._run(pin)
+        record = await self._run(pin)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
     async def _register(
@@ -205,18 +222,34 @@ class AdapterServicer(AdapterServiceServicer):
         read: Callable[[], ValidatedAdapter],
         card_field: str,
     ) -> tuple[AdapterRecord, bool]:
-        tenant = calls.current().tenant
+        caller = calls.current().caller
+        quota = Quota(caller.limits.adapters, caller.limits.bytes)
 
         def register() -> tuple[AdapterRecord, bool]:
             given = request.HasField("card")
             card = self._card(request.card, card_field) if given else None
-            return self._registry.register(
-                tenant, request.name, read(), card=card, replace=request.replace
+            record, created = self._registry.register(
+                caller.tenant,
+                request.name,
+                read(),
+                card=card,
+                replace=request.replace,
+                quota=quota,
             )
+            if created:
+                self._recorded("adapter.registered", record)
+            return record, created
 
         record, created = await self._run(register)
         await self._keyed(record)
         return record, created
+
+    def _recorded(self, event: str, record: AdapterRecord) -> AdapterRecord:
+        """The record, once the audit log has what was done: also where the client has left."""
+        calls.record(
+            self._audit, event, adapter=record.name, version=record.version, digest=record.digest
+        )
+        return record
 
     async def _keyed(self, record: AdapterRecord) -> None:
         """Return when the router knows the adapter; no thread waits where that takes the base."""
@@ -251,7 +284,9 @@ class AdapterServicer(AdapterServiceServicer):
             yield message
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        """Run ``work`` on a thread for the disk, as a part of this call."""
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._executor, run, work, *args)
 
     def _message(
         self, record: AdapterRecord, resident: bool | None = None, *, prompts: bool = True
@@ -310,5 +345,6 @@ def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.
         resident=resident,
         prompt_count=len(card.prompts),
     )
+    message.shared = record.tenant == SHARED_TENANT
     message.register_time.FromNanoseconds(int(record.created * 1e9))
     return message

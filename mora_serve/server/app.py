@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -27,6 +28,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from mora_serve import __version__
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import Door
+from mora_serve.access.limits import Meter
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.metrics import Metrics
@@ -34,7 +38,7 @@ from mora_serve.server import lag
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import CallInterceptor
+from mora_serve.server.interceptors import CallInterceptor, Entrance
 from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
 
 if TYPE_CHECKING:
@@ -56,18 +60,24 @@ T = TypeVar("T")
 class MoraServer:
     """One server in this process: ready inside its context, drained when it ends.
 
-    ``port`` and ``metrics_port`` are the real ones once it listens; 0 and -1 where there is none.
+    ``port``, ``admin_port`` and ``metrics_port`` are the real ones once it listens; 0, and -1 where
+    there is none.
+
+    Raises ConfigError for an access file or an audit log that cannot be used.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.metrics = Metrics(__version__)
         self.port = 0
+        self.admin_port = -1
         self.metrics_port = -1
         self._gate = Gate()
+        audit = Audit(Path(config.access.audit) if config.access.audit else None)
+        self._entrance = Entrance(Door(config.access), self._gate, Meter(), audit)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing stub
         self._services = LateServices()
-        self._server: aio.Server | None = None
+        self._servers: list[aio.Server] = []
         self._exposition: Any = None
         self._assembly: Assembly | None = None
         self._bridge: Bridge | None = None
@@ -108,15 +118,21 @@ class MoraServer:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._run(lag.watch(self.metrics))
-        self._server = server = self._make()
-        self._listen(server)
-        await server.start()
+        self._listen()
+        for server in self._servers:
+            await server.start()
         self._assembly = assembly = await _on_daemon_thread(self._assemble)
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(assembly.engine, self.metrics, loop)
         self._feedback = FeedbackRecorder.of(assembly, self.metrics)
         add_services(
-            self._services, assembly, self._bridge, self.metrics, self._threads, self._feedback
+            self._services,
+            assembly,
+            self._bridge,
+            self.metrics,
+            self._threads,
+            self._feedback,
+            self._entrance.audit,
         )
         assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
         self._gate.state = State.SERVING
@@ -135,8 +151,8 @@ class MoraServer:
         drained = await self._gate.drain(seconds)
         if not drained and self._bridge is not None:
             self._bridge.abort_all()
-        if self._server is not None:
-            await self._server.stop(0.1 if drained else _LAST_SECONDS)
+        grace = 0.1 if drained else _LAST_SECONDS
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
         if self._feedback is not None:
             await _on_daemon_thread(self._feedback.close)
         if self._assembly is not None:
@@ -145,6 +161,7 @@ class MoraServer:
             await _on_daemon_thread(self._exposition.shutdown)
             self._exposition.server_close()
         self._threads.shutdown()
+        self._entrance.audit.close()
         for task in self._tasks:
             task.cancel()
         log.info("stopped")
@@ -159,11 +176,13 @@ class MoraServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _make(self) -> aio.Server:
+    def _make(self, *, apart: bool) -> aio.Server:
         size = self.config.server.max_message_bytes
         server = aio.server(
             interceptors=(
-                CallInterceptor(self.metrics, self._gate, self.config.engine.stall_seconds),
+                CallInterceptor(
+                    self.metrics, self._entrance, self.config.engine.stall_seconds, apart=apart
+                ),
             ),
             options=(
                 ("grpc.max_receive_message_length", size),
@@ -178,25 +197,13 @@ class MoraServer:
         reflection.enable_server_reflection(names, server)
         return server
 
-    def _listen(self, server: aio.Server) -> None:
+    def _listen(self) -> None:
         config = self.config.server
-        try:
-            socket.getaddrinfo(config.host, config.port)
-        except (OSError, UnicodeError):
-            raise ConfigError(
-                f"server.host: {config.host!r} is no address of this machine; give one, such as "
-                "127.0.0.1 or 0.0.0.0",
-                field="server.host",
-            ) from None
-        try:
-            self.port = server.add_insecure_port(_join(config.host, config.port))
-        except RuntimeError:
-            raise ConfigError(
-                f"server.port: {_join(config.host, config.port)} cannot be listened on; choose "
-                "another port, stop what uses this one, or set server.host to an address of this "
-                "machine",
-                field="server.port",
-            ) from None
+        apart = config.admin_port >= 0
+        self.port = self._bind(self._make(apart=apart), "", config.host, config.port)
+        if apart:
+            server = self._make(apart=False)
+            self.admin_port = self._bind(server, "admin_", config.admin_host, config.admin_port)
         if config.metrics_port < 0:
             return
         try:
@@ -210,6 +217,28 @@ class MoraServer:
                 field="server.metrics_port",
             ) from None
         self.metrics_port = self._exposition.server_port
+
+    def _bind(self, server: aio.Server, kind: str, host: str, port: int) -> int:
+        """Listen at the address of the configuration's ``kind`` of host and port; the real port."""
+        try:
+            socket.getaddrinfo(host, port)
+        except (OSError, UnicodeError):
+            raise ConfigError(
+                f"server.{kind}host: {host!r} is no address of this machine; give one, such as "
+                "127.0.0.1 or 0.0.0.0",
+                field=f"server.{kind}host",
+            ) from None
+        try:
+            bound = server.add_insecure_port(_join(host, port))
+        except RuntimeError:
+            raise ConfigError(
+                f"server.{kind}port: {_join(host, port)} cannot be listened on; choose another "
+                f"port, stop what uses this one, or set server.{kind}host to an address of this "
+                "machine",
+                field=f"server.{kind}port",
+            ) from None
+        self._servers.append(server)
+        return bound
 
     def _assemble(self) -> Assembly:
         from mora_serve.server.assembly import assemble  # imports torch: a second or more

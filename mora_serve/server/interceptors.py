@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -23,7 +24,18 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[i
 from grpc import aio
 from grpc_status import rpc_status
 
-from mora_serve.errors import Internal, InvalidArgument, MoraError, ResourceExhausted, Unavailable
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import HEALTH, Caller, Denied, Door
+from mora_serve.access.limits import Meter
+from mora_serve.errors import (
+    Internal,
+    InvalidArgument,
+    MoraError,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
@@ -38,6 +50,16 @@ _Metadata = tuple[tuple[str, str], ...]
 _Context = aio.ServicerContext[Any, Any]
 
 
+@dataclass(frozen=True)
+class Entrance:
+    """What is between the clients and the methods: who is let in, how many, and who is told."""
+
+    door: Door
+    gate: Gate
+    meter: Meter
+    audit: Audit
+
+
 class _Malformed:
     """Stands for a message whose bytes do not parse."""
 
@@ -45,13 +67,21 @@ class _Malformed:
 class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
     """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
 
-    grpc's own services (health, reflection) pass whatever the gate's state.
+    A call is let in by its metadata alone: one that is not is answered before a byte of its request
+    is read. grpc's own services (health, reflection) pass whatever the gate's state, and health
+    needs no key. ``apart``: administrators' calls are served on another address.
     """
 
-    def __init__(self, metrics: Metrics, gate: Gate, stall_seconds: float) -> None:
+    def __init__(
+        self, metrics: Metrics, entrance: Entrance, stall_seconds: float, *, apart: bool = False
+    ) -> None:
         self._metrics = metrics
-        self._gate = gate
+        self._door = entrance.door
+        self._gate = entrance.gate
+        self._meter = entrance.meter
+        self._audit = entrance.audit
         self._stall_seconds = stall_seconds
+        self._apart = apart
 
     async def intercept_service(
         self,
@@ -61,6 +91,18 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         """The method's handler inside this layer; None where there is no such method."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
+        metadata = tuple(handler_call_details.invocation_metadata or ())
+        request_id, usable = calls.request_id(metadata)
+        try:
+            if not usable:
+                raise InvalidArgument(
+                    f"metadata {calls.REQUEST_ID}: use at most 128 letters, digits and '.', '_', "
+                    "':', '/', '-', starting with a letter or a digit, or leave it out",
+                    field=calls.REQUEST_ID,
+                )
+            call = calls.Call(request_id, self._admit(method, request_id, dict(metadata)))
+        except MoraError as e:
+            return self._refusing(method if handler is not None else "unknown", request_id, e)
         if handler is None:
             if self._gate.state is not State.LOADING:
                 return None
@@ -68,10 +110,35 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             # told from one that does not exist; a handler of this kind answers all of them.
             handler, method = grpc.stream_stream_rpc_method_handler(_nothing), "unknown"
         if handler.response_streaming:
-            return self._streaming(method, handler)
-        return self._unary(method, handler)
+            return self._streaming(method, handler, call)
+        return self._unary(method, handler, call)
 
-    def _unary(self, method: str, handler: Any) -> Any:
+    def _admit(self, method: str, request_id: str, metadata: dict[str, Any]) -> Caller:
+        if method.startswith(HEALTH):
+            return Caller()
+        try:
+            return self._door.admit(method, metadata, self._apart)
+        except (Unauthenticated, PermissionDenied) as e:
+            known = e.caller if isinstance(e, Denied) else Caller("")
+            self._audit.denied(
+                request_id=request_id,
+                tenant=known.tenant,
+                key=known.key,
+                method=method,
+                reason=e.reason,
+            )
+            raise
+
+    def _refusing(self, method: str, request_id: str, error: MoraError) -> Any:
+        """A handler that answers with an error. Of this kind, it reads nothing of the request."""
+
+        async def refuse(_: Any, context: _Context) -> None:
+            self._metrics.rpc(method, error.code, 0.0)
+            await _abort(context, error, ((calls.REQUEST_ID, request_id),))
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _unary(self, method: str, handler: Any, call: calls.Call) -> Any:
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def behaviour(request: Any, context: _Context) -> Any:
@@ -80,7 +147,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                 await context.send_initial_metadata(echo)
                 return response
 
-            return await self._guard(method, context, run)
+            return await self._guard(method, context, call, run)
 
         make = (
             grpc.stream_unary_rpc_method_handler
@@ -89,7 +156,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         )
         return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
 
-    def _streaming(self, method: str, handler: Any) -> Any:
+    def _streaming(self, method: str, handler: Any, call: calls.Call) -> Any:
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def behaviour(request: Any, context: _Context) -> None:
@@ -106,7 +173,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                             started = True
                         await self._write(context, message)
 
-            await self._guard(method, context, run)
+            await self._guard(method, context, call, run)
 
         make = (
             grpc.stream_stream_rpc_method_handler
@@ -130,25 +197,19 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         self,
         method: str,
         context: _Context,
+        call: calls.Call,
         run: Callable[[_Metadata], Awaitable[Any]],
     ) -> Any:
         """Run a call under its identity; end it with a status when it fails."""
         start = time.monotonic()
-        metadata = tuple(context.invocation_metadata() or ())
-        request_id, usable = calls.request_id(metadata)
+        request_id, caller = call.request_id, call.caller
         echo = ((calls.REQUEST_ID, request_id),)
         outcome = "OK"
         try:
-            if not usable:
-                raise InvalidArgument(
-                    f"metadata {calls.REQUEST_ID}: use at most 128 letters, digits and '.', '_', "
-                    "':', '/', '-', starting with a letter or a digit, or leave it out",
-                    field=calls.REQUEST_ID,
-                )
-            calls.enter(calls.Call(request_id, calls.tenant(metadata)))
+            calls.enter(call)
             if method.startswith("/grpc."):
                 return await run(echo)
-            with self._gate.passing():
+            with self._gate.passing(), self._meter.passing(caller.tenant, caller.limits):
                 return await run(echo)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
