@@ -3,7 +3,7 @@
 Rows live in chunks by tenant. A change copies one chunk and the lists of chunks; the next search
 lists the tenant's names and where its keys are, and touches the chunks of that tenant and of the
 shared adapters alone. A key takes a byte a dimension for its centre and for each prototype. Among
-very many a search narrows down: a part of each centre for all, the whole centre for the better ones.
+very many a search narrows down: a part of each centre for all, the whole one for the better ones.
 """
 
 from __future__ import annotations

@@ -15,10 +15,14 @@ from grpc import aio
 from grpc_status import rpc_status
 
 from mora_serve import errors
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import Door
+from mora_serve.access.limits import Meter
+from mora_serve.config import AccessConfig
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor
+from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor, Entrance
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 ERRORS = [
@@ -43,7 +47,8 @@ class Server:
         self.metrics = Metrics("test")
         self.gate = Gate()
         self.gate.state = State.SERVING
-        interceptor = CallInterceptor(self.metrics, self.gate, stall_seconds=0.3)
+        entrance = Entrance(Door(AccessConfig()), self.gate, Meter(), Audit(None))
+        interceptor = CallInterceptor(self.metrics, entrance, stall_seconds=0.3)
         self.server = aio.server(interceptors=(interceptor,))
         codec = {
             "request_deserializer": StringValue.FromString,
