@@ -108,6 +108,15 @@ class ServerConfig:
 
     host: str = _doc("127.0.0.1", "address to listen on")
     port: int = _doc(50051, "gRPC port; 0 takes a free one")
+    tls_cert: str = _doc("", "PEM file of the server's certificate chain; read again on change")
+    tls_key: str = _doc("", "PEM file of that certificate's private key")
+    tls_client_ca: str = _doc("", "PEM file of the CA that clients' certificates must be of")
+    allow_plaintext: bool = _doc(
+        False, "listen without TLS on an address that other machines can reach"
+    )
+    metrics_host: str = _doc(
+        "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
+    )
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
     max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
     admin_host: str = _doc("127.0.0.1", "address for administrators")
@@ -117,6 +126,8 @@ class ServerConfig:
         "free one, -1 serves them on server.port",
     )
     drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
+    log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
+    log_calls: bool = _doc(True, "log a line for each call that ends")
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
     )

@@ -396,7 +396,7 @@ def test_every_rpc_has_a_method_and_a_retry_rule():
         for service in file.services_by_name.values()
         for method in service.methods
     }
-    config = json.loads(dict(connection.OPTIONS)["grpc.service_config"])
+    config = json.loads(dict(connection.options("x:1"))["grpc.service_config"])
     (rule,) = config["methodConfig"]
     repeated = {(n["service"], n["method"]) for n in rule["name"]}
     adapters = "mora_serve.v1.AdapterService"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mora_serve.cli import connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import megabytes, print_json, table
 from mora_serve.errors import AlreadyExists, ConfigError
@@ -52,7 +53,7 @@ def add_to(commands: Any) -> None:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    shared.add_connection(action("list", run_list, "list the adapters"))
+    connection.add_to(action("list", run_list, "list the adapters"))
     named = {
         "show": action("show", run_show, "show one adapter"),
         "register": action("register", run_register, "register a directory of the server"),
@@ -75,7 +76,7 @@ def add_to(commands: Any) -> None:
             )
         elif name == "update":
             _add_card(sub, "the whole new card: what is not given becomes empty")
-        shared.add_connection(sub)
+        connection.add_to(sub)
 
 
 def _add_card(parser: argparse.ArgumentParser, text: str) -> None:
@@ -95,7 +96,7 @@ def _add_card(parser: argparse.ArgumentParser, text: str) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print all adapters of the tenant."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         adapters = client.list_adapters()
     if args.json:
         print_json([shared.plain(a) for a in adapters])
@@ -108,14 +109,14 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     """Print one adapter."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         return _show(client.get_adapter(args.name), args)
 
 
 def run_register(args: argparse.Namespace) -> int:
     """Register a directory that the server can read."""
     card = _card(args)
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         adapter = client.register_adapter(args.name, args.directory, replace=args.replace, **card)
         return _show(_carded(client, adapter, card, args), args)
 
@@ -128,7 +129,7 @@ def run_upload(args: argparse.Namespace) -> int:
             f"DIR: {args.directory} holds no adapter_config.json; give a PEFT adapter's directory"
         )
     card = _card(args)
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         adapter = client.upload_adapter(args.name, directory, replace=args.replace, **card)
         return _show(_carded(client, adapter, card, args), args)
 
@@ -138,13 +139,13 @@ def run_update(args: argparse.Namespace) -> int:
     card = _card(args)
     if not any(card.values()):
         raise ConfigError("card: nothing of it is given; give it whole, e.g. --task and --prompts")
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         return _show(client.update_adapter(args.name, **card), args)
 
 
 def run_unregister(args: argparse.Namespace) -> int:
     """Remove an adapter."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         client.unregister_adapter(args.name)
     if args.json:
         print_json({"unregistered": args.name})
@@ -155,13 +156,13 @@ def run_unregister(args: argparse.Namespace) -> int:
 
 def run_pin(args: argparse.Namespace) -> int:
     """Keep an adapter on the device."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         return _show(client.pin_adapter(args.name, True), args)
 
 
 def run_unpin(args: argparse.Namespace) -> int:
     """Let an adapter leave the device."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         return _show(client.pin_adapter(args.name, False), args)
 
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from mora_serve.cli import connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import print_json
 from mora_serve.errors import ConfigError
@@ -66,7 +67,7 @@ def add_to(commands: Any) -> None:
         metavar="TIME",
         help="only from this time on, as in 2026-11-24 or 2026-11-24T15:00+01:00 (UTC unless said)",
     )
-    shared.add_connection(export)
+    connection.add_to(export)
     export.set_defaults(run=run_export, parser=export)
 
 
@@ -74,7 +75,7 @@ def run_export(args: argparse.Namespace) -> int:
     """Write the rows; tell how many, and where to go on."""
     count = agreed = 0
     cursor = args.cursor
-    with shared.connect(args) as client, _written(args.file) as file:
+    with connection.connect(args) as client, _written(args.file) as file:
         for part in client.export_feedback(args.cursor, since=args.since):
             for row in part.rows:
                 file.write(_line(row))

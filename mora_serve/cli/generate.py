@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+from mora_serve.cli import connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import print_json, visible
 from mora_serve.core import SamplingParams, Usage
@@ -62,7 +63,7 @@ def add_to(commands: Any) -> None:
     sampling.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on to --max-tokens"
     )
-    shared.add_connection(parser)
+    connection.add_to(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         system = [] if args.system is None else [("system", args.system)]
         options["messages"] = [*system, ("user", text)]
         prompt = None
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         return (_stream if args.stream else _whole)(client, prompt, options, args)
 
 

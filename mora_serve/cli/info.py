@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mora_serve.cli import connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import print_json, table
 
@@ -17,13 +18,13 @@ def add_to(commands: Any) -> None:
         description="Describe a running server: its base model, limits and versions.",
         allow_abbrev=False,
     )
-    shared.add_connection(parser)
+    connection.add_to(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the description."""
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         described = shared.plain(client.server_info())
     if args.json:
         print_json(described)

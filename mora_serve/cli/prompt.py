@@ -1,4 +1,4 @@
-"""What ``generate`` and ``route`` share: where the server is, the prompt, who may answer."""
+"""What ``generate`` and ``route`` share: the prompt, and who may answer."""
 
 from __future__ import annotations
 
@@ -8,31 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mora_serve.cli.output import paint, visible
-from mora_serve.config import ServerConfig
 from mora_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from mora_serve.client import Client
     from mora_serve.client.requests import RouteOptions
     from mora_serve.core import Decision
-
-
-def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which server is meant, and in which form to answer."""
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--address",
-        default=f"{ServerConfig.host}:{ServerConfig.port}",
-        metavar="HOST:PORT",
-        help="the server (default: %(default)s)",
-    )
-    group.add_argument("--tenant", default="", help="whose adapters are meant (default: default)")
-    group.add_argument(
-        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="(default: 120)"
-    )
-    group.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +48,6 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-adapters", type=_count, default=0, metavar="N", help="the most the router may mix"
     )
-
-
-def connect(args: argparse.Namespace) -> Client:
-    """A client of the server that the flags name."""
-    from mora_serve.client import Client
-
-    return Client(args.address, tenant=args.tenant, timeout=args.timeout)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -112,16 +87,6 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return value
 
 
 def selection(args: argparse.Namespace) -> RouteOptions:

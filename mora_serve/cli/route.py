@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mora_serve.cli import connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import paint, print_json, table
 
@@ -27,14 +28,14 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads standard input")
     shared.add_selection(parser)
-    shared.add_connection(parser)
+    connection.add_to(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one decision."""
     text = shared.read_prompt(args)
-    with shared.connect(args) as client:
+    with connection.connect(args) as client:
         decision = client.route(prompt=text, **shared.selection(args))
     if args.json:
         print_json(shared.decision_json(decision))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import sys
 import typing
 from dataclasses import fields
 from typing import Any
@@ -68,12 +67,10 @@ def flags(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted or terminated."""
+    from mora_serve.server import logs
+
     tree = config.load_config(args.config, flags=flags(args))
-    logging.basicConfig(
-        level=args.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-    )
+    logs.configure(args.log_level, tree.server.log_format)
     # It recommends a package for a kernel that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from mora_serve.server.app import serve

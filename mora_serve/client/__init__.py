@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mora_serve.client.asynchronous import AsyncClient, AsyncStream
     from mora_serve.client.blocking import Client, Stream
     from mora_serve.client.connection import DEFAULT_ADDRESS, Delta, Result
+    from mora_serve.client.security import Tls
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -25,6 +26,7 @@ __all__ = [
     "Delta",
     "Result",
     "Stream",
+    "Tls",
 ]
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "DEFAULT_ADDRESS": "connection",
     "Delta": "connection",
     "Result": "connection",
+    "Tls": "security",
 }
 
 

@@ -14,10 +14,11 @@ import grpc
 from grpc import aio
 
 from mora_serve import messages
-from mora_serve.client import connection, requests
+from mora_serve.client import connection, requests, security
 from mora_serve.client.arguments import strict
 from mora_serve.client.connection import Delta, Result, Streamed, Stubs
 from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
+from mora_serve.client.security import ApiKey, Tls
 from mora_serve.core import Decision
 from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
 
@@ -43,7 +44,10 @@ class AsyncStream(Streamed):
 class AsyncClient(Stubs):
     """A client for one event loop. ``timeout``: seconds a call, None: none.
 
-    ``credentials`` makes the connection a TLS one.
+    ``api_key`` goes with every call. ``tls`` secures the connection: a ``Tls``, or True where the
+    server's certificate is of a public authority; ``credentials`` are grpc's own instead. Without
+    either, a key is sent to loopback only, unless ``allow_plaintext`` says that the network itself
+    is protected. Raises ConfigError for a key that would be sent in plain.
     """
 
     def __init__(
@@ -52,14 +56,19 @@ class AsyncClient(Stubs):
         *,
         tenant: str = "",
         timeout: float | None = 120.0,
+        api_key: ApiKey | None = None,
+        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
+        allow_plaintext: bool = False,
     ) -> None:
+        secure = security.secured(address, api_key, tls, credentials, allow_plaintext)
+        options = connection.options(address)
         channel = (
-            aio.insecure_channel(address, connection.OPTIONS)
-            if credentials is None
-            else aio.secure_channel(address, credentials, connection.OPTIONS)
+            aio.insecure_channel(address, options)
+            if secure is None
+            else aio.secure_channel(address, secure, options)
         )
-        super().__init__(channel, address, tenant, timeout)
+        super().__init__(channel, address, tenant, timeout, api_key)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,10 +12,11 @@ from typing import Any, Self, Unpack
 import grpc
 
 from mora_serve import messages
-from mora_serve.client import connection, requests
+from mora_serve.client import connection, requests, security
 from mora_serve.client.arguments import strict
 from mora_serve.client.connection import Delta, Result, Streamed, Stubs
 from mora_serve.client.requests import CallOptions, CardOptions, GenerateOptions, RouteOptions
+from mora_serve.client.security import ApiKey, Tls
 from mora_serve.core import Decision
 from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
 
@@ -41,7 +42,10 @@ class Stream(Streamed):
 class Client(Stubs):
     """A blocking client; safe to share between threads. ``timeout``: seconds a call, None: none.
 
-    ``credentials`` makes the connection a TLS one.
+    ``api_key`` goes with every call. ``tls`` secures the connection: a ``Tls``, or True where the
+    server's certificate is of a public authority; ``credentials`` are grpc's own instead. Without
+    either, a key is sent to loopback only, unless ``allow_plaintext`` says that the network itself
+    is protected. Raises ConfigError for a key that would be sent in plain.
     """
 
     def __init__(
@@ -50,14 +54,19 @@ class Client(Stubs):
         *,
         tenant: str = "",
         timeout: float | None = 120.0,
+        api_key: ApiKey | None = None,
+        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
+        allow_plaintext: bool = False,
     ) -> None:
+        secure = security.secured(address, api_key, tls, credentials, allow_plaintext)
+        options = connection.options(address)
         channel = (
-            grpc.insecure_channel(address, connection.OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, connection.OPTIONS)
+            grpc.insecure_channel(address, options)
+            if secure is None
+            else grpc.secure_channel(address, secure, options)
         )
-        super().__init__(channel, address, tenant, timeout)
+        super().__init__(channel, address, tenant, timeout, api_key)
 
     def __enter__(self) -> Self:
         return self

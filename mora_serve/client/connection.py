@@ -14,8 +14,10 @@ from mora_serve import errors, messages
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.client.arguments import invalid
 from mora_serve.client.requests import CallOptions
+from mora_serve.client.security import ApiKey, authorization
 from mora_serve.config import ServerConfig
 from mora_serve.core import Decision, Finish, TokenOut, Usage
+from mora_serve.loopback import leads_to_loopback
 from mora_serve.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
@@ -53,11 +55,17 @@ _SERVICE_CONFIG = {
         }
     ]
 }
-OPTIONS = (
+_OPTIONS = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ("grpc.max_receive_message_length", -1),  # the server states its limits
     ("grpc.max_send_message_length", -1),
 )
+
+
+def options(address: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a channel to ``address``."""
+    # What stays on this machine does not take the way of the surroundings' proxy.
+    return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if leads_to_loopback(address) else _OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +123,18 @@ class Stubs:
     Raises InvalidArgument for a tenant that cannot be one.
     """
 
-    def __init__(self, channel: Any, address: str, tenant: str, timeout: float | None) -> None:
+    def __init__(
+        self,
+        channel: Any,
+        address: str,
+        tenant: str,
+        timeout: float | None,
+        api_key: ApiKey | None = None,
+    ) -> None:
         if tenant:
             check_name(tenant, "tenant")
         self.channel, self.address = channel, address
-        self._tenant, self._timeout = tenant, timeout
+        self._tenant, self._timeout, self._api_key = tenant, timeout, api_key
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
         self.router: Any = router_pb2_grpc.RouterServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -129,9 +144,11 @@ class Stubs:
     def carry(self, options: CallOptions) -> dict[str, Any]:
         """Timeout and metadata of a call, as grpc's keyword arguments.
 
-        Raises InvalidArgument for a request id that is no plain text.
+        Raises InvalidArgument for a request id or a key that is no plain text.
         """
         metadata = []
+        if self._api_key is not None:
+            metadata.append(authorization(self._api_key))
         if self._tenant:
             metadata.append(("mora-tenant", self._tenant))
         if request_id := options.get("request_id"):
@@ -176,7 +193,12 @@ def error_of(error: Any, address: str) -> errors.MoraError:
     code, message = error.code().name, error.details() or ""
     details = _details(error)
     if details is None:  # the status is grpc's own
-        if code == "UNAVAILABLE":
+        if code == "UNAVAILABLE" and "handshake" in message.lower():
+            message = (
+                f"server {address}: no secure connection; does it speak TLS, is its certificate of "
+                f"the CA that tls names and for this address, does it want a client's? ({message})"
+            )
+        elif code == "UNAVAILABLE":
             message = f"server {address}: not reachable; is it running? ({message})"
         elif code == "DEADLINE_EXCEEDED":
             message = "the timeout passed before the answer was complete; give the call longer"

@@ -374,7 +374,8 @@ class Engine:
             outputs = self.runner.run(batch)
             self.scheduler.measured(batch, time.monotonic() - started)
         except Exception:
-            log.exception("a step failed; its %d requests are ended", len(batch))
+            ids = ", ".join(chunk.sequence.request.id for chunk in batch)
+            log.exception("a step failed; its %d requests are ended: %s", len(batch), ids)
             for chunk in batch:
                 self._finish(chunk.sequence, Finish.ERROR, events, error=STEP_FAILED, dirty=True)
             return

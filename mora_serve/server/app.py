@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -33,8 +34,9 @@ from mora_serve.access.door import Door
 from mora_serve.access.limits import Meter
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
+from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import lag
+from mora_serve.server import lag, tls
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -109,7 +111,7 @@ class MoraServer:
     @property
     def address(self) -> str:
         """Host and port, as clients want it."""
-        return _join(self.config.server.host, self.port)
+        return tls.join(self.config.server.host, self.port)
 
     async def start(self) -> None:
         """Listen, load, serve; health says NOT_SERVING until the end.
@@ -181,7 +183,11 @@ class MoraServer:
         server = aio.server(
             interceptors=(
                 CallInterceptor(
-                    self.metrics, self._entrance, self.config.engine.stall_seconds, apart=apart
+                    self.metrics,
+                    self._entrance,
+                    self.config.engine.stall_seconds,
+                    log_calls=self.config.server.log_calls,
+                    apart=apart,
                 ),
             ),
             options=(
@@ -199,44 +205,55 @@ class MoraServer:
 
     def _listen(self) -> None:
         config = self.config.server
-        apart = config.admin_port >= 0
-        self.port = self._bind(self._make(apart=apart), "", config.host, config.port)
+        secure, apart = tls.credentials(config), config.admin_port >= 0
+        self.port = self._bind(self._make(apart=apart), config.host, config.port, secure)
         if apart:
-            server = self._make(apart=False)
-            self.admin_port = self._bind(server, "admin_", config.admin_host, config.admin_port)
+            self.admin_port = self._bind(
+                self._make(apart=False),
+                config.admin_host,
+                config.admin_port,
+                secure,
+                "server.admin_",
+            )
         if config.metrics_port < 0:
             return
         try:
             self._exposition, _ = start_http_server(
-                config.metrics_port, config.host, self.metrics.registry
+                config.metrics_port, config.metrics_host, self.metrics.registry
             )
+        except socket.gaierror:
+            raise ConfigError(
+                f"server.metrics_host: {config.metrics_host!r} is no address of this machine; "
+                "give one, such as 127.0.0.1",
+                field="server.metrics_host",
+            ) from None
         except OSError as e:
             raise ConfigError(
-                f"server.metrics_port: {_join(config.host, config.metrics_port)} cannot be "
-                f"listened on ({e.strerror}); choose another port, or -1 for none",
+                f"server.metrics_port: {tls.join(config.metrics_host, config.metrics_port)} cannot "
+                f"be listened on ({e.strerror}); choose another port, or -1 for none",
                 field="server.metrics_port",
             ) from None
         self.metrics_port = self._exposition.server_port
 
-    def _bind(self, server: aio.Server, kind: str, host: str, port: int) -> int:
-        """Listen at the address of the configuration's ``kind`` of host and port; the real port."""
-        try:
-            socket.getaddrinfo(host, port)
-        except (OSError, UnicodeError):
+    def _bind(
+        self,
+        server: aio.Server,
+        host: str,
+        port: int,
+        secure: grpc.ServerCredentials | None,
+        prefix: str = "server.",
+    ) -> int:
+        """Listen with a server from now on; the real port."""
+        if not (
+            self._entrance.door.locked or self.config.access.allow_anonymous or is_loopback(host)
+        ):
             raise ConfigError(
-                f"server.{kind}host: {host!r} is no address of this machine; give one, such as "
-                "127.0.0.1 or 0.0.0.0",
-                field=f"server.{kind}host",
-            ) from None
-        try:
-            bound = server.add_insecure_port(_join(host, port))
-        except RuntimeError:
-            raise ConfigError(
-                f"server.{kind}port: {_join(host, port)} cannot be listened on; choose another "
-                f"port, stop what uses this one, or set server.{kind}host to an address of this "
-                "machine",
-                field=f"server.{kind}port",
-            ) from None
+                f"{prefix}host: {host!r} can be reached from other machines, and without keys "
+                "whoever reaches the server may do all; set access.file, or "
+                "access.allow_anonymous = true where a proxy decides who comes this far",
+                field=f"{prefix}host",
+            )
+        bound = tls.add_port(server, host, port, self.config.server, secure, prefix)
         self._servers.append(server)
         return bound
 
@@ -324,7 +341,3 @@ async def _on_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return await done
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

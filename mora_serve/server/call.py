@@ -21,10 +21,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: ``request_id`` is echoed to the client, ``caller`` is who makes it."""
+    """One call: ``request_id`` is echoed to the client, ``caller`` is who makes it.
+
+    ``counts`` are for the line of the log that tells of its end.
+    """
 
     request_id: str
     caller: Caller = field(default_factory=Caller)
+    counts: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def tenant(self) -> str:
@@ -39,6 +43,11 @@ _current: ContextVar[Call] = ContextVar("mora_serve_call")
 def current() -> Call:
     """The call that this task serves."""
     return _current.get()
+
+
+def found() -> Call | None:
+    """The call that this task serves, or None where it serves none."""
+    return _current.get(None)
 
 
 def enter(call: Call) -> None:

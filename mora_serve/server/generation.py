@@ -153,4 +153,7 @@ def _end(event: Event) -> tuple[Finish, Usage]:
         raise error.at("selection") if error.field == "mixture" else error
     if event.finish is None or event.usage is None:
         raise Internal("generation: it ended without a result; retry the request")
+    calls.current().counts.update(
+        prompt_tokens=event.usage.prompt_tokens, completion_tokens=event.usage.completion_tokens
+    )
     return event.finish, event.usage

@@ -38,6 +38,7 @@ from mora_serve.errors import (
 )
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
+from mora_serve.server import logs
 from mora_serve.server.gate import Gate, State
 
 DOMAIN = "mora-serve"
@@ -69,13 +70,21 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
     A call is let in by its metadata alone: one that is not is answered before a byte of its request
     is read. grpc's own services (health, reflection) pass whatever the gate's state, and health
-    needs no key. ``apart``: administrators' calls are served on another address.
+    needs no key. ``apart``: administrators' calls are served on another address. ``log_calls`` logs
+    a line for each call that ends.
     """
 
     def __init__(
-        self, metrics: Metrics, entrance: Entrance, stall_seconds: float, *, apart: bool = False
+        self,
+        metrics: Metrics,
+        entrance: Entrance,
+        stall_seconds: float,
+        *,
+        log_calls: bool = False,
+        apart: bool = False,
     ) -> None:
         self._metrics = metrics
+        self._log_calls = log_calls
         self._door = entrance.door
         self._gate = entrance.gate
         self._meter = entrance.meter
@@ -134,6 +143,8 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
         async def refuse(_: Any, context: _Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
+            if self._log_calls:
+                logs.ended(method, error.code, 0.0, request_id)
             await _abort(context, error, ((calls.REQUEST_ID, request_id),))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -225,7 +236,10 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             error = Internal(f"internal error; the server's log has it as request {request_id}")
             outcome = error.code
         finally:
-            self._metrics.rpc(method, outcome, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            self._metrics.rpc(method, outcome, seconds)
+            if self._log_calls:
+                logs.ended(method, outcome, seconds, request_id)
         return await _abort(context, error, echo)
 
 
