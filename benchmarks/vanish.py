@@ -52,6 +52,8 @@ OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 16 << 10),
 )
+STALLED = "stalled streams"
+CHECKS = "mora_engine_integrity_checks_total"
 HELD = (
     *("mora_kv_cache_pages_used", "mora_adapter_slots_used"),
     *("mora_num_requests_running", "mora_num_requests_waiting"),
@@ -143,13 +145,11 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         report.log(f"disturbed: {ended - started:.1f} s; {how}")
         seconds = free(metrics)
         after = sample(metrics)
-        # Looked at two seconds after the last request, at the earliest.
-        deadline = time.monotonic() + 30
-        checks = "mora_engine_integrity_checks_total"
-        while sample(metrics)[checks] == before[checks] and time.monotonic() < deadline:
-            time.sleep(0.2)
+        # One request more, after which the engine is idle and looks at its books again.
         last = client.generate(**{**jobs[0].options, "max_tokens": SHORT})
-        books = sample(metrics)
+        deadline = time.monotonic() + 30
+        while (books := sample(metrics))[CHECKS] <= after[CHECKS] and time.monotonic() < deadline:
+            time.sleep(0.2)
     stay = [i for i, job in enumerate(jobs) if not job.kind]
     different = sum(got[i] != want[i] or len(want[i]) != SHORT for i in stay)
     return {
@@ -161,14 +161,11 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         "held": sum(after[name] for name in HELD),
         "seconds_until_free": seconds,
         "streams_given_up": after[STALLED] - before[STALLED],
-        "integrity_checks": books[checks] - before[checks],
+        "integrity_checks": books[CHECKS] - after[CHECKS],
         "integrity_violations": books["mora_engine_integrity_violations_total"],
         "answers_after": len(last.tokens) == SHORT,
         "environment": report.environment(),
     }
-
-
-STALLED = "stalled streams"
 
 
 def sample(port: int) -> Counter[str]:

@@ -298,6 +298,7 @@ class Engine:
                         break
                 with self.watchdog.step():
                     self._hand_over(self.step())
+                    self._events = []  # a fault from here on has none of them to tell
                     self._look()
             self._end()
         except BaseException:
