@@ -61,6 +61,10 @@ class EngineConfig:
     max_stop: int = _doc(16, "largest number of stop strings a request may give")
     max_logprobs: int = _doc(20, "largest number of logprobs a token")
     stall_seconds: float = _doc(60.0, "a stream whose client reads nothing this long is aborted")
+    step_seconds: float = _doc(
+        120.0,
+        "a step that takes longer has hung: the server ends with status 3; 0 waits for ever",
+    )
     threads: int = _doc(
         0,
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
@@ -125,7 +129,9 @@ class ServerConfig:
         "gRPC port for LoadRouter and PinAdapter, which are then refused on server.port; 0 takes a "
         "free one, -1 serves them on server.port",
     )
-    drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
+    drain_seconds: float = _doc(
+        30.0, "time to stop in: running requests have most of it to finish, then they are ended"
+    )
     log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
     log_calls: bool = _doc(True, "log a line for each call that ends")
     state: str = _doc(

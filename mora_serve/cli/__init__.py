@@ -2,7 +2,8 @@
 key``.
 
 Exit status: 0 when all went well, 1 for an error of the server (or a demo that fell short),
-2 for a wrong command line or configuration, 130 when interrupted.
+2 for a wrong command line or configuration, 3 when the engine of a server failed or hung, 130 when
+interrupted.
 """
 
 from __future__ import annotations

@@ -169,6 +169,12 @@ class Scheduler:
                     sequence.pages, sequence.chain, sequence.tokens, sequence.computed
                 )
 
+    def reset(self) -> None:
+        """Forget every request: nobody runs, nobody waits. Their pages and slots are not given."""
+        self._queue = FairQueue(PATIENCE)
+        self._running, self._held = {}, {}
+        self._claimant, self._prefetched = None, False
+
     def check_integrity(self) -> None:
         """Raise IntegrityError where the books of pages, slots and queues disagree."""
         self._cache.check_integrity([s.pages for s in self._running])

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import lag, tls
+from mora_serve.server import ending, lag, tls
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LAST_SECONDS = 2.0  # for aborted calls to say so to their clients
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -74,6 +73,7 @@ class MoraServer:
         self.port = 0
         self.admin_port = -1
         self.metrics_port = -1
+        self.failed = asyncio.Event()  # the engine is gone, and nothing brings it back
         self._gate = Gate()
         audit = Audit(Path(config.access.audit) if config.access.audit else None)
         self._entrance = Entrance(Door(config.access), self._gate, Meter(), audit)
@@ -147,29 +147,57 @@ class MoraServer:
         ``drain_seconds`` is how long to wait, by default what the configuration says.
         """
         seconds = self.config.server.drain_seconds if drain_seconds is None else drain_seconds
+        times = ending.Times.of(seconds)
         if self._gate.state is State.SERVING:
             log.info("draining, at most %g s", seconds)
         await self._health.enter_graceful_shutdown()
-        drained = await self._gate.drain(seconds)
-        if not drained and self._bridge is not None:
-            self._bridge.abort_all()
-        grace = 0.1 if drained else _LAST_SECONDS
-        await asyncio.gather(*(server.stop(grace) for server in self._servers))
-        if self._feedback is not None:
-            await _on_daemon_thread(self._feedback.close)
-        if self._assembly is not None:
-            await _on_daemon_thread(self._assembly.close)
-        if self._exposition is not None:
-            await _on_daemon_thread(self._exposition.shutdown)
-            self._exposition.server_close()
+        if not await self._gate.drain(ending.left(times.finishing)):
+            log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
+            await self._gate.empty(ending.left(times.writing))
+        # Returns earlier, unless somebody watches the health, or does not read.
+        await asyncio.gather(*(server.stop(times.last) for server in self._servers))
+        await self._close_parts(times.closing)
         self._threads.shutdown()
         self._entrance.audit.close()
         for task in self._tasks:
             task.cancel()
         log.info("stopped")
 
+    async def _close_parts(self, until: float) -> None:
+        """Free everything, or leave behind what takes its time."""
+        parts: list[Callable[[], object]] = []
+        if self._feedback is not None:
+            parts.append(self._feedback.close)
+        if self._assembly is not None:
+            parts.append(self._assembly.close)
+        exposition: list[Callable[[], object]] = []
+        if self._exposition is not None:
+            exposition += [self._exposition.shutdown, self._exposition.server_close]
+        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition)))
+
+    async def _close(self, works: Iterable[Callable[[], object]], until: float) -> None:
+        for work in works:
+            try:
+                async with asyncio.timeout(ending.left(until)):
+                    await _on_daemon_thread(work)
+            except TimeoutError:
+                log.warning("%s is not done in time; it is left behind", work.__qualname__)
+            except Exception:
+                log.exception("%s failed", work.__qualname__)
+
+    @property
+    def engine_hangs(self) -> bool:
+        """Whether the engine's thread stands in a step that does not end."""
+        assembly = self._assembly
+        return self.failed.is_set() and assembly is not None and assembly.engine.alive
+
     def _fail(self) -> None:
-        """The engine is gone: whoever watches the health restarts the server."""
+        """The engine is gone: every caller is sent elsewhere, and the process is to end."""
+        if self.failed.is_set():
+            return
+        log.critical("the engine has failed: calls are ended, and the server is to be restarted")
+        self.failed.set()
+        self._gate.fail()
         self._run(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -270,15 +298,18 @@ class MoraServer:
 def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
-    Returns the exit status. Raises ConfigError for a configuration that cannot be served.
+    Returns the exit status: 0, or ``ending.ENGINE_FAILED`` when the engine failed or hung. The
+    process ends by itself, with this status, where a thread would keep it beyond the time to stop.
+
+    Raises ConfigError for a configuration that cannot be served.
     """
-    asyncio.run(_serve(config))
-    return 0
+    return asyncio.run(_serve(config))
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config) -> int:
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
+    hard_ends: list[ending.HardEnd] = []
 
     def end(number: signal.Signals) -> None:
         if signalled.is_set():
@@ -286,6 +317,8 @@ async def _serve(config: Config) -> None:
             logging.shutdown()
             os._exit(128 + number)  # threads are in the middle of something: nothing is awaited
         log.info("%s: stopping", number.name)
+        seconds = max(config.server.drain_seconds - ending.MARGIN / 2, 2.0)
+        hard_ends.append(ending.HardEnd(seconds, 0))
         signalled.set()
 
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -293,17 +326,29 @@ async def _serve(config: Config) -> None:
     server = MoraServer(config)
     starting = asyncio.ensure_future(server.start())
     waiting = asyncio.ensure_future(signalled.wait())
+    failing = asyncio.ensure_future(server.failed.wait())
+    tasks = (starting, waiting, failing)
     try:
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             _settle()
-            await waiting
+            await asyncio.wait((waiting, failing), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (starting, waiting):
+        failed = server.failed.is_set()
+        if failed:
+            hard_ends.append(ending.HardEnd(ending.FAILED_SECONDS, ending.ENGINE_FAILED))
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(starting, waiting, return_exceptions=True)
-        await server.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(ending.FAILED_SECONDS / 2 if failed else None)
+    status = ending.ENGINE_FAILED if server.failed.is_set() else 0
+    if server.engine_hangs:  # the interpreter's own end might wait for it
+        ending.end_now(status)
+    if not ending.busy_threads():
+        for hard_end in hard_ends:
+            hard_end.cancel()
+    return status
 
 
 def _settle() -> None:
