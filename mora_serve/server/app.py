@@ -35,6 +35,7 @@ from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
 from mora_serve.server.interceptors import CallInterceptor
+from mora_serve.server.memory import limit_arenas
 from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def serve(config: Config) -> int:
 
     Returns the exit status. Raises ConfigError for a configuration that cannot be served.
     """
+    limit_arenas()
     asyncio.run(_serve(config))
     return 0
 
