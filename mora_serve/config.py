@@ -57,6 +57,10 @@ class EngineConfig:
     prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
     max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
     max_queue: int = _doc(1024, "requests waiting before new ones are refused")
+    tenant_queue: float = _doc(
+        0.5,
+        "share of the places in line left by other tenants that one tenant may fill; 1 for all",
+    )
     max_tokens: int = _doc(4096, "largest max_tokens a request may ask for")
     max_stop: int = _doc(16, "largest number of stop strings a request may give")
     max_logprobs: int = _doc(20, "largest number of logprobs a token")
@@ -314,6 +318,12 @@ def _check(config: Config) -> None:
             f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "
             f"({config.engine.max_batch}); each running request needs one token a step",
             field="engine.step_tokens",
+        )
+    if not 0 < config.engine.tenant_queue <= 1:
+        raise ConfigError(
+            f"engine.tenant_queue: {config.engine.tenant_queue:g} is out of range; it must be "
+            "above 0 and at most 1",
+            field="engine.tenant_queue",
         )
     if 0 < config.engine.step_pace < 1:
         raise ConfigError(

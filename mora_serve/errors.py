@@ -120,15 +120,18 @@ class Failure:
     reason: str
     message: str
     field: str = ""
+    retry_after: float | None = None
 
     @classmethod
     def of(cls, error: MoraError) -> Failure:
         """What an error says."""
-        return cls(error.code, error.reason, error.message, error.field)
+        return cls(error.code, error.reason, error.message, error.field, error.retry_after)
 
     def error(self) -> MoraError:
         """The error of this code."""
-        return class_of(self.code)(self.message, field=self.field, reason=self.reason)
+        return class_of(self.code)(
+            self.message, field=self.field, reason=self.reason, retry_after=self.retry_after
+        )
 
 
 def class_of(code: str) -> type[MoraError]:

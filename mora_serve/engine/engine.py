@@ -32,6 +32,7 @@ from mora_serve.core import (
 )
 from mora_serve.engine import failures
 from mora_serve.engine.adapter_pool import AdapterPool
+from mora_serve.engine.admission import Admission
 from mora_serve.engine.integrity import Integrity
 from mora_serve.engine.isolation import Isolation, Outcome
 from mora_serve.engine.kv_cache import IntegrityError, KVCache
@@ -50,6 +51,7 @@ from mora_serve.model.shape import PROJECTIONS
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.1
+EXPIRE_SECONDS = 0.05  # between two looks for those in line whose deadline is out of reach
 
 Deliver = Callable[[Seq[Event | AdapterLoad]], None]
 
@@ -94,6 +96,7 @@ class Engine:
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
+        self.admission = Admission(config.engine)
         self.runner = Runner(decoder, self.pool, pages, self.max_context, config.engine)
         self.pool_queue = PoolQueue(decoder, config.engine)
         self.watchdog = Watchdog(config.engine.step_seconds, self._stuck)
@@ -104,8 +107,7 @@ class Engine:
         self._events: list[Event | AdapterLoad] = []  # of the step under way
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._stats = self._snapshot()
-        self._stats_time = 0.0
-        self._preemptions = 0
+        self._stats_time = self._expire_time = 0.0
         self._deliver: Deliver | None = None
         self._failed: Callable[[], object] | None = None
         self._failure: Failure | None = None
@@ -132,8 +134,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
 
-        Raises InvalidArgument when it can never fit, ResourceExhausted when the queue is full,
-        Unavailable when the engine is stopping.
+        Raises InvalidArgument when it can never fit, what ``Admission.admit`` raises when it has to
+        be refused for now, Unavailable when the engine is stopping.
         """
         length = len(request.prompt)
         if max(request.prompt) >= self.base.shape.vocab_size:
@@ -160,7 +162,7 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise self._refusal()
-            self._check_queue(self.scheduler.waiting_count)
+            self.admission.admit(request, budget, time.monotonic())
             self._inbox.append(request)
             self._notify()
 
@@ -187,7 +189,7 @@ class Engine:
             if self._stopping:
                 raise self._refusal()
             if not background:
-                self._check_queue(self.pool_queue.urgent)
+                self._check_pool_queue()
             self._inbox.append(job)
             self._notify()
         return job.done
@@ -200,14 +202,14 @@ class Engine:
         while self.pool_queue:
             self.pool_queue.run(busy=False)
 
-    def _check_queue(self, waiting: int) -> None:
-        queued = waiting + len(self._inbox)
+    def _check_pool_queue(self) -> None:
+        queued = self.pool_queue.urgent + len(self._inbox)
         if queued >= self.config.max_queue:
             raise ResourceExhausted(
-                f"queue: it holds {queued} requests, as many as engine.max_queue allows; "
+                f"queue: it holds {queued} prompts to route, as many as engine.max_queue allows; "
                 "retry later",
                 reason="QUEUE_FULL",
-                retry_after=1.0,
+                retry_after=self.admission.retry_after(""),
             )
 
     def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
@@ -270,14 +272,24 @@ class Engine:
         """One turn of the engine: messages, loads, states to pool, one batch, its events."""
         events: list[Event | AdapterLoad] = []
         self._events = events
+        started = time.monotonic()
         self._receive(events)
         self._settle_loads(events)
         self._expire(events)
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
+        for sequence in self.scheduler.started:
+            self.admission.started(sequence.request.id, sequence.cached_tokens)
+        made = self._generation_tokens
         if batch:
             self._run(batch, events)
         now = time.monotonic()
+        if batch:
+            made = self._generation_tokens - made
+            decodes = sum(chunk.length == 1 for chunk in batch)
+            prompts = sum(chunk.length for chunk in batch) - decodes
+            short = self.scheduler.short
+            self.admission.stepped(decodes, prompts, made, now - started, short=short)
         if now - self._stats_time >= STATS_SECONDS or not self.scheduler.running_count:
             self._stats, self._stats_time = self._snapshot(), now
         return events
@@ -390,6 +402,7 @@ class Engine:
             usage = Usage(len(request.prompt), 0, 0, 0.0, 0.0, 0.0)
             error = failures.step_failed(request.id)
             events.append(Event(request.id, finish=Finish.ERROR, usage=usage, error=error))
+            self.admission.ended(request.id, 0, by_itself=False)
             return
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -411,6 +424,11 @@ class Engine:
         ]
         for sequence in expired:
             self._finish(sequence, Finish.DEADLINE, events)
+        if now - self._expire_time >= EXPIRE_SECONDS and self.admission.waiting:
+            self._expire_time = now
+            waiting = [s.request for s in self._sequences.values() if s.admitted is None]
+            for request, why in self.admission.hopeless(waiting, now):
+                self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
 
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
         self.runner.clear(self.cache.take_new())
@@ -480,6 +498,8 @@ class Engine:
         del self._sequences[sequence.request.id]
         self.scheduler.remove(sequence, dirty)
         self.integrity.change()
+        by_itself = finish in (Finish.STOP, Finish.LENGTH)
+        self.admission.ended(sequence.request.id, len(sequence.output), by_itself=by_itself)
         if error is None:
             try:
                 text += sequence.text.flush()

@@ -41,6 +41,8 @@ DEFAULT_PAGE = 100
 MAX_PAGE = 200
 MAX_UPLOADS = 8  # at the same time; each holds up to adapters.max_bytes of disk
 MAX_REGISTRATIONS = 16  # at the same time, those that wait for a thread included
+MAX_CHANGES = 64  # other changes, likewise
+MAX_LOOKUPS = 256
 
 T = TypeVar("T")
 
@@ -79,6 +81,8 @@ class AdapterServicer(AdapterServiceServicer):
         self._audit = audit
         self._uploads = Places(MAX_UPLOADS, "uploads")
         self._registrations = Places(MAX_REGISTRATIONS, "registrations")
+        self._changes = Places(MAX_CHANGES, "changes of adapters")
+        self._lookups = Places(MAX_LOOKUPS, "look-ups of adapters")
 
     async def RegisterAdapter(
         self, request: pb.RegisterAdapterRequest, context: Context
@@ -91,7 +95,7 @@ class AdapterServicer(AdapterServiceServicer):
         def read() -> ValidatedAdapter:
             return read_directory(root, path, self._shape, self._limits, self._fingerprint)
 
-        with self._registrations.taken():
+        with self._registrations.taken(calls.current().tenant):
             record, created = await self._register(request, read, "card")
         return pb.RegisterAdapterResponse(adapter=self._message(record), created=created)
 
@@ -99,7 +103,7 @@ class AdapterServicer(AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Register the files that the client sends."""
-        with self._uploads.taken():
+        with self._uploads.taken(calls.current().tenant):
             header, upload = None, Upload(self._limits)
             with upload:
                 async for message in self._steadily(request_iterator):
@@ -140,8 +144,9 @@ class AdapterServicer(AdapterServiceServicer):
                 record = self._registry.update(tenant, name, card=card)
             return self._recorded("adapter.updated", record)
 
-        record = await self._run(update)
-        await self._keyed(record)
+        with self._changes.taken(tenant):
+            record = await self._run(update)
+            await self._keyed(record)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
 
     async def UnregisterAdapter(
@@ -156,7 +161,8 @@ class AdapterServicer(AdapterServiceServicer):
                 record = self._registry.unregister(tenant, name)
             return self._recorded("adapter.unregistered", record)
 
-        await self._run(unregister)
+        with self._changes.taken(tenant):
+            await self._run(unregister)
         return pb.UnregisterAdapterResponse()
 
     async def ListAdapters(
@@ -192,8 +198,9 @@ class AdapterServicer(AdapterServiceServicer):
         """Describe an adapter."""
         check_name(request.name, "name")
         # Not on the event loop: where there is no such name, the nearest ones are sought.
-        get = partial(self._registry.get, calls.current().tenant, request.name)
-        with _of_name():
+        tenant = calls.current().tenant
+        get = partial(self._registry.get, tenant, request.name)
+        with self._lookups.taken(tenant), _of_name():
             record = await asyncio.get_running_loop().run_in_executor(self._short, get)
         return pb.GetAdapterResponse(adapter=self._message(record))
 
@@ -213,7 +220,8 @@ class AdapterServicer(AdapterServiceServicer):
                     record = self._registry.pin(tenant, name, True)
             return self._recorded("adapter.pinned", record)
 
-        record = await self._run(pin)
+        with self._changes.taken(tenant):
+            record = await self._run(pin)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
     async def _register(

@@ -41,6 +41,7 @@ from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
 from mora_serve.server.interceptors import CallInterceptor, Entrance
+from mora_serve.server.memory import limit_arenas
 from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
 
 if TYPE_CHECKING:
@@ -303,6 +304,7 @@ def serve(config: Config) -> int:
 
     Raises ConfigError for a configuration that cannot be served.
     """
+    limit_arenas()
     return asyncio.run(_serve(config))
 
 

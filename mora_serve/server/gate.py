@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import random
+import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from mora_serve.errors import MoraError, ResourceExhausted, Unavailable
+from mora_serve.places import most, retry_after
+
+_GAIN = 0.1  # weight of the newest call in how long a place is held
 
 
 class State(enum.Enum):
@@ -102,23 +108,40 @@ def _closed(state: State) -> Unavailable:
 
 
 class Places:
-    """A bounded number of calls at work of one kind; lives on the event loop."""
+    """A bounded number of calls at work of one kind, shared by tenants; lives on the event loop.
+
+    A tenant may hold half of what the others leave (see ``mora_serve/places.py``).
+    """
 
     def __init__(self, count: int, kind: str) -> None:
-        self._free = count
+        self._count = count
         self._kind = kind
+        self._held: Counter[str] = Counter()  # by tenant
+        self._taken = 0
+        self._seconds: float | None = None  # that a call held its place, lately
+        self._rng = random.Random()
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self, tenant: str = "") -> Iterator[None]:
         """A place for one call. Raises ResourceExhausted at once where there is none."""
-        if not self._free:
+        own = self._held[tenant]
+        if own >= most(self._count, self._taken - own):
+            who = "this tenant" if self._taken < self._count else "it"
             raise ResourceExhausted(
-                f"server: it has as many {self._kind} at work as it takes; try again later",
+                f"server: {who} has as many {self._kind} at work as it takes; try again later",
                 reason="BUSY",
-                retry_after=1.0,
+                retry_after=retry_after(self._seconds, self._rng),
             )
-        self._free -= 1
+        self._held[tenant] += 1
+        self._taken += 1
+        start = time.monotonic()
         try:
             yield
         finally:
-            self._free += 1
+            self._taken -= 1
+            self._held[tenant] -= 1
+            if not self._held[tenant]:
+                del self._held[tenant]
+            seconds = time.monotonic() - start
+            before = seconds if self._seconds is None else self._seconds
+            self._seconds = before + _GAIN * (seconds - before)

@@ -246,10 +246,12 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
     status = rpc_status.to_status(status_of(error))
     trailing = (*status.trailing_metadata, *echo)
-    if error.retry_after is not None:
+    left = context.time_remaining()
+    if error.retry_after is not None and (left is None or error.retry_after < left):
         trailing += ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    elif isinstance(error, ResourceExhausted):
-        trailing += ((PUSHBACK, "-1"),)  # tells a client's retry policy not to try again
+    elif error.retry_after is not None or isinstance(error, ResourceExhausted):
+        # A client's retry policy is not to try again: the call would end by its deadline instead.
+        trailing += ((PUSHBACK, "-1"),)
     return await context.abort(status.code, status.details, trailing)
 
 

@@ -24,6 +24,7 @@ from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
+from mora_serve.server.gate import Places
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import router_pb2 as pb
 from mora_serve.v1.router_pb2_grpc import RouterServiceServicer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[Any, Any]
 
+MAX_LOADS = 4  # of routers at the same time, those that wait for the thread included
 
 _TIMES = range(-62_135_596_800, 253_402_300_800)  # seconds of the years 1 to 9999, a Timestamp's
 
@@ -58,6 +60,7 @@ class RouterServicer(RouterServiceServicer):
         self._routing = routing
         self._config = config
         self._executor = executor
+        self._loads = Places(MAX_LOADS, "loads of routers")
         self._feedback = feedback
         self._audit = audit
 
@@ -82,7 +85,8 @@ class RouterServicer(RouterServiceServicer):
             calls.record(self._audit, "router.loaded", digest=self._routing.load(data).digest)
 
         run = contextvars.copy_context().run
-        await asyncio.get_running_loop().run_in_executor(self._executor, run, load)
+        with self._loads.taken(calls.current().tenant):
+            await asyncio.get_running_loop().run_in_executor(self._executor, run, load)
         return pb.LoadRouterResponse(router=self._describe())
 
     async def GetRouter(

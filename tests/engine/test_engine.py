@@ -223,7 +223,7 @@ def test_context_end_finishes_with_length(make_engine):
 
 def test_a_full_queue_refuses_and_a_request_too_large_for_the_cache_is_invalid(make_engine):
     """The queue's bound gives RESOURCE_EXHAUSTED; what can never fit is the caller's error."""
-    local = make_engine(max_queue=2, kv_pages=3)
+    local = make_engine(max_queue=2, tenant_queue=1.0, kv_pages=3)
     with pytest.raises(InvalidArgument, match="key/value pages"):
         local.engine.submit(local.request((PROMPT, {}, SamplingParams(100))))
     for _ in range(2):

@@ -217,6 +217,20 @@ async def test_exhaustion_tells_when_to_come_back(server, retry_after, pushback)
     assert dict(got.trailing_metadata())[PUSHBACK] == pushback
 
 
+async def test_a_retry_that_comes_too_late_is_not_waited_for(server):
+    """The client learns at once why, instead of its deadline's end while it waits to try again."""
+    server.act = raiser(errors.ResourceExhausted("full", retry_after=3600.0))
+    call = server.channel.unary_unary(
+        "/test.Service/unary_unary",
+        request_serializer=StringValue.SerializeToString,
+        response_deserializer=StringValue.FromString,
+    )
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call(StringValue(value="x"), timeout=60)
+    assert dict(caught.value.trailing_metadata())[PUSHBACK] == "-1"
+    assert details(caught.value)["RetryInfo"].retry_delay.seconds == 3600
+
+
 async def test_a_long_message_still_fits_the_metadata(server):
     """An error that quotes a huge value is cut rather than lost."""
     server.act = raiser(errors.InvalidArgument("x" * 100_000, field="prompt"))
