@@ -94,6 +94,9 @@ class AdaptersConfig:
     max_bytes: int = _doc(1 << 30, "size of one adapter's weights")
     max_tensors: int = _doc(8192, "tensors in one adapter")
     max_prompts: int = _doc(64, "example prompts in one routing card")
+    require_sha256: bool = _doc(
+        False, "take only adapters whose senders state the SHA-256 of their files"
+    )
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Change:
     """One step of the registry, for subscribers.
 
     An adapter was registered (``before`` is None), removed (``after`` is None), replaced or
-    updated (both are set); or the router was replaced (neither is).
+    updated (both are set); or the router was replaced (neither is). One that is lost has none.
     """
 
     revision: int
@@ -195,9 +195,8 @@ class State:
             _put(by_task, (tenant, task), tuple(_with(own, name, now).values()))
         return State(change.revision, adapters, self.router, by_tenant, by_task)
 
-    def change_from_json(self, values: Mapping[str, Any]) -> Change:
-        """The next change, as the log has it."""
-        revision = self.revision + 1
+    def change_from_json(self, revision: int, values: Mapping[str, Any]) -> Change:
+        """The next change, as the log has it under its number."""
         if "router" in values:
             return Change(revision, router=_router(values["router"]))
         if "put" in values:

@@ -14,7 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mora_serve.access.audit import Audit
+from mora_serve.adapters import checksum
 from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.checksum import stated_sum
 from mora_serve.adapters.record import Quota
 from mora_serve.adapters.registry import AdapterRecord, Registry
 from mora_serve.adapters.untrusted import check_name
@@ -89,11 +91,13 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> pb.RegisterAdapterResponse:
         """Register a directory under the adapter root."""
         check_name(request.name, "name")
+        stated = stated_sum(request.sha256, required=self._limits.require_sha256)
 
         root, path = calls.root_of(self._config), request.path
 
         def read() -> ValidatedAdapter:
-            return read_directory(root, path, self._shape, self._limits, self._fingerprint)
+            fingerprint = self._fingerprint
+            return read_directory(root, path, self._shape, self._limits, fingerprint, sha256=stated)
 
         with self._registrations.taken(calls.current().tenant):
             record, created = await self._register(request, read, "card")
@@ -104,7 +108,7 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Register the files that the client sends."""
         with self._uploads.taken(calls.current().tenant):
-            header, upload = None, Upload(self._limits)
+            header, stated, upload = None, "", Upload(self._limits)
             with upload:
                 async for message in self._steadily(request_iterator):
                     kind = message.WhichOneof("kind")
@@ -113,6 +117,8 @@ class AdapterServicer(AdapterServiceServicer):
                     elif kind == "header" and header is None:
                         header = message.header
                         check_name(header.name, "header.name")
+                        with _of_header():
+                            stated = stated_sum(header.sha256, required=self._limits.require_sha256)
                     else:
                         raise invalid(
                             "kind", "send one header first and then nothing but chunks", "ORDER"
@@ -121,10 +127,11 @@ class AdapterServicer(AdapterServiceServicer):
                     raise invalid("header", "the upload has none; send it first", "ORDER")
 
                 def read() -> ValidatedAdapter:
-                    config, weights, own_card = upload.files()
-                    return read_upload(
-                        config, weights, own_card, self._shape, self._limits, self._fingerprint
-                    )
+                    arrived, limits, fingerprint = upload.files(), self._limits, self._fingerprint
+                    with _of_header():
+                        return read_upload(
+                            *arrived, self._shape, limits, fingerprint, sha256=stated
+                        )
 
                 record, created = await self._register(header, read, "header.card")
         return pb.UploadAdapterResponse(adapter=self._message(record), created=created)
@@ -315,6 +322,15 @@ def _of_name() -> Iterator[None]:
         yield
     except MoraError as e:
         raise (e.at("name") if e.field == "adapter" else e) from None
+
+
+@contextlib.contextmanager
+def _of_header() -> Iterator[None]:
+    """Errors about the stated sum are about a field of the header of an upload."""
+    try:
+        yield
+    except MoraError as e:
+        raise (e.at(f"header.{e.field}") if e.field == checksum.FIELD else e) from None
 
 
 def card_of(message: pb.RoutingCard) -> RoutingCard:

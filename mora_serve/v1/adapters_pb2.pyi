@@ -26,16 +26,18 @@ class RoutingCard(_message.Message):
     def __init__(self, tasks: _Optional[_Iterable[str]] = ..., prompts: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., group: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., router_digest: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "card", "replace")
+    __slots__ = ("name", "path", "card", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     card: RoutingCard
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
     __slots__ = ("adapter", "created")
@@ -54,14 +56,16 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("name", "card", "replace")
+    __slots__ = ("name", "card", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     card: RoutingCard
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("file", "data")
