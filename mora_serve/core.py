@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mora_serve.errors import Failure
 
 DEFAULT_TENANT = "default"
+API_KEY = "MORA_API_KEY"  # the variable of the environment that holds a client's key
 SHARED_TENANT = "shared"  # owns what every tenant may use
 
 
