@@ -2,8 +2,9 @@
 
 Each call is made from its method's descriptor (``wire_cases``): plausible, wild or spoilt bytes,
 metadata, deadlines and kinds. Whatever comes back has to be an answer of the method's type or a
-documented, typed status that gives nothing away. At the end the server has to answer known
-prompts, of a tenant that no case names, with the same tokens as before.
+documented, typed status that gives nothing away. Beside them, one connection for every 50 calls
+speaks HTTP/2 as no client of grpc's would (``wire_garbage``). At the end the server has to answer
+known prompts, of a tenant that no case names, with the same tokens as before.
 
     python -m benchmarks.fuzz_wire --json
     python -m benchmarks.fuzz_wire --requests 3000 --seconds 120 --json
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import collections
 import os
+import random
 import re
 import shutil
 import sys
@@ -37,6 +39,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks import report
 from benchmarks.leaks import leaks
 from benchmarks.wire_cases import NAMES, TENANT, Cases, WireCase
+from benchmarks.wire_garbage import garbage, strike
 from mora_serve import errors
 from mora_serve.client import Client
 from mora_serve.demo.bundle import bundle_path
@@ -50,7 +53,7 @@ KEEPER = "keeper"  # the tenant that no case names
 DOCUMENTED = {e.code for e in errors.MoraError.__subclasses__()} - {"UNKNOWN", "INTERNAL"}
 # grpc's own answers to what it does not let through.
 _OWN = {
-    "RESOURCE_EXHAUSTED": r".*(message|Message) larger than max|received .*metadata size exceeds",
+    "RESOURCE_EXHAUSTED": r".*[Mm]essage larger than max|received .*metadata size exceeds",
     "UNIMPLEMENTED": r"Method not found!$",
 }
 
@@ -75,6 +78,7 @@ class Found:
     methods: collections.Counter[str] = field(default_factory=collections.Counter)
     reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: dict[int, list[str]] = field(default_factory=dict)
+    connections: int = 0  # of garbage
     slowest: float = 0.0
 
 
@@ -129,19 +133,21 @@ def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -
         after = answers(keeper, root)
         cpu = cpu_seconds(server.pid)
         status = server.stop()
-        log = server.log if status else ""
-    wrong = len(found.wrong) + untyped + running + (status != 0)
+        log, faults = server.log, server.whole_log.count("Traceback")
+    wrong = len(found.wrong) + untyped + running + faults + (status != 0)
     for number, what in list(found.wrong.items())[:20]:
         report.log(f"case {number}: {cases.case(number).path}: {'; '.join(what)}")
     return {
         "requests": found.requests,
         "rpcs": len(found.methods),
+        "garbage_connections": found.connections,
         "wrong": wrong,
         "what": {str(n): w for n, w in list(found.wrong.items())[:50]},
         "untyped_by_server": untyped,
         "left_running": running,
         "exit_status": status,
-        "log": log,
+        "tracebacks_in_log": faults,
+        "log": log if wrong else "",
         "same_answers": int(before == after),
         "codes": dict(found.codes.most_common()),
         "reasons": dict(found.reasons.most_common()),
@@ -181,6 +187,7 @@ async def run(
 ) -> Found:
     """Make the calls of these numbers, many at once, until ``end``."""
     found, left = Found(), iter(numbers)
+    host, _, port = address.rpartition(":")
     size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     # Connections of their own, not one shared by channels of equal options.
     channels = [
@@ -205,6 +212,12 @@ async def run(
             found.reasons[reason_of(outcome)] += 1
             if what:
                 found.wrong[number] = what
+            if number % 50 == 0:
+                rng = random.Random(f"{cases.seed}:connection:{number}")
+                heard = await strike(host, int(port), garbage(rng))
+                found.connections += 1
+                if told := leaks(heard.decode("latin-1"), address.encode(), secrets):
+                    found.wrong[number] = [f"connection: gives away {told}"]
             if found.requests % 5000 == 0:
                 report.log(f"{found.requests} requests, {len(found.wrong)} wrong")
 

@@ -75,7 +75,7 @@ class Cases:
     """Makes the case of a number; ``bundle`` has the adapters and routers to send and to spoil."""
 
     def __init__(self, bundle: Path, seed: int, patience: float) -> None:
-        self._seed = seed
+        self.seed = seed
         self._patience = patience
         adapter = bundle / "adapters" / "reverse"
         self._config = (adapter / "adapter_config.json").read_bytes()
@@ -111,7 +111,7 @@ class Cases:
 
     def case(self, number: int) -> WireCase:
         """The case of this number."""
-        rng = random.Random(f"{self._seed}:{number}")
+        rng = random.Random(f"{self.seed}:{number}")
         # Each method in turn: none is left to chance.
         methods: Sequence[MethodDescriptor] = [*METHODS.values()]
         method: MethodDescriptor | None = methods[number % len(methods)]
@@ -126,6 +126,8 @@ class Cases:
             path, method = _elsewhere(path, rng), None
         elif draw < 0.06:
             streams = rng.choice((True, False)), rng.choice((True, False))
+            if streams[0] and not method.client_streaming:
+                messages *= rng.randrange(3)  # none, or one too many
         elif draw < 0.08 and streams[0]:
             messages = ()
         if not streams[0]:

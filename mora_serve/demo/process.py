@@ -103,9 +103,13 @@ class ServerProcess:
     @property
     def log(self) -> str:
         """The last 4,000 characters of what the server has written."""
-        self._log.flush()
+        return self.whole_log[-4000:]
+
+    @property
+    def whole_log(self) -> str:
+        """All that the server has written."""
         size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), 4000, max(0, size - 4000)).decode(errors="replace")
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
 
 def free_port() -> int:

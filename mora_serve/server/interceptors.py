@@ -5,6 +5,9 @@ with machine-readable details; anything else is logged, and the client learns th
 
 An answer carries the request id in its initial metadata, an error in its trailing metadata:
 initial metadata sent ahead of an error would commit the call, and no client would retry it.
+
+To grpc every method takes a stream: a call's only message is read here, once the call is let in.
+grpc itself would read it before, however large, and leave a call that has none without an end.
 """
 
 from __future__ import annotations
@@ -150,29 +153,32 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _unary(self, method: str, handler: Any, call: calls.Call) -> Any:
-        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        many = handler.request_streaming
+        inner, take = (
+            (handler.stream_unary, self._all) if many else (handler.unary_unary, self._only)
+        )
 
-        async def behaviour(request: Any, context: _Context) -> Any:
+        async def behaviour(requests: Any, context: _Context) -> Any:
             async def run(echo: _Metadata) -> Any:
-                response = await inner(_checked(request), context)
+                response = await inner(await take(requests, context), context)
                 await context.send_initial_metadata(echo)
                 return response
 
             return await self._guard(method, context, call, run)
 
-        make = (
-            grpc.stream_unary_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_unary_rpc_method_handler
+        return grpc.stream_unary_rpc_method_handler(
+            behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
-        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
 
     def _streaming(self, method: str, handler: Any, call: calls.Call) -> Any:
-        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        many = handler.request_streaming
+        inner, take = (
+            (handler.stream_stream, self._all) if many else (handler.unary_stream, self._only)
+        )
 
-        async def behaviour(request: Any, context: _Context) -> None:
+        async def behaviour(requests: Any, context: _Context) -> None:
             async def run(echo: _Metadata) -> None:
-                answer = inner(_checked(request), context)
+                answer = inner(await take(requests, context), context)
                 if not hasattr(answer, "__aiter__"):  # it writes to the context itself
                     await answer
                     return
@@ -186,12 +192,31 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
             await self._guard(method, context, call, run)
 
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
+        return grpc.stream_stream_rpc_method_handler(
+            behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
-        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+    async def _only(self, requests: Any, context: _Context) -> Any:
+        """The only message of a call; those after it are not read."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                request = await context.read()
+        except TimeoutError:
+            raise ResourceExhausted(
+                f"request: nothing came for {self._stall_seconds:g} seconds; send the message "
+                "with the call",
+                reason="STREAM_STALLED",
+            ) from None
+        if request is aio.EOF:
+            raise InvalidArgument(
+                "request: the call has no message; send one of its type, which may be empty",
+                reason="NO_MESSAGE",
+            )
+        return _checked(request)
+
+    async def _all(self, requests: Any, context: _Context) -> AsyncIterator[Any]:
+        """The messages of a call that takes many."""
+        return _each_checked(requests)
 
     async def _write(self, context: _Context, message: Any) -> None:
         try:
@@ -296,10 +321,10 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
 
 
 def _checked(request: Any) -> Any:
-    """The request, or the stream of requests; InvalidArgument for bytes that do not parse."""
+    """The request. Raises InvalidArgument for bytes that do not parse."""
     if isinstance(request, _Malformed):
         raise InvalidArgument("request: its bytes are not a message of this call's type")
-    return _each_checked(request) if hasattr(request, "__aiter__") else request
+    return request
 
 
 async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

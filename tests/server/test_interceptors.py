@@ -305,3 +305,53 @@ async def test_draining_waits_for_those_inside(server):
     await call.done_writing()
     assert await drained
     assert await call.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+class TestTheOnlyMessage:
+    """Clients of any language can make a call of one message as one of many, or of none."""
+
+    def call(self, server, kind, *messages):
+        many = kind.replace("unary_", "stream_", 1)
+        return getattr(server.channel, many)(f"/test.Service/{kind}")(iter(messages), timeout=20)
+
+    async def end(self, call):
+        try:
+            await rest(call) if hasattr(call, "read") else await call
+        except aio.AioRpcError as e:
+            return e
+        return None
+
+    async def test_a_call_without_one_is_refused(self, server, kind):
+        got = await self.end(self.call(server, kind))
+        assert got.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(got)["ErrorInfo"].reason == "NO_MESSAGE"
+
+    async def test_what_follows_it_is_not_looked_at(self, server, kind):
+        good = StringValue(value="1").SerializeToString()
+        assert await self.end(self.call(server, kind, good, b"\xff")) is None
+
+    async def test_it_has_to_come_in_time(self, server, kind):
+        """A client that opens calls and says nothing more holds none of them for long."""
+
+        async def silence():
+            await asyncio.Event().wait()
+            yield b""
+
+        many = kind.replace("unary_", "stream_", 1)
+        call = getattr(server.channel, many)(f"/test.Service/{kind}")(silence(), timeout=20)
+        got = await self.end(call)
+        assert got.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details(got)["ErrorInfo"].reason == "STREAM_STALLED"
+
+    async def test_nobody_sends_one_where_nobody_is_let_in(self, server, kind):
+        """A refusal does not wait for the message, however large."""
+        server.gate.state = State.DRAINING
+
+        async def silence():
+            await asyncio.Event().wait()
+            yield b""
+
+        many = kind.replace("unary_", "stream_", 1)
+        call = getattr(server.channel, many)(f"/test.Service/{kind}")(silence(), timeout=20)
+        assert (await self.end(call)).code() is grpc.StatusCode.UNAVAILABLE
