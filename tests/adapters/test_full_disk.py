@@ -138,11 +138,11 @@ def test_a_disk_that_fills_at_any_operation_of_a_change(
                 with opened(state) as again:  # on the full disk
                     assert summary(again) == before
             else:
-                after = summary(registry)
+                after, refused = summary(registry), disk.refused
                 assert after != before
                 with opened(state) as again:
                     assert summary(again) == after
-                if not disk.refused:
+                if not refused:
                     assert number > 3
                     return
                 undo(registry, disk)
