@@ -116,7 +116,7 @@ def measure(folder: Path, ballast: Ballast, rounds: int, seed: int) -> dict[str,
                 wrong.append(f"round {number}: {model.difference(found)}")
             wrong += [f"round {number}: {text}" for text in complaints]
             model = found
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is no typed refusal
+        except Exception as e:  # whatever it is, it is no typed refusal
             wrong.append(f"round {number}: {type(e).__name__}: {e}")
         ballast.drop()
         for text in wrong[-1:]:

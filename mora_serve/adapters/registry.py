@@ -416,7 +416,10 @@ class Registry:
 
     def _check_contents(self) -> None:
         """Find damaged contents, and what nothing refers to."""
-        left, digests = CHECKED_AT_START, {r.digest: r.nbytes for r in self._state.adapters.values()}
+        left, digests = (
+            CHECKED_AT_START,
+            {r.digest: r.nbytes for r in self._state.adapters.values()},
+        )
         if self._state.router is not None:
             digests[self._state.router.digest] = 0
         for digest, nbytes in digests.items():

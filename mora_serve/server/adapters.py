@@ -84,9 +84,7 @@ class AdapterServicer(AdapterServiceServicer):
 
         def read() -> ValidatedAdapter:
             root, path, fingerprint = self._limits.root, request.path, self._fingerprint
-            return read_directory(
-                root, path, self._shape, self._limits, fingerprint, sha256=stated
-            )
+            return read_directory(root, path, self._shape, self._limits, fingerprint, sha256=stated)
 
         with self._registrations.taken():
             record, created = await self._register(request, read, "card")
@@ -107,9 +105,7 @@ class AdapterServicer(AdapterServiceServicer):
                         header = message.header
                         check_name(header.name, "header.name")
                         with _of_header():
-                            stated = stated_sum(
-                                header.sha256, required=self._limits.require_sha256
-                            )
+                            stated = stated_sum(header.sha256, required=self._limits.require_sha256)
                     else:
                         raise invalid(
                             "kind", "send one header first and then nothing but chunks", "ORDER"

@@ -42,10 +42,10 @@ def test_a_lost_change_and_a_damaged_content_are_seen(tmp_path: Path) -> None:
 def test_a_disk_with_room_refuses_nothing(tmp_path: Path) -> None:
     """The rounds of the full disk, on one whose ballast leaves all of it."""
 
-    class None_(full_disk.Ballast):
+    class Nothing(full_disk.Ballast):
         def fill(self, left: int) -> None:
             pass
 
-    result = full_disk.measure(tmp_path, None_(tmp_path), 3, seed=0)
+    result = full_disk.measure(tmp_path, Nothing(tmp_path), 3, seed=0)
     assert (result["wrong"], result["refused"]) == (0, 0), result["what"]
     assert result["made"] == 3 * full_disk.STEPS

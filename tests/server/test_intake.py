@@ -33,7 +33,7 @@ def strict(root, tmp_path_factory):
 
 
 def test_an_adapter_without_its_sum_is_refused_where_one_is_required(strict, root):
-    client, state = strict
+    client, _ = strict
     with pytest.raises(errors.InvalidArgument, match=r"^sha256: it is missing") as e:
         client.register_adapter("rev", "rev")
     assert (e.value.field, e.value.reason) == ("sha256", "SHA256_REQUIRED")
@@ -43,7 +43,7 @@ def test_an_adapter_without_its_sum_is_refused_where_one_is_required(strict, roo
 
 
 def test_an_adapter_with_another_sum_is_refused(strict, root):
-    client, state = strict
+    client, _ = strict
     stated = summed(root / "adapters/sum")
     with pytest.raises(errors.InvalidArgument, match="do not have the SHA-256") as e:
         client.register_adapter("rev", "rev", sha256=stated)
@@ -57,7 +57,7 @@ def test_an_adapter_with_another_sum_is_refused(strict, root):
 
 def test_a_client_states_the_sum_of_what_it_uploads(strict, root):
     """And a registration is given it, as sha256sum prints it."""
-    client, state = strict
+    client, _ = strict
     uploaded = client.upload_adapter("up", root / "adapters/rev")
     stated = summed(root / "adapters/rev")
     assert client.register_adapter("down", "rev", sha256=stated).digest == uploaded.digest
@@ -65,9 +65,7 @@ def test_a_client_states_the_sum_of_what_it_uploads(strict, root):
         client.unregister_adapter(name)
 
 
-def test_a_full_disk_refuses_registrations_and_lets_adapters_be_removed(
-    strict, root, monkeypatch
-):
+def test_a_full_disk_refuses_registrations_and_lets_adapters_be_removed(strict, root, monkeypatch):
     """The error is typed and names the remedy; afterwards all is as before."""
     client, state = strict
     client.upload_adapter("kept", root / "adapters/sum")
