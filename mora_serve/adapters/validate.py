@@ -107,9 +107,9 @@ def read_directory(
 ) -> ValidatedAdapter:
     """Read and check the PEFT directory ``path`` under ``root``.
 
-    ``fingerprint`` is the base's, ``sha256`` what the sender says of the files. Holds the weights in memory once. Raises FailedPrecondition
-    without a root, NotFound for a missing directory, InvalidArgument for what is not a servable
-    adapter of this base.
+    ``fingerprint`` is the base's, ``sha256`` what the sender says of the files. Holds
+    the weights in memory once. Raises FailedPrecondition without a root, NotFound for a missing
+    directory, InvalidArgument for what is not a servable adapter of this base.
     """
     with open_directory(root, path) as directory:
         config = files.read_file(directory, files.CONFIG, limits)

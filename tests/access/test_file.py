@@ -107,7 +107,7 @@ def test_a_change_is_in_use_and_a_broken_one_is_not(
 
     write(path, GOOD + f'[[keys]]\nid = "x"\nsha256 = "{DIGESTS[2]}"\n')
     assert access.rules.keys.find("0") is not None
-    assert "is not used: access.file: keys[2].tenant" in caplog.text
+    assert "is not used: access.file: keys[2].roles" in caplog.text
 
     write(path, GOOD.replace(DIGESTS[0], DIGESTS[2]))
     assert access.rules.keys.find("0") is None
