@@ -167,7 +167,8 @@ def _open(name: str, flags: int, above: int | None) -> int:
     except FileNotFoundError:
         if above is None:
             raise FailedPrecondition(
-                "path: adapters.root does not exist on this server; create it or correct it",
+                "path: adapters.root, or the tenant's directory in it, does not exist on this "
+                "server; create it or correct it",
                 field="path",
                 reason="NO_ROOT",
             ) from None

@@ -55,11 +55,11 @@ def test_vllm_cve_2025_59425_keys_are_compared_in_constant_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """vLLM CVE-2025-59425 compared keys with ``==``, whose time told how much of one was right."""
-    compared = []
+    compared, whole = [], hmac.compare_digest
 
     def compare(a: str, b: str) -> bool:
         compared.append((a, b))
-        return hmac.compare_digest(a, b)
+        return whole(a, b)
 
     monkeypatch.setattr(module.hmac, "compare_digest", compare)
     digest = sha256_of("x")

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from mora_serve import errors
 from mora_serve.access.audit import Audit
-from mora_serve.access.door import Door
+from mora_serve.access.door import TENANT, Door
 from mora_serve.access.limits import Meter
 from mora_serve.config import AccessConfig
 from mora_serve.metrics import Metrics
@@ -176,9 +176,9 @@ class TestEveryKind:
         assert "bytes" in got.details()
 
     async def test_a_bad_tenant_is_refused(self, server, kind):
-        got = await failure(server, kind, metadata=((calls.TENANT, "../etc"),))
+        got = await failure(server, kind, metadata=((TENANT, "../etc"),))
         assert got.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert calls.TENANT in got.details()
+        assert TENANT in got.details()
 
     async def test_a_bad_request_id_is_refused(self, server, kind):
         got = await failure(server, kind, metadata=((calls.REQUEST_ID, "a b"),))
@@ -204,7 +204,7 @@ class TestEveryKind:
 async def test_each_call_sees_its_own_identity(server):
     """Concurrent calls do not see each other's request id or tenant."""
     server.act = lambda _: "{0.request_id} {0.tenant}".format(calls.current())
-    made = [((calls.REQUEST_ID, f"r{i}"), (calls.TENANT, f"t{i}")) for i in range(20)]
+    made = [((calls.REQUEST_ID, f"r{i}"), (TENANT, f"t{i}")) for i in range(20)]
     done = await asyncio.gather(*(run(server, "unary_unary", metadata=m) for m in made))
     assert [c.answers for c in done] == [[f"r{i} t{i}"] for i in range(20)]
 
