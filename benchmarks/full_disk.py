@@ -98,7 +98,8 @@ def measure(folder: Path, ballast: Ballast, rounds: int, seed: int) -> dict[str,
     """Random changes to one registry, with random room."""
     rng = random.Random(seed)
     state = folder / "state"
-    model, wrong, counts = Model(), [], {"made": 0, "refused": 0, "removals": 0, "starts": 0}
+    model, wrong = Model(), list[str]()
+    counts = {"made": 0, "refused": 0, "removals": 0, "starts": 0}
     for number in range(rounds):
         ballast.fill(rng.randrange(0, 60))
         try:

@@ -74,7 +74,10 @@ def main() -> None:
 
 def seeds() -> list[Case]:
     """Valid adapters of every kind that is served."""
-    pattern = {"rank_pattern": {"q_proj": 2, "^model.*k_proj": 2}, "alpha_pattern": {".*v_proj": 8}}
+    pattern: dict[str, Any] = {
+        "rank_pattern": {"q_proj": 2, "^model.*k_proj": 2},
+        "alpha_pattern": {".*v_proj": 8},
+    }
     card = json.dumps(
         {"tasks": ["a"], "prompts": ["one", "two"], "group": "g", "description": "d"}
     ).encode()
@@ -224,7 +227,7 @@ def fuzz(cases: int, seconds: float, seed: int) -> dict[str, Any]:
             done += 1
             if found and len(wrong) < _KEPT:
                 wrong.append(found)
-                report.log(f"{found}\n  {case!r}"[:4000])
+                report.log(f"case {done} of seed {seed}: {found}")
             if coverage.reached > reached and len(corpus) < _KEPT:
                 corpus.append(case)
             if done % 20_000 == 0:
