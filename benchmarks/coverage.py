@@ -22,7 +22,7 @@ class Coverage:
         self._left: dict[CodeType, set[int] | None] = {}  # lines to come; None: not ours
         self._reached = 0
         self._lines = 0
-        self._before: Trace | None = None
+        self._before: Any = None
 
     @property
     def reached(self) -> int:

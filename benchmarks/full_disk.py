@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--inodes", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is not None:
+        logging.getLogger("mora_serve").addHandler(logging.NullHandler())  # it tells of each refusal
         ballast = Inodes(args.inside) if args.inodes else Ballast(args.inside)
         report.emit(measure(args.inside, ballast, args.rounds, args.seed))
         return
@@ -98,7 +100,8 @@ def measure(folder: Path, ballast: Ballast, rounds: int, seed: int) -> dict[str,
     """Random changes to one registry, with random room."""
     rng = random.Random(seed)
     state = folder / "state"
-    model, wrong, counts = Model(), [], {"made": 0, "refused": 0, "removals": 0, "starts": 0}
+    model, wrong = Model(), list[str]()
+    counts = {"made": 0, "refused": 0, "removals": 0, "starts": 0}
     for number in range(rounds):
         ballast.fill(rng.randrange(0, 60))
         try:

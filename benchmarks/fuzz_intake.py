@@ -33,7 +33,7 @@ from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import read_directory, read_upload
 from mora_serve.errors import InvalidArgument, MoraError
 
-CASES = 120_000
+CASES = 200_000
 SECONDS = 480.0  # that all may take
 CASE_SECONDS = 5.0  # that one may: a hostile pattern has a budget of about one
 ON_DISK = 40  # every so many cases come as a directory
@@ -74,7 +74,10 @@ def main() -> None:
 
 def seeds() -> list[Case]:
     """Valid adapters of every kind that is served."""
-    pattern = {"rank_pattern": {"q_proj": 2, "^model.*k_proj": 2}, "alpha_pattern": {".*v_proj": 8}}
+    pattern: dict[str, Any] = {
+        "rank_pattern": {"q_proj": 2, "^model.*k_proj": 2},
+        "alpha_pattern": {".*v_proj": 8},
+    }
     card = json.dumps(
         {"tasks": ["a"], "prompts": ["one", "two"], "group": "g", "description": "d"}
     ).encode()
@@ -194,7 +197,8 @@ class Intake:
             return f"no field or no remedy: {error.message}"[:500]
         if len(error.message) > 2000 or not error.message.isprintable():
             return f"long or not printable: {error.message!r}"[:500]
-        found = leaks(error.message, case.sent, self._secrets)
+        text = error.message.replace("...", " ")  # the end of a quotation that is cut
+        found = leaks(text, case.sent, self._secrets)
         return f"it leaks {found}: {error.message}"[:500] if found else ""
 
 
@@ -224,7 +228,7 @@ def fuzz(cases: int, seconds: float, seed: int) -> dict[str, Any]:
             done += 1
             if found and len(wrong) < _KEPT:
                 wrong.append(found)
-                report.log(f"{found}\n  {case!r}"[:4000])
+                report.log(f"case {done} of seed {seed}: {found}")
             if coverage.reached > reached and len(corpus) < _KEPT:
                 corpus.append(case)
             if done % 20_000 == 0:

@@ -100,7 +100,8 @@ class Mutator:
 
     def _place(self, root: list[Any]) -> tuple[Any, Any]:
         """A random place in a value: what holds it, and its key."""
-        holder, key = root, 0
+        holder: Any = root
+        key: Any = 0
         for _ in range(_DEEP):
             value: Any = holder[key]
             if not isinstance(value, (dict, list)) or not value or self.rng.random() < 0.15:

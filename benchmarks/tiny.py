@@ -25,7 +25,6 @@ SHAPE = ModelShape(
     rms_norm_eps=1e-6,
 )
 LIMITS = AdaptersConfig()
-_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def config(rank: int = 2, **changes: object) -> bytes:
@@ -48,7 +47,10 @@ def weights(
     for layer in range(SHAPE.layers):
         for projection in projections:
             rows, columns = SHAPE.projection(projection)
-            parts = {"A.weight": (rank, columns), "B.weight": (rows, rank)}
+            parts: dict[str, tuple[int, ...]] = {
+                "A.weight": (rank, columns),
+                "B.weight": (rows, rank),
+            }
             if dora:
                 parts["magnitude_vector"] = (rows,)
             for part, shape in parts.items():
@@ -70,5 +72,5 @@ def adapter(seed: int, rank: int = 2) -> ValidatedAdapter:
 
 def _values(values: npt.NDArray[np.float32], dtype: str) -> bytes:
     if dtype == "BF16":
-        return (values.view(np.uint32) >> 16).astype(_TYPES[dtype]).tobytes()
-    return values.astype(_TYPES[dtype]).tobytes()
+        return (values.view(np.uint32) >> 16).astype(np.dtype("<u2")).tobytes()
+    return values.astype(np.dtype("<f2" if dtype == "F16" else "<f4")).tobytes()

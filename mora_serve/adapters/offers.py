@@ -54,11 +54,13 @@ class Offers:
         said = "is whole again" if back else "is damaged or missing, and not used"
         if state.router is not None and state.router.digest == digest:
             log.error("registry: the stored router, content %s, %s", digest, said)
-        for record in [r for r in state.adapters.values() if r.digest == digest]:
+        for _, record in sorted(state.adapters.items()):
+            if record.digest != digest:
+                continue
             who = record.name, record.tenant, digest
             log.error("registry: adapter %s of tenant %s, content %s, %s", *who, said)
-            change = Change(state.revision)
-            self._tell(replace(change, **{"after" if back else "before": record}))
+            here, gone = (None, record) if not back else (record, None)
+            self._tell(Change(state.revision, before=gone, after=here))
 
     def _changed(self, change: Change) -> None:
         offered = replace(

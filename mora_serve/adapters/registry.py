@@ -500,10 +500,13 @@ class Registry:
 
 
 def _make_directories(root: Path) -> None:
+    parts = (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp")))
+    missing = [part for part in parts if not part.is_dir()]  # a full disk need not make the others
     try:
-        for part in (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp"))):
+        for part in missing:
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync_directory(root)
+        if missing:
+            sync_directory(root)
     except OSError as e:
         raise ConfigError(
             f"server.state: the directory cannot be made or written to ({e.strerror}); give one "

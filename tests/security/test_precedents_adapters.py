@@ -143,7 +143,7 @@ def test_the_server_has_no_way_to_unpickle() -> None:
         {"auto_map": "evil.Class"},
         {"trust_remote_code": True},
         {"custom_pipelines": {"x": {"impl": "evil.Pipe"}}},
-        {"modeling_file": "evil.py"},
+        {"modeling_file": "evil"},
         {"__class__": "evil"},
     ],
     ids=lambda extra: next(iter(extra)),
