@@ -250,7 +250,7 @@ async def leave_unread(address: str, calls: Calls, over: asyncio.Event) -> None:
         try:
             await call.read()
             await over.wait()
-            while await call.read() is not aio.EOF:
+            while await call.read() is not aio.EOF:  # type: ignore[attr-defined]  # missing stub
                 pass
             calls.unread[(await call.code()).name] += 1
         except aio.AioRpcError as e:

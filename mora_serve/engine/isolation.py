@@ -96,7 +96,7 @@ class Isolation:
         if memory:
             tokens = sum(c.length for c in part)
             outcome.short = min(outcome.short or tokens, tokens)
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         halves = _halves(part, memory)
         if not halves:
@@ -124,7 +124,7 @@ def _halves(part: list[Chunk], memory: bool) -> list[list[Chunk]]:
         middle = len(part) // 2
         return [part[:middle], part[middle:]]
     chunk = part[0]
-    if not memory or chunk.length < 2 * MIN_TOKENS:
+    if not memory or chunk.length <= MIN_TOKENS:
         return []
     return [[piece] for piece in _cut(chunk, chunk.length // 2)]
 

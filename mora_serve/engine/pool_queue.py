@@ -116,10 +116,11 @@ class PoolQueue:
 
     def _alone(self, text: Sequence[int], depth: int) -> States | None:
         try:
-            return pool_states(self._decoder, [text], depth)[0]
+            state: States = pool_states(self._decoder, [text], depth)[0]
         except Exception:
             log.exception("a text of %d tokens cannot be pooled", len(text))
             return None
+        return state
 
     def _take(self, jobs: deque[PoolJob], share: float) -> list[tuple[PoolJob, Sequence[int]]]:
         """Texts of one depth with their jobs: one at least, however long; the rest stay in line."""

@@ -14,6 +14,8 @@ from mora_serve.engine.kv_cache import IntegrityError
 from mora_serve.errors import ResourceExhausted
 from mora_serve.model.shape import projection_path
 
+HOLDS_SLOTS = True
+
 
 def hold(local, *names):
     """Hold adapters, waiting for their loads."""

@@ -39,8 +39,14 @@ def inside(serving) -> int:
     return len(serving.server._gate._inside)
 
 
+def narrow_channel(serving) -> grpc.Channel:
+    """A connection that takes in few bytes that nobody reads."""
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16 << 10))
+    return grpc.insecure_channel(serving.server.address, options)
+
+
 def unread_stream(channel) -> grpc.Call:
-    """A stream of more bytes than a connection takes in, of which only the beginning is read."""
+    """A stream of more bytes than its connection takes in, of which only the beginning is read."""
     request = generation_pb2.GenerateStreamRequest(
         prompt=generation_pb2.Prompt(text="hello"),
         sampling=generation_pb2.SamplingParams(max_tokens=LONGEST, ignore_eos=True, logprobs=20),
@@ -57,7 +63,7 @@ def test_what_cannot_finish_is_told_so_and_not_cancelled(configure):
     with (
         running(config) as serving,
         serving.client() as client,
-        concurrent.futures.ThreadPoolExecutor() as threads,
+        concurrent.futures.ThreadPoolExecutor(8) as threads,
     ):
         client.register_adapter("rev", "rev")
         slow_steps(serving)
@@ -94,7 +100,7 @@ def test_a_call_that_is_ended_has_the_reason(configure):
 def test_a_client_that_does_not_read_does_not_hold_the_end(configure):
     """Its pages are free at once, and the server stops in its time."""
     config = configure(server={"drain_seconds": 2.0})
-    with running(config) as serving, grpc.insecure_channel(serving.server.address) as channel:
+    with running(config) as serving, narrow_channel(serving) as channel:
         unread = [unread_stream(channel) for _ in range(3)]
         engine = serving.server._assembly.engine
         wait_for(lambda: engine.stats().running == 0 and inside(serving) == 3, 60)

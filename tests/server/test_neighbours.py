@@ -20,7 +20,7 @@ from mora_serve.model.shape import shape_from_config
 from mora_serve.model.tokenizer import Tokenizer
 from tests.adapters import make
 from tests.server.conftest import LONGEST, OUTLASTING, running, tensors, wait_for
-from tests.server.test_drain import inside, unread_stream
+from tests.server.test_drain import inside, narrow_channel, unread_stream
 
 LONG = {"base": True, **OUTLASTING}
 SHORT = {"base": True, "max_tokens": 30, "ignore_eos": True}
@@ -88,7 +88,7 @@ def test_a_client_that_vanishes_or_freezes_holds_nothing(impatient, client, how)
 def test_a_client_that_does_not_read_is_given_up(impatient, client):
     """When it reads again it learns why; a neighbour's stream is the same meanwhile."""
     want = client.generate("hello", **SHORT).tokens
-    with grpc.insecure_channel(impatient.server.address) as channel:
+    with narrow_channel(impatient) as channel:
         unread = unread_stream(channel)
         assert client.generate("hello", **SHORT).tokens == want
         wait_for(lambda: nothing_is_held(impatient), 60)
