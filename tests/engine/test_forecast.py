@@ -30,8 +30,11 @@ def learnt(decodes: int = PLACES, steps: int = 200) -> Forecast:
 def simulated(
     running: list[int], ahead: list[int], output: int, prompt: int = 64
 ) -> tuple[float, float]:
-    """Seconds until the place and the end of one more request, first come first served."""
-    line = [*ahead, output]
+    """Seconds until the place and the end of one more request, first come first served.
+
+    Others come after it, so that the batch stays full.
+    """
+    line = [*ahead, output, *([output] * 10 * PLACES)]
     left = dict(enumerate(running))
     number, now, placed = len(running), 0.0, -1.0
     last = number + len(ahead)
