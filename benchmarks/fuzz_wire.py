@@ -14,17 +14,19 @@ known prompts, of a tenant that no case names, with the same tokens as before.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import collections
+import contextlib
 import os
 import random
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,6 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from grpc import aio
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import report
@@ -46,7 +47,8 @@ from mora_serve.demo.bundle import bundle_path
 from mora_serve.demo.process import ServerProcess, free_port
 
 PATIENCE = 60.0  # a call that takes longer hangs
-AT_ONCE = 48
+AT_ONCE = 32
+GARBAGE_EVERY = 50
 CHANNELS = 4
 KEEPER = "keeper"  # the tenant that no case names
 # What every one of these says has been written by hand; UNKNOWN and INTERNAL are nobody's.
@@ -80,6 +82,20 @@ class Found:
     wrong: dict[int, list[str]] = field(default_factory=dict)
     connections: int = 0  # of garbage
     slowest: float = 0.0
+
+    def add(
+        self, number: int, case: WireCase, outcome: Outcome, seconds: float, what: list[str]
+    ) -> None:
+        """Count a case; ``what`` was wrong with it."""
+        self.requests += 1
+        self.methods[case.path if case.method else "none"] += 1
+        self.codes[outcome.code] += 1
+        self.reasons[reason_of(outcome)] += 1
+        self.slowest = max(self.slowest, seconds)
+        if what:
+            self.wrong[number] = what
+        if self.requests % 5000 == 0:
+            report.log(f"{self.requests} requests, {len(self.wrong)} wrong")
 
 
 def main() -> None:
@@ -126,7 +142,7 @@ def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -
         prepare(server.address, keeper, root)
         before = answers(keeper, root)
         started, own = time.monotonic(), time.process_time()
-        found = asyncio.run(run(server.address, cases, numbers, secrets, end, tell))
+        found = run(server.address, cases, numbers, secrets, end, tell)
         took, own = time.monotonic() - started, time.process_time() - own
         running = wait_until_idle(metrics)
         untyped = untyped_calls(metrics)
@@ -182,86 +198,77 @@ def answers(keeper: Client, root: Path) -> list[Any]:
     return [(g.text, [t.id for t in g.tokens], g.decision.mixture) for g in given]
 
 
-async def run(
+def run(
     address: str, cases: Cases, numbers: range, secrets: Sequence[str], end: float, tell: bool
 ) -> Found:
     """Make the calls of these numbers, many at once, until ``end``."""
-    found, left = Found(), iter(numbers)
-    host, _, port = address.rpartition(":")
-    size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    # Connections of their own, not one shared by channels of equal options.
-    channels = [
-        aio.insecure_channel(address, [*size, ("grpc.enable_retries", 0), ("mora.channel", i)])
-        for i in range(CHANNELS)
-    ]
+    found, left, lock = Found(), iter(numbers), threading.Lock()
 
-    async def work(channel: aio.Channel) -> None:
-        for number in left:
-            if time.monotonic() > end:
+    def work(channel: grpc.Channel) -> None:
+        while time.monotonic() < end:
+            with lock:
+                number = next(left, None)
+            if number is None:
                 return
             case = cases.case(number)
             start = time.monotonic()
-            outcome = await make(channel, case)
-            found.slowest = max(found.slowest, time.monotonic() - start)
+            outcome = make(channel, case)
+            took = time.monotonic() - start
             what = wrong(case, outcome, secrets)
+            if struck := number % GARBAGE_EVERY == 0:
+                rng = random.Random(f"{cases.seed}:connection:{number}")
+                heard = strike(address, garbage(rng)).decode("latin-1")
+                what += [f"connection: gives away {t}" for t in leaks(heard, b"", secrets)]
             if tell:
                 report.log(f"{case}\n{outcome}")
-            found.requests += 1
-            found.methods[case.path if case.method else "none"] += 1
-            found.codes[outcome.code] += 1
-            found.reasons[reason_of(outcome)] += 1
-            if what:
-                found.wrong[number] = what
-            if number % 50 == 0:
-                rng = random.Random(f"{cases.seed}:connection:{number}")
-                heard = await strike(host, int(port), garbage(rng))
-                found.connections += 1
-                if told := leaks(heard.decode("latin-1"), address.encode(), secrets):
-                    found.wrong[number] = [f"connection: gives away {told}"]
-            if found.requests % 5000 == 0:
-                report.log(f"{found.requests} requests, {len(found.wrong)} wrong")
+            with lock:
+                found.add(number, case, outcome, took, what)
+                found.connections += struck
 
-    await asyncio.gather(*(work(channels[i % CHANNELS]) for i in range(AT_ONCE)))
-    for channel in channels:
-        await channel.close()
+    # Connections of their own, not one shared by channels of equal options.
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    with contextlib.ExitStack() as open_, ThreadPoolExecutor(AT_ONCE) as threads:
+        channels = [
+            open_.enter_context(
+                grpc.insecure_channel(
+                    address, [*options, ("grpc.enable_retries", 0), ("mora.channel", i)]
+                )
+            )
+            for i in range(CHANNELS)
+        ]
+        for done in [threads.submit(work, channels[i % CHANNELS]) for i in range(AT_ONCE)]:
+            done.result()
     return found
 
 
-async def make(channel: aio.Channel, case: WireCase) -> Outcome:
+def make(channel: grpc.Channel, case: WireCase) -> Outcome:
     """Make a call; how it ends."""
     kind = "_".join("stream" if s else "unary" for s in case.streams)
-    call: Any = getattr(channel, kind)(case.path)(
-        iter(case.messages) if case.streams[0] else case.messages[0],
-        timeout=case.timeout,
-        metadata=case.metadata,
-        compression=grpc.Compression.Gzip if case.compressed else None,
-    )
+    method: Any = getattr(channel, kind)(case.path)
+    sent: Any = iter(case.messages) if case.streams[0] else case.messages[0]
+    options: dict[str, Any] = {
+        "timeout": case.timeout,
+        "metadata": case.metadata,
+        "compression": grpc.Compression.Gzip if case.compressed else None,
+    }
     received: list[bytes] = []
     try:
-        async with asyncio.timeout(case.timeout + 10):
-            if case.streams[1]:
-                if case.reads == 0:
+        if case.streams[1]:
+            call = method(sent, **options)
+            if case.reads == 0:
+                call.cancel()
+            for message in call:
+                received.append(message)
+                if len(received) == case.reads:
                     call.cancel()
-                async for message in call:
-                    received.append(message)
-                    if len(received) == case.reads:
-                        call.cancel()
-            else:
-                received.append(await call)
-            code, details = await call.code(), await call.details()
-            trailing = await call.trailing_metadata()
-    except aio.AioRpcError as e:
-        code, details, trailing = e.code(), e.details(), e.trailing_metadata()
-    except asyncio.CancelledError:
-        if case.reads is None:
-            raise
-        return Outcome("CANCELLED", answers=tuple(received))
-    except TimeoutError:
-        return Outcome("HANGS", answers=tuple(received))
-    pairs = tuple(trailing or ())
+        else:
+            answer, call = method.with_call(sent, **options)
+            received.append(answer)
+    except grpc.RpcError as e:
+        call = e
+    pairs = tuple((m.key, m.value) for m in call.trailing_metadata() or ())
     rich = dict(pairs).get("grpc-status-details-bin")
-    own = rich if isinstance(rich, bytes) else None
-    return Outcome(code.name, details or "", own, pairs, tuple(received))
+    return Outcome(call.code().name, call.details() or "", rich, pairs, tuple(received))
 
 
 def reason_of(outcome: Outcome) -> str:
@@ -283,7 +290,7 @@ def wrong(case: WireCase, outcome: Outcome, secrets: Sequence[str] = ()) -> list
     if outcome.code == "OK":
         return found
     if outcome.code == "CANCELLED":
-        return found if case.reads is not None else [*found, "was cancelled"]
+        return found if case.reads is not None else [*found, f"was cancelled: {outcome.message}"]
     if outcome.code == "DEADLINE_EXCEEDED":
         return found if case.hurried else [*found, "took too long"]
     if outcome.rich is None:

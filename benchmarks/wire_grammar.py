@@ -61,17 +61,18 @@ class Grammar:
     def message(self, descriptor: Descriptor) -> Message:
         """A message of a type, some of its fields set."""
         rng, message = self._rng, message_factory.GetMessageClass(descriptor)()
+        part = 0.95 if not self._wildness else 0.85
         chosen = {
             oneof.name: rng.choice(oneof.fields).name
             for oneof in descriptor.oneofs
-            if rng.random() < 0.9
+            if rng.random() < part
         }
         for f in descriptor.fields:
             oneof = f.containing_oneof
             if oneof is not None and len(oneof.fields) > 1:
                 present = chosen.get(oneof.name) == f.name
             else:
-                present = rng.random() < (0.85 if f.message_type else 0.4)
+                present = rng.random() < (part if f.message_type else 0.4)
             if present:
                 self._set(message, f)
         return message

@@ -105,6 +105,13 @@ class Unavailable(MoraError):
     reason = "UNAVAILABLE"
 
 
+class Unimplemented(MoraError):
+    """The server has no such method."""
+
+    code = "UNIMPLEMENTED"
+    reason = "UNIMPLEMENTED"
+
+
 class Internal(MoraError):
     """A fault of the server; the message carries nothing but a request id."""
 

@@ -188,7 +188,7 @@ class TestCommandLine:
             (("--tls", "--plaintext"), "--plaintext: it is for connections without TLS"),
             (("--tls-ca", "none"), "tls.ca: the file cannot be read"),
             (("--tls-cert", "key"), "tls.key: it is missing"),
-            (("--tls-ca", "key"), "tls.ca: it is no PEM"),
+            (("--tls-ca", "key"), "tls.ca: it is not in PEM"),
             (("--address", REMOTE, "--api-key-file", "key"), "api_key: without TLS"),
         ],
     )

@@ -38,6 +38,7 @@ from mora_serve.errors import (
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
+    Unimplemented,
 )
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
@@ -256,6 +257,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         except MoraError as e:
             error = e
             outcome = e.code
+        except NotImplementedError:  # of the base of a generated servicer
+            error = Unimplemented(f"method: {method} is none of this server's; see its reflection")
+            outcome = error.code
         except Exception:
             log.exception("request %s: %s failed", request_id, method)
             error = Internal(f"internal error; the server's log has it as request {request_id}")

@@ -9,7 +9,6 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
-from grpc import aio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,18 +70,8 @@ def fuzzed(root: Any) -> Iterator[Running]:
         yield serving
 
 
-@pytest.fixture(scope="module")
-def channel(fuzzed: Running) -> Iterator[aio.Channel]:
-    async def connect() -> aio.Channel:
-        return aio.insecure_channel(fuzzed.server.address)
-
-    channel = fuzzed.run(connect())
-    yield channel
-    fuzzed.run(channel.close())
-
-
 @pytest.fixture
-def check(fuzzed: Running, channel: aio.Channel) -> Iterator[Any]:
+def check(fuzzed: Running) -> Iterator[Any]:
     """Makes a call of a method; nothing may be wrong with its end. At last a good one is served."""
 
     def check(rpc: str, *sent: bytes, metadata: tuple[Any, ...] = ()) -> None:
@@ -97,11 +86,10 @@ def check(fuzzed: Running, channel: aio.Channel) -> Iterator[Any]:
             reads=None,
             compressed=False,
         )
-        outcome = fuzzed.run(fuzz_wire.make(channel, case))
-        assert fuzz_wire.wrong(case, outcome) == []
+        assert fuzz_wire.wrong(case, fuzz_wire.make(client.channel, case)) == []
 
-    yield check
     with fuzzed.client() as client:
+        yield check
         assert works(client)
 
 
