@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--inodes", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is not None:
-        logging.getLogger("mora_serve").addHandler(logging.NullHandler())  # it tells of each refusal
+        logging.getLogger("mora_serve").addHandler(
+            logging.NullHandler()
+        )  # it tells of each refusal
         ballast = Inodes(args.inside) if args.inodes else Ballast(args.inside)
         report.emit(measure(args.inside, ballast, args.rounds, args.seed))
         return
@@ -129,6 +131,7 @@ def measure(folder: Path, ballast: Ballast, rounds: int, seed: int) -> dict[str,
         **counts,
         **damaged(state, ballast, wrong),
         **feedback(folder, ballast, wrong),
+        "read_only": read_only(folder, state, wrong),
         "wrong": len(wrong),
         "what": wrong[:20],
     }
@@ -206,6 +209,28 @@ def feedback(folder: Path, ballast: Ballast, wrong: list[str]) -> dict[str, Any]
     if found != taken:
         wrong.append(f"feedback: {len(taken)} rows were taken, {len(found)} are there")
     return {"feedback_rows": len(taken), "feedback_refused": refused}
+
+
+def read_only(folder: Path, state: Path, wrong: list[str]) -> bool:
+    """A state that can only be read is served, and a change of it is refused with DISK_FAILED.
+
+    Whether that was looked at: only the root of a mount can make it so.
+    """
+    remount = ["mount", "-o", "remount,ro", str(folder)]
+    if subprocess.run(remount, capture_output=True, check=False).returncode:
+        return False
+    with opened(state) as registry:
+        if not registry.all():
+            wrong.append("nothing is served from a disk that can only be read")
+        for step in (Step("register", "new", 5), Step("unregister", "kept")):
+            before = Model.of(registry)
+            try:
+                apply(registry, step)
+                wrong.append(f"{step}: made on a disk that can only be read")
+            except MoraError as e:
+                if e.reason != "DISK_FAILED" or Model.of(registry) != before:
+                    wrong.append(f"{step}: {e.reason}: {e.message}")
+    return True
 
 
 class Ballast:
