@@ -74,7 +74,7 @@ PARTS: Mapping[str, Part] = {
     "registered": Part(
         "registered",
         (),
-        _flags("--points --repeat 1 --requests 72 --tokens 32 --poisson-seconds 5"),
+        _flags("--points --repeat 1 --requests 96 --tokens 32 --poisson-seconds 5"),
         tables.registered,
         plots.registered,
     ),

@@ -67,8 +67,8 @@ class Server:
         return {name: float(values[f"mora_adapter_slot_{name}_total"]) for name in COUNTERS}
 
 
-def main() -> None:
-    """Measure, print a table, report."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's; ends the process for what cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--compare", type=int, nargs=2, default=[32, 2000], metavar="N")
@@ -87,9 +87,15 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.requests < 3 * args.clients:  # fewer leave no time in which all clients are busy
         parser.error("--requests: give at least three times as many as --clients")
+    return args
+
+
+def main() -> None:
+    """Measure, print a table, report."""
+    args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), args)
     for row in result["saturated"]:

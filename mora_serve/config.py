@@ -57,10 +57,18 @@ class EngineConfig:
     prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
     max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
     max_queue: int = _doc(1024, "requests waiting before new ones are refused")
+    tenant_queue: float = _doc(
+        0.5,
+        "share of the places in line left by other tenants that one tenant may fill; 1 for all",
+    )
     max_tokens: int = _doc(4096, "largest max_tokens a request may ask for")
     max_stop: int = _doc(16, "largest number of stop strings a request may give")
     max_logprobs: int = _doc(20, "largest number of logprobs a token")
     stall_seconds: float = _doc(60.0, "a stream whose client reads nothing this long is aborted")
+    step_seconds: float = _doc(
+        120.0,
+        "a step that takes longer has hung: the server ends with status 3; 0 waits for ever",
+    )
     threads: int = _doc(
         0,
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
@@ -86,6 +94,9 @@ class AdaptersConfig:
     max_bytes: int = _doc(1 << 30, "size of one adapter's weights")
     max_tensors: int = _doc(8192, "tensors in one adapter")
     max_prompts: int = _doc(64, "example prompts in one routing card")
+    require_sha256: bool = _doc(
+        False, "take only adapters whose senders state the SHA-256 of their files"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,11 +130,36 @@ class ServerConfig:
     )
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
     max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
-    drain_seconds: float = _doc(30.0, "time for running requests when the server stops")
+    admin_host: str = _doc("127.0.0.1", "address for administrators")
+    admin_port: int = _doc(
+        -1,
+        "gRPC port for LoadRouter and PinAdapter, which are then refused on server.port; 0 takes a "
+        "free one, -1 serves them on server.port",
+    )
+    drain_seconds: float = _doc(
+        30.0, "time to stop in: running requests have most of it to finish, then they are ended"
+    )
     log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
     log_calls: bool = _doc(True, "log a line for each call that ends")
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
+    )
+
+
+@dataclass(frozen=True)
+class AccessConfig:
+    """Who may call."""
+
+    file: str = _doc(
+        "",
+        "TOML file of API keys, their roles and tenants, and limits a tenant (see SECURITY.md); "
+        "empty lets in whoever reaches the server",
+    )
+    audit: str = _doc(
+        "", "file for the audit log, JSON lines; empty writes its lines to the server's log"
+    )
+    allow_anonymous: bool = _doc(
+        False, "listen beyond this machine without an access file: whoever reaches it may do all"
     )
 
 
@@ -136,6 +172,7 @@ class Config:
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
 
 
 def load_config(
@@ -260,7 +297,7 @@ def _check(config: Config) -> None:
     for key in keys():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        least = -1 if key == "server.metrics_port" else 0
+        least = -1 if key in ("server.metrics_port", "server.admin_port") else 0
         if not isinstance(value, (int, float)):
             continue
         most = _MOST.get(key, _MOST.get(name.rpartition("_")[2], 2**31 - 1))
@@ -284,6 +321,12 @@ def _check(config: Config) -> None:
             f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "
             f"({config.engine.max_batch}); each running request needs one token a step",
             field="engine.step_tokens",
+        )
+    if not 0 < config.engine.tenant_queue <= 1:
+        raise ConfigError(
+            f"engine.tenant_queue: {config.engine.tenant_queue:g} is out of range; it must be "
+            "above 0 and at most 1",
+            field="engine.tenant_queue",
         )
     if 0 < config.engine.step_pace < 1:
         raise ConfigError(

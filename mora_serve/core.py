@@ -10,6 +10,8 @@ from typing import NamedTuple
 from mora_serve.errors import Failure
 
 DEFAULT_TENANT = "default"
+API_KEY = "MORA_API_KEY"  # the variable of the environment that holds a client's key
+SHARED_TENANT = "shared"  # owns what every tenant may use
 
 
 class Source(enum.Enum):
@@ -186,6 +188,7 @@ class EngineStats:
     kv_pages: int = 0
     kv_pages_used: int = 0
     slots: int = 0
+    slots_used: int = 0  # by running requests
     resident: tuple[str, ...] = ()  # digests in device slots
     running_adapters: tuple[str, ...] = ()  # digests used by running requests
     waiting_adapters: tuple[str, ...] = ()  # digests wanted by waiting requests
@@ -199,3 +202,6 @@ class EngineStats:
     slot_hits: int = 0
     slot_misses: int = 0
     slot_evictions: int = 0
+    failed_runs: int = 0  # forwards that raised, those of parts of a batch included
+    integrity_checks: int = 0
+    integrity_violations: int = 0

@@ -84,6 +84,13 @@ class DeadlineExceeded(MoraError):
     reason = "DEADLINE_EXCEEDED"
 
 
+class Unauthenticated(MoraError):
+    """The call needs a key that is valid."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
 class PermissionDenied(MoraError):
     """The caller may not use what it named."""
 
@@ -120,15 +127,18 @@ class Failure:
     reason: str
     message: str
     field: str = ""
+    retry_after: float | None = None
 
     @classmethod
     def of(cls, error: MoraError) -> Failure:
         """What an error says."""
-        return cls(error.code, error.reason, error.message, error.field)
+        return cls(error.code, error.reason, error.message, error.field, error.retry_after)
 
     def error(self) -> MoraError:
         """The error of this code."""
-        return class_of(self.code)(self.message, field=self.field, reason=self.reason)
+        return class_of(self.code)(
+            self.message, field=self.field, reason=self.reason, retry_after=self.retry_after
+        )
 
 
 def class_of(code: str) -> type[MoraError]:

@@ -48,6 +48,7 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
     "kv_pages": ("mora_kv_cache_pages", "Pages of the key/value cache."),
     "kv_pages_used": ("mora_kv_cache_pages_used", "Pages of the key/value cache in use."),
     "slots": ("mora_adapter_slots", "Device slots for adapters."),
+    "slots_used": ("mora_adapter_slots_used", "Device slots whose adapters running requests use."),
 }
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "steps": ("mora_engine_steps", "Steps of the engine."),
@@ -60,6 +61,15 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "slot_hits": ("mora_adapter_slot_hits", "Adapters found in a device slot at admission."),
     "slot_misses": ("mora_adapter_slot_misses", "Adapters that had to be loaded at admission."),
     "slot_evictions": ("mora_adapter_slot_evictions", "Adapters evicted from a device slot."),
+    "failed_runs": (
+        "mora_engine_failed_runs",
+        "Runs of batches, or of parts, that raised.",
+    ),
+    "integrity_checks": ("mora_engine_integrity_checks", "Looks at the engine's books."),
+    "integrity_violations": (
+        "mora_engine_integrity_violations",
+        "Looks at the engine's books that found a contradiction.",
+    ),
 }
 
 M = TypeVar("M", Counter, Gauge, Histogram)

@@ -160,7 +160,7 @@ class TestRequests:
         with pytest.raises(errors.InvalidArgument, match=r"card\.tasks: .* each a text"):
             requests.upload("a", tmp_path, False, {"tasks": [1]})
         with pytest.raises(errors.InvalidArgument, match=r"path: .* give a text"):
-            requests.register("a", tmp_path, False, {})
+            requests.register("a", tmp_path, False, "", {})
 
     def test_one_text_is_a_list_of_one(self):
         """It is not taken apart into its letters."""
@@ -277,8 +277,8 @@ class TestErrors:
         assert all(errors.class_of(e.code) is type(e) for e in ERRORS)
 
     def test_other_codes_keep_their_name(self):
-        got = connection.error_of(Failure(grpc.StatusCode.UNIMPLEMENTED, "no"), "here")
-        assert (type(got), got.code, got.message) == (errors.MoraError, "UNIMPLEMENTED", "no")
+        got = connection.error_of(Failure(grpc.StatusCode.DATA_LOSS, "no"), "here")
+        assert (type(got), got.code, got.message) == (errors.MoraError, "DATA_LOSS", "no")
 
     @pytest.mark.parametrize("packed", [b"\xff", b""])
     def test_details_that_do_not_parse_are_no_harm(self, packed):

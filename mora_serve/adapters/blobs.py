@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -74,7 +75,11 @@ class BlobStore:
                 if isinstance(e, OSError) and e.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     continue
                 raise
-            sync_directory(self._directory)
+            try:
+                sync_directory(self._directory)
+            except BaseException:
+                hold.close()
+                raise
             return hold
         return held
 
@@ -83,7 +88,7 @@ class BlobStore:
         hold = self._open(digest)
         if hold is not None:
             fcntl.flock(hold.descriptor, fcntl.LOCK_SH)
-            if not self._is(hold.descriptor, digest):
+            if not self.same(hold, digest):
                 hold.close()
                 return None
         return hold
@@ -136,11 +141,11 @@ class BlobStore:
                 fcntl.flock(found.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            if not self._is(found.descriptor, digest):
+            if not self.same(found, digest):
                 return True
             if not unreferenced():
                 return False
-            trash = tempfile.mkdtemp(dir=self._temporary)
+            trash = self._temporary / uuid.uuid4().hex  # a new name takes no room, or hardly any
             os.rename(self._directory / digest, trash)
             shutil.rmtree(trash, ignore_errors=True)
             return True
@@ -152,7 +157,7 @@ class BlobStore:
     def clean(self) -> None:
         """Remove what killed processes left unfinished, and nothing that a live one writes."""
         for entry in os.scandir(self._temporary):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            with contextlib.suppress(OSError):  # gone, locked, or on a disk that takes no change
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                 if not entry.is_dir(follow_symlinks=False):
                     if age > _FILE_AGE:
@@ -171,10 +176,10 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
-    def _is(self, descriptor: int, digest: str) -> bool:
-        """Whether the descriptor is still the blob: it may have been removed before the lock."""
+    def same(self, hold: Hold, digest: str) -> bool:
+        """Whether what is held is still the blob: it may have been removed before the lock."""
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._directory / digest))
+            return os.path.samestat(os.fstat(hold.descriptor), os.stat(self._directory / digest))
         except FileNotFoundError:
             return False
 

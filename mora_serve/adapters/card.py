@@ -72,7 +72,9 @@ def card_from(values: dict[str, Any], limits: AdaptersConfig) -> RoutingCard:
         many = isinstance(fields[key].default, tuple)
         items = value if many else [value]
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise _invalid(key, f"it has to be {'a list of strings' if many else 'a string'}")
+            raise _invalid(
+                key, f"it has to be {'a list of strings' if many else 'a string'}; correct it"
+            )
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     card = RoutingCard(**given)
     check_card(card, limits)

@@ -3,67 +3,90 @@
 ``log/<number>.json`` is one change, ``snapshots/<number>.json`` the state after that change.
 A file appears under its name complete and durable, by a link, and is never written again; two
 processes that append meet at the link, and the later one reads on and tries again. (In an object
-store a conditional put does the same.) A snapshot allows the changes up to it to be removed; that
-frees their numbers, so it excludes appending by an ``flock``, which ends with its process.
+store a conditional put does the same.) A snapshot allows the changes up to the one before it to
+be removed; that frees their numbers, so it excludes appending by an ``flock``, which ends with its
+process.
+
+What has become unreadable since is set aside, and reading goes on behind it: with the snapshot
+before, whose changes are kept for that, or without the change that is lost. A file that is whole,
+but of another version, is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
+import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mora_serve.adapters.blobs import sync_directory, write_durably
+from mora_serve.adapters.quarantine import Quarantine, means_damage
 from mora_serve.errors import ConfigError
 
 _FORMAT = 1
 _DIGITS = 20
+_NAME = re.compile(r"00([0-9]{18})\.json")  # some numbers stay free behind any that is found
+_SUMMED = re.compile(rb'\{"format": ([0-9]{1,9}), "sha256": "([0-9a-f]{64})", "content": ')
+_LOST = {"remove": [], "lost": True}  # a change of nothing, in the place of one that is lost
+
+log = logging.getLogger(__name__)
 
 
 class News(NamedTuple):
     """What happened after some number: ``changes`` on top of ``snapshot``.
 
-    ``snapshot`` is None where the changes continue what the reader has. ``number`` is that of the
-    last change.
+    ``snapshot`` is None where the changes continue what the reader has. ``start`` is the
+    snapshot's number, or the reader's. Changes come with their numbers, which have holes where
+    some are lost.
     """
 
-    number: int
+    start: int
     snapshot: Any | None
-    changes: list[Any]
+    changes: list[tuple[int, Any]]
+
+
+class _DamagedError(Exception):
+    pass
 
 
 class ChangeLog:
-    """The history in ``directory``/log and /snapshots. All three directories exist."""
+    """The history in ``directory``/log and /snapshots. All three directories exist.
 
-    def __init__(self, directory: Path, temporary: Path) -> None:
+    ``lost`` says that changes were found to be missing: contents may be theirs then.
+    """
+
+    def __init__(self, directory: Path, temporary: Path, quarantine: Quarantine) -> None:
         self._log = directory / "log"
         self._snapshots = directory / "snapshots"
         self._temporary = temporary
+        self._quarantine = quarantine
+        self._passed_over: set[Path] = set()  # damaged, and the disk did not let them be set aside
+        self.lost = False
 
     def read(self, after: int) -> News:
         """What happened after change number ``after`` (0: everything).
 
-        Raises ConfigError for a file that this version cannot read.
+        Raises ConfigError for a whole file that this version cannot read.
         """
         while True:
             newest = self._newest_snapshot()
-            snapshot, number = None, after
+            start, snapshot = after, None
             if newest > after:
-                snapshot, number = self._load(self._snapshots, newest), newest
+                start, snapshot = newest, self._load(self._snapshots, newest)
                 if snapshot is None:
-                    continue  # an even newer one has replaced it
-            changes = []
-            while (change := self._load(self._log, number + 1)) is not None:
-                changes.append(change)
-                number += 1
+                    continue  # it is damaged, or an even newer one has replaced it
+            changes, missing = self._changes(start)
             # With a new snapshot, the end of the changes may be a hole where some were removed.
             if self._newest_snapshot() == newest:
-                return News(number, snapshot, changes)
+                self._tell(missing)
+                return News(start, snapshot, changes)
 
     def append(self, number: int, change: Any) -> bool:
         """Make ``change`` the one with this number; False if another one is.
@@ -78,18 +101,31 @@ class ChangeLog:
     def snapshot(self, number: int, state: Any) -> None:
         """Record the state after change ``number`` and remove what it makes superfluous.
 
+        The snapshot before and the changes since stay, for this one may be damaged some day.
         Does nothing while another process appends.
         """
         with contextlib.suppress(BlockingIOError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            before = self._newest_snapshot()
             self._create(self._snapshots, number, state)
-            for directory, end in ((self._log, number + 1), (self._snapshots, number)):
-                for name in os.listdir(directory):
-                    if int(name.partition(".")[0]) < end:
-                        os.unlink(directory / name)
+            for directory, end in ((self._log, before + 1), (self._snapshots, before)):
+                for old in _numbers(directory):
+                    if old < end:
+                        os.unlink(_path(directory, old))
 
     def since_snapshot(self, number: int) -> int:
         """How many changes up to ``number`` no snapshot covers."""
         return number - self._newest_snapshot()
+
+    def reject(self, number: int, *, snapshot: bool = False) -> None:
+        """Set a file aside that could be read, but means nothing.
+
+        Raises ConfigError where it is as it was written: by another version.
+        """
+        path = _path(self._snapshots if snapshot else self._log, number)
+        with contextlib.suppress(OSError):
+            if _SUMMED.match(path.read_bytes()):
+                raise unreadable(number, "it holds what this version does not know")
+        self._set_aside(path, number, whole=True)
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -101,43 +137,139 @@ class ChangeLog:
             os.close(descriptor)
 
     def _newest_snapshot(self) -> int:
-        return max((int(name.partition(".")[0]) for name in os.listdir(self._snapshots)), default=0)
+        found = _numbers(self._snapshots)
+        if self._passed_over:
+            found = {n for n in found if _path(self._snapshots, n) not in self._passed_over}
+        return max(found, default=0)
+
+    def _changes(self, number: int) -> tuple[list[tuple[int, Any]], list[int]]:
+        """The changes behind a number, and the numbers where some are missing."""
+        changes: list[tuple[int, Any]] = []
+        missing: list[int] = []
+        while True:
+            change = self._load(self._log, number + 1)
+            if change is None:
+                later = [n for n in _numbers(self._log) if n > number]
+                if not later:
+                    return changes, missing
+                if min(later) == number + 1:
+                    path = _path(self._log, number + 1)
+                    if path not in self._passed_over:
+                        continue  # it has come since
+                    changes.append((number + 1, _LOST))
+                else:
+                    number = min(later) - 2  # the next one that there is
+                missing.append(number + 1)
+            else:
+                if isinstance(change, dict) and change.get("lost"):
+                    missing.append(number + 1)
+                changes.append((number + 1, change))
+            number += 1
+
+    def _tell(self, missing: list[int]) -> None:
+        if missing:
+            self.lost = True
+            log.error("registry: changes are lost, up to number(s) %s", missing[:10])
 
     def _create(self, directory: Path, number: int, content: Any) -> bool:
+        path = _path(directory, number)
         temporary = self._temporary / uuid.uuid4().hex
-        data = _encoded({"format": _FORMAT, "content": content}).encode()
         try:
-            write_durably(temporary, data)
-            os.link(temporary, _path(directory, number))
+            write_durably(temporary, _file(content))
+            os.link(temporary, path)
         except FileExistsError:
             return False
         finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(directory)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        try:
+            sync_directory(directory)
+        except OSError:
+            # Nobody was told that it is there, so it must not be. Another process may have taken
+            # it in already: it then has a change more than the disk until it starts again.
+            os.unlink(path)
+            raise
         return True
 
     def _load(self, directory: Path, number: int) -> Any | None:
-        try:
-            data = _path(directory, number).read_bytes()
-        except FileNotFoundError:
+        """The content of a file; None where there is none, or only a damaged one.
+
+        A change that is damaged, and gives way, is replaced by one of nothing.
+        """
+        path = _path(directory, number)
+        if path in self._passed_over:
             return None
         try:
-            file = json.loads(data)
-            if file["format"] == _FORMAT:
-                return file["content"]
-            why = f"it has format {file['format']}, this version reads {_FORMAT}"
-        except (ValueError, KeyError, TypeError):
-            why = "it is damaged"
-        raise unreadable(number, why)
+            return _content(path, number)
+        except FileNotFoundError:
+            return None
+        except _DamagedError:
+            return self._set_aside(path, number)
+
+    def _set_aside(self, path: Path, number: int, *, whole: bool = False) -> Any | None:
+        """Put a damaged file away, a ``whole`` one too; returns what stands in its place."""
+        kind = "snapshot" if path.parent == self._snapshots else "change"
+        with self._locked(fcntl.LOCK_EX):
+            if not whole:
+                with contextlib.suppress(_DamagedError, FileNotFoundError):
+                    return _content(path, number)  # another process was quicker
+            if not self._quarantine.take(path, f"registry: {kind} number {number} is damaged"):
+                self._passed_over.add(path)
+                return None
+            if kind == "snapshot":
+                return None
+            self.lost = True
+            try:
+                self._create(path.parent, number, _LOST)
+            except OSError as e:  # a hole is passed over as well
+                log.warning("registry: change number %d stays missing: %s", number, e.strerror)
+            return _LOST
 
 
-def unreadable(number: int, why: str = "it is damaged") -> ConfigError:
+def unreadable(number: int, why: str) -> ConfigError:
     """A file of the history that this version cannot read."""
     return ConfigError(
         f"server.state: cannot read number {number} of the registry's history: {why}; start with "
         "the version that wrote it, a backup, or another directory",
         field="server.state",
     )
+
+
+def _file(content: Any) -> bytes:
+    """A file of the history: its content, and a sum by which damage to it shows."""
+    body = _encoded(content).encode()
+    return b'{"format": %d, "sha256": "%s", "content": %s}' % (_FORMAT, _sum(_FORMAT, body), body)
+
+
+def _content(path: Path, number: int) -> Any:
+    """What a file says. Raises ConfigError where another version wrote it."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise (_DamagedError if means_damage(e) else e) from None  # FileNotFoundError among them
+    format_ = _FORMAT
+    if summed := _SUMMED.match(data):
+        format_ = int(summed[1])
+        if summed[2] != _sum(format_, data[summed.end() : -1]) or data[-1:] != b"}":
+            raise _DamagedError
+    try:
+        file = json.loads(data)
+        content = file["content"]
+        if not summed:  # an old file, or one whose beginning is damaged
+            format_ = file["format"]
+            if file.keys() != {"format", "content"} or type(format_) is not int:
+                raise _DamagedError
+        if content is None:
+            raise _DamagedError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _DamagedError from None
+    if format_ != _FORMAT:
+        raise unreadable(number, f"it has format {format_}, this version reads {_FORMAT}")
+    return content
+
+
+def _sum(format_: int, body: bytes) -> bytes:
+    return hashlib.sha256(b"%d\n%s" % (format_, body)).hexdigest().encode()
 
 
 def _encoded(value: Any) -> str:
@@ -150,6 +282,11 @@ def _encoded(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(json.dumps, value)) + "]"
     return json.dumps(value)
+
+
+def _numbers(directory: Path) -> set[int]:
+    """The numbers of a directory's files; others are nobody's."""
+    return {int(m[1]) for name in os.listdir(directory) if (m := _NAME.fullmatch(name))}
 
 
 def _path(directory: Path, number: int) -> Path:

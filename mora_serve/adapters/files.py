@@ -96,7 +96,7 @@ def read_regular(
     """The content of a regular file in an open directory, or None where there is none.
 
     ``check`` refuses sizes in bytes before anything is read. Raises what it raises, and
-    InvalidArgument, about ``field``, for a link or a special file.
+    InvalidArgument, about ``field``, for a link, a special file, or one that changes meanwhile.
     """
     try:
         fd = os.open(name, _FOLLOW_NO_LINK, dir_fd=directory)
@@ -108,16 +108,19 @@ def read_regular(
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _not_regular(field)
+        if status.st_nlink > 1 and not _vouched(os.fstat(directory), status):
+            raise _linked(field)
         check(status.st_size)
         with open(fd, "rb", closefd=False) as file:
             data = file.read(status.st_size)
+        after = os.fstat(fd)
     except OSError as e:
         raise _unreadable(field, e) from None
     finally:
         os.close(fd)
-    if len(data) < status.st_size:
+    if len(data) < status.st_size or _written(after) != _written(status):
         raise InvalidArgument(
-            f"{field}: the file became shorter while it was read; try again",
+            f"{field}: the file was changed while it was read; try again when it is complete",
             field=field,
             reason="CHANGED",
         )
@@ -164,7 +167,8 @@ def _open(name: str, flags: int, above: int | None) -> int:
     except FileNotFoundError:
         if above is None:
             raise FailedPrecondition(
-                "path: adapters.root does not exist on this server; create it or correct it",
+                "path: adapters.root, or the tenant's directory in it, does not exist on this "
+                "server; create it or correct it",
                 field="path",
                 reason="NO_ROOT",
             ) from None
@@ -189,6 +193,19 @@ def _outside(why: str) -> InvalidArgument:
     )
 
 
+def _vouched(directory: os.stat_result, file: os.stat_result) -> bool:
+    """Whether a file of several names is here by its own owner's doing.
+
+    Who may write to a directory may, on some systems, link there what only the server can read.
+    Where nobody but the file's owner may, the other names are harmless: installers link files.
+    """
+    return directory.st_uid == file.st_uid and not directory.st_mode & stat.S_IWOTH
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
 def _unreadable(name: str, error: OSError) -> MoraError:
     if error.errno == errno.ELOOP:
         return _not_regular(name)
@@ -203,6 +220,14 @@ def _unreadable(name: str, error: OSError) -> MoraError:
 def _not_regular(name: str) -> InvalidArgument:
     return InvalidArgument(
         f"{name}: it is no regular file, or a symbolic link; put the file itself there",
+        field=name,
+        reason="INVALID_PATH",
+    )
+
+
+def _linked(name: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{name}: it is a hard link that somebody else may have made; put a copy there",
         field=name,
         reason="INVALID_PATH",
     )

@@ -50,8 +50,8 @@ def read_header(weights: memoryview, limits: AdaptersConfig) -> dict[str, Tensor
     """
     header, data_start = _header(weights, limits)
     metadata = header.pop("__metadata__", None)
-    if metadata is not None and not isinstance(metadata, dict):
-        raise _invalid("__metadata__ is not an object")
+    if metadata is not None:
+        _check_metadata(metadata)
     if not header:
         raise _invalid("the file holds no tensors", "train the adapter before it is saved")
     if len(header) > limits.max_tensors:
@@ -125,6 +125,18 @@ def _header(weights: memoryview, limits: AdaptersConfig) -> tuple[dict[str, Any]
     if length < 2 or weights[8] != ord("{"):
         raise _invalid("the header is not a JSON object")
     return load_json(weights[8 : 8 + length], FIELD, max_bytes=most), 8 + length
+
+
+def _check_metadata(metadata: Any) -> None:
+    """As safetensors has it, and no more of it than a trainer writes: nothing of it is used."""
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _invalid("__metadata__ is no object of strings")
+    if sum(len(key) + len(value) for key, value in metadata.items()) > _METADATA_BYTES:
+        raise _invalid(
+            f"__metadata__ has more than {_METADATA_BYTES} characters",
+            "save the adapter again without it",
+            "TOO_LARGE",
+        )
 
 
 def _tensor(key: str, entry: Any, data_start: int) -> TensorRef:

@@ -6,10 +6,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
-from mora_serve.adapters.changelog import ChangeLog, unreadable
+from mora_serve.adapters.changelog import ChangeLog
 from mora_serve.adapters.record import Change, State
 
 Subscriber = Callable[[Change], None]
+
+_MEANINGLESS = (KeyError, TypeError, ValueError, AttributeError)
 
 
 class History:
@@ -33,7 +35,10 @@ class History:
             return self.state
 
     def refresh(self) -> None:
-        """Take in what other processes have appended. Raises ConfigError for a damaged log."""
+        """Take in what other processes have appended.
+
+        Raises ConfigError for what another version wrote.
+        """
         with self.lock:
             for state, changes in self._news():
                 self._succeed(state, changes)
@@ -71,20 +76,27 @@ class History:
             logging.getLogger(__name__).warning("registry: no snapshot: %s", e.strerror)
 
     def _news(self) -> list[tuple[State, list[Change]]]:
-        news = self._log.read(self.state.revision)
-        state, steps = self.state, []
-        try:
+        while True:
+            news = self._log.read(self.state.revision)
+            state, steps = self.state, []
             if news.snapshot is not None:
-                later = State.from_json(news.number - len(news.changes), news.snapshot)
+                try:
+                    later = State.from_json(news.start, news.snapshot)
+                except _MEANINGLESS:
+                    self._log.reject(news.start, snapshot=True)
+                    continue
                 steps.append((later, state.changes_to(later)))
                 state = later
-            for values in news.changes:
-                change = state.change_from_json(values)
-                state = state.after(change)
+            for number, values in news.changes:
+                try:
+                    change = state.change_from_json(number, values)
+                    state = state.after(change)
+                except _MEANINGLESS:
+                    self._log.reject(number)
+                    change = Change(number)
+                    state = state.after(change)
                 steps.append((state, [change]))
-        except (KeyError, TypeError, ValueError):
-            raise unreadable(state.revision + 1) from None
-        return steps
+            return steps
 
     def _succeed(self, state: State, changes: Iterable[Change]) -> None:
         self.state = state

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from mora_serve.adapters.card import RoutingCard
+from mora_serve.core import SHARED_TENANT
+from mora_serve.errors import ResourceExhausted
 
 Key = tuple[str, str]  # tenant, name
 
@@ -76,7 +78,7 @@ class Change:
     """One step of the registry, for subscribers.
 
     An adapter was registered (``before`` is None), removed (``after`` is None), replaced or
-    updated (both are set); or the router was replaced (neither is).
+    updated (both are set); or the router was replaced (neither is). One that is lost has none.
     """
 
     revision: int
@@ -91,6 +93,33 @@ class Change:
         if self.after is not None:
             return {"put": self.after.to_json()}
         return {"remove": self.before.key if self.before else None}
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The most adapters of a tenant, and the most bytes of their weights; None for no limit."""
+
+    adapters: int | None = None
+    nbytes: int | None = None
+
+    def check(self, own: Iterable[AdapterRecord], record: AdapterRecord) -> None:
+        """Raise ResourceExhausted where a tenant with these adapters may not have ``record``."""
+        others = [r for r in own if r.name != record.name]
+        if self.adapters is not None and len(others) >= self.adapters:
+            raise ResourceExhausted(
+                f"name: the tenant has {len(others)} adapters, as many as its limit allows; "
+                "unregister one",
+                field="name",
+                reason="TENANT_ADAPTERS",
+            )
+        total = sum(r.nbytes for r in others) + record.nbytes
+        if self.nbytes is not None and total > self.nbytes:
+            raise ResourceExhausted(
+                f"name: the tenant's adapters would have {total} bytes of weights, its limit is "
+                f"{self.nbytes}; unregister one",
+                field="name",
+                reason="TENANT_BYTES",
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,23 @@ class State:
         by_task = {key: tuple(found) for key, found in tasks.items()}
         return cls(revision, adapters, router, tenants, by_task)
 
+    def find(self, tenant: str, name: str) -> AdapterRecord | None:
+        """The adapter that the tenant means by a name: its own, or else the shared one."""
+        own = self.adapters.get((tenant, name))
+        return own if own is not None else self.adapters.get((SHARED_TENANT, name))
+
+    def visible(self, tenant: str) -> tuple[AdapterRecord, ...]:
+        """What the tenant may use, by name: its own, and the shared ones of other names."""
+        own, shared = self.by_tenant.get(tenant, {}), self.by_tenant.get(SHARED_TENANT, {})
+        return _joined(own, shared.values())
+
+    def visible_for(self, tenant: str, task: str) -> tuple[AdapterRecord, ...]:
+        """Those of ``visible`` that are for a task, by name."""
+        own = {r.name: r for r in self.by_task.get((tenant, task), ())}
+        shared = self.by_task.get((SHARED_TENANT, task), ())
+        hidden = self.by_tenant.get(tenant, {})
+        return _joined(own, (r for r in shared if r.name not in hidden))
+
     @functools.cached_property
     def digests(self) -> frozenset[str]:
         """Contents that the state refers to."""
@@ -149,9 +195,8 @@ class State:
             _put(by_task, (tenant, task), tuple(_with(own, name, now).values()))
         return State(change.revision, adapters, self.router, by_tenant, by_task)
 
-    def change_from_json(self, values: Mapping[str, Any]) -> Change:
-        """The next change, as the log has it."""
-        revision = self.revision + 1
+    def change_from_json(self, revision: int, values: Mapping[str, Any]) -> Change:
+        """The next change, as the log has it under its number."""
         if "router" in values:
             return Change(revision, router=_router(values["router"]))
         if "put" in values:
@@ -204,3 +249,13 @@ def _put(parts: dict[K, V], key: K, part: V) -> None:
 
 def _router(values: Mapping[str, Any]) -> RouterRecord:
     return RouterRecord(values["digest"], tuple(values["files"]))
+
+
+def _joined(
+    own: Mapping[str, AdapterRecord], shared: Iterable[AdapterRecord]
+) -> tuple[AdapterRecord, ...]:
+    """By name; a shared one gives way to one of the tenant's own."""
+    others = [r for r in shared if r.name not in own]
+    if not others:
+        return tuple(own.values())
+    return tuple(sorted((*own.values(), *others), key=lambda r: r.name))

@@ -3,44 +3,52 @@
 A directory of content blobs, a log of changes and snapshots, so that a process may be killed at
 any moment and several may share it: first the blob, then the change that refers to it, and a
 blob without a change is removed. Reads see an immutable state and never wait for the disk.
+What the disk has damaged since is set aside when it is found, and the rest is served.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import errno
 import functools
-import hashlib
+import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Self
 
-from mora_serve.adapters.blobs import BlobStore, Buffer, sync_directory
+from mora_serve.adapters.blobs import Buffer, sync_directory
 from mora_serve.adapters.card import RoutingCard, check_card
 from mora_serve.adapters.changelog import ChangeLog
+from mora_serve.adapters.contents import Contents, Health, router_digest
+from mora_serve.adapters.disk import Reserve, disk_errors
 from mora_serve.adapters.files import CONFIG, WEIGHTS
 from mora_serve.adapters.history import History
-from mora_serve.adapters.record import AdapterRecord, Change, RouterRecord, State
+from mora_serve.adapters.offers import Offers
+from mora_serve.adapters.quarantine import Quarantine
+from mora_serve.adapters.record import AdapterRecord, Change, Quota, RouterRecord, State
 from mora_serve.adapters.untrusted import check_name, quoted
 from mora_serve.adapters.validate import ValidatedAdapter, read_stored
 from mora_serve.config import AdaptersConfig
+from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import (
     AlreadyExists,
     ConfigError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
 )
 from mora_serve.model.shape import ModelShape
 
 __all__ = ["AdapterRecord", "Change", "Registry", "RouterRecord"]
 
+log = logging.getLogger(__name__)
+
 SNAPSHOT_EVERY = 256  # changes
+CHECKED_AT_START = 4 << 30  # bytes whose sums are formed at the start; the others' when used
 _COMPARED = 1000  # names among which the nearest are sought
 
 
@@ -68,12 +76,18 @@ class Registry:
         self._own = tempfile.TemporaryDirectory(prefix="mora-") if directory is None else None
         root = Path(self._own.name) if self._own else Path(directory or "")
         _make_directories(root)
-        self._blobs = BlobStore(root / "blobs", root / "tmp")
-        self._history = History(ChangeLog(root, root / "tmp"), snapshot_every)
+        quarantine = Quarantine(root / "quarantine")
+        self._contents = Contents(root, quarantine)
+        self._blobs = self._contents.blobs
+        self._log = ChangeLog(root, root / "tmp", quarantine)
+        self._history = History(self._log, snapshot_every)
+        self._offers = Offers(self._history)
+        self._reserve = Reserve(root)
         self._unremoved: set[str] = set()  # blobs that somebody held when they were to go
         self.refresh()
         self._blobs.clean()
-        self._remove_unreferenced(self._blobs.digests())
+        self._check_contents()
+        self._reserve.renew()
 
     def close(self) -> None:
         """Let go of everything; a registry without a directory is gone."""
@@ -96,18 +110,20 @@ class Registry:
     @property
     def revision(self) -> int:
         """Grows with each change."""
-        return self._state.revision
+        return self._state.revision + self._offers.turns
 
     def get(self, tenant: str, name: str, digest: str = "") -> AdapterRecord:
-        """The adapter of this name, and of this content where a digest is given.
+        """What the tenant means by a name, of this content where a digest is given.
 
-        Raises NotFound, with the nearest names of the tenant, and FailedPrecondition for one that
-        was made for another base.
+        That is its own adapter, or else the shared one of this name.
+
+        Raises NotFound, with the nearest names that the tenant may use, and FailedPrecondition for
+        one that was made for another base or is damaged.
         """
-        records = self._state.by_tenant.get(tenant, {})
-        record = records.get(name)
+        state = self._state
+        record = state.find(tenant, name)
         if record is None:
-            raise _unknown("adapter", name, records)
+            raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
         if digest and digest != record.digest:
             raise NotFound(
                 f"digest: adapter {quoted(name)} has no version {quoted(digest)}; its version is "
@@ -122,41 +138,59 @@ class Registry:
                 field="adapter",
                 reason="WRONG_BASE",
             )
+        if record.digest not in self._offers and self._contents.again(record.digest):
+            self._offers.restore(record.digest)  # another process has; ``open`` looks at it
+        if record.digest not in self._offers:
+            raise FailedPrecondition(
+                f"adapter: {quoted(name)} is damaged on the server's disk; register or upload it "
+                "again as it was, or unregister it",
+                field="adapter",
+                reason="ADAPTER_DAMAGED",
+            )
         return record
 
     def list(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """The tenant's adapters by name, those for another base included."""
-        return tuple(self._state.by_tenant.get(tenant, {}).values())
+        """What the tenant may use, by name, adapters for another base and damaged ones included.
+
+        Its own adapters, and the shared ones whose names it has not given to its own.
+        """
+        return self._state.visible(tenant)
+
+    def own(self, tenant: str) -> Mapping[str, AdapterRecord]:
+        """The tenant's own adapters by name, those for another base and damaged ones included."""
+        return self._state.by_tenant.get(tenant, {})
 
     def served(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """Those of the tenant's adapters that this base can serve, by name."""
-        return tuple(filter(self._fits, self.list(tenant)))
+        """Those that the tenant may use and that can be served, by name."""
+        return tuple(filter(self._offered, self.list(tenant)))
 
     def verified(self, record: AdapterRecord) -> bool:
         """Whether the adapter says that it was trained on this base."""
         return bool(self._fingerprint) and record.card.base_fingerprint == self._fingerprint
 
     def routable(self, record: AdapterRecord) -> bool:
-        """Whether the router can pick the adapter: this base can serve it, and it has prompts."""
-        return record.card.routable and self._fits(record)
+        """Whether the router can pick the adapter: it can be served, and it has prompts."""
+        return record.card.routable and self._offered(record)
+
+    def damaged(self, record: AdapterRecord) -> bool:
+        """Whether the adapter's content was found damaged or missing."""
+        return record.digest not in self._offers
 
     def all(self) -> tuple[AdapterRecord, ...]:
-        """All tenants' adapters that this base can serve, by tenant and name."""
+        """All tenants' adapters that can be served, by tenant and name."""
         tenants = sorted(self._state.by_tenant.items())
-        return tuple(r for _, own in tenants for r in own.values() if self._fits(r))
+        return tuple(r for _, own in tenants for r in own.values() if self._offered(r))
 
     def tasks(self, tenant: str) -> tuple[str, ...]:
         """The tasks that ``by_task`` knows for the tenant, in order."""
-        records = self._state.by_tenant.get(tenant, {}).values()
-        return tuple(sorted({t for r in records if self._fits(r) for t in r.tasks}))
+        return tuple(sorted({t for r in self.served(tenant) for t in r.tasks}))
 
     def by_task(self, tenant: str, task: str) -> tuple[AdapterRecord, ...]:
-        """The tenant's adapters for a task, by name: at least one.
+        """What the tenant may use for a task, by name: at least one.
 
-        Raises NotFound with the nearest tasks of the tenant.
+        Raises NotFound with the nearest tasks that the tenant may use.
         """
-        records = self._state.by_task.get((tenant, task), ())
-        found = tuple(r for r in records if self._fits(r))
+        found = tuple(filter(self._offered, self._state.visible_for(tenant, task)))
         if not found:
             raise _unknown("task", task, self.tasks(tenant))
         return found
@@ -166,9 +200,11 @@ class Registry:
     def open(self, digest: str) -> ValidatedAdapter:
         """A content, its weights mapped. It has no card; they belong to records.
 
-        Raises NotFound for a digest that is neither registered nor retained, and
-        FailedPrecondition for one that this base or these limits cannot serve.
+        Raises NotFound for a digest that is neither registered nor retained, or whose content is
+        damaged, and FailedPrecondition for one that this base or these limits cannot serve.
         """
+        if not self._whole(digest):
+            raise _gone(digest)
         hold = self._blobs.hold(digest)
         if hold is None:
             raise _gone(digest)
@@ -195,6 +231,7 @@ class Registry:
         A request does so, that its version stays after a replacement. Raises NotFound.
         """
         if not self._blobs.retain(digest):
+            self._whole(digest)
             raise _gone(digest)
 
     def release(self, digest: str) -> None:
@@ -218,14 +255,17 @@ class Registry:
         card: RoutingCard | None = None,
         tasks: Iterable[str] | None = None,
         replace: bool = False,
+        quota: Quota | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Register an adapter; returns its record and whether that is new.
 
         ``card`` takes the place of the adapter's own, ``tasks`` that of the card's. The content
-        that the name has already changes nothing, the card included. Durable when it returns.
+        that the name has already changes nothing, the card included; where it is damaged on the
+        disk, it is whole again. Durable when it returns.
 
         Raises InvalidArgument for a bad name or card, AlreadyExists where the name has other
-        content and ``replace`` is false, ResourceExhausted beyond max_adapters or disk space.
+        content and ``replace`` is false, ResourceExhausted beyond max_adapters, the tenant's
+        quota or disk space.
         """
         check_name(tenant, "tenant")
         check_name(name, "name")
@@ -250,11 +290,13 @@ class Registry:
 
         def change(state: State) -> Change | None:
             before = state.adapters.get(record.key)
+            if before is not None and before.digest == record.digest:
+                return None
+            if quota is not None:
+                quota.check(state.by_tenant.get(tenant, {}).values(), record)
             if before is None:
                 self._check_count(state)
                 return Change(state.revision + 1, None, record)
-            if before.digest == record.digest:
-                return None
             if not replace:
                 raise AlreadyExists(
                     f"name: {quoted(name)} is in use by version {before.version} with digest "
@@ -268,8 +310,11 @@ class Registry:
         change(self._state)  # refuse before gigabytes are written
         content: dict[str, Buffer] = {CONFIG: adapter.config, WEIGHTS: adapter.weights}
         try:
-            with _disk_space(), self._blobs.put(adapter.digest, content):
-                state, made = self._history.commit(change)
+            with disk_errors():
+                self._reserve.take()  # first, so that what a removal freed does not go to others
+                with self._contents.put(adapter.digest, content):
+                    self._offers.restore(adapter.digest)
+                    state, made = self._history.commit(change)
         finally:
             self._remove_unreferenced([adapter.digest])
         if made is not None and made.before is not None:
@@ -286,8 +331,9 @@ class Registry:
     ) -> AdapterRecord:
         """Replace the card, or its tasks alone; the content and the version stay.
 
-        A card that names no base keeps the base named before. Raises NotFound, and
-        InvalidArgument for a bad card.
+        A card that names no base keeps the base named before. Raises NotFound, InvalidArgument for
+        a bad card, and PermissionDenied for a shared adapter of another tenant, as do ``pin`` and
+        ``unregister``.
         """
 
         def change(record: AdapterRecord) -> AdapterRecord:
@@ -312,9 +358,10 @@ class Registry:
             removed = _known(state, tenant, name)
             return Change(state.revision + 1, removed)
 
-        with _disk_space():
-            self._history.commit(change)
+        with disk_errors():
+            self._reserve.lend(lambda: self._history.commit(change))
         self._remove_unreferenced([removed.digest])
+        self._reserve.renew()
         return removed
 
     def set_router(self, files: Mapping[str, bytes]) -> str:
@@ -322,26 +369,29 @@ class Registry:
 
         Raises InvalidArgument for a bad name.
         """
-        digest = hashlib.sha256(b"mora-serve router 1\n")
-        for name, data in sorted(files.items()):
-            digest.update(f"{check_name(name, 'router')} {len(data)}\n".encode())
-            digest.update(data)
-        router = RouterRecord(digest.hexdigest(), tuple(sorted(files)))
+        for name in files:
+            check_name(name, "router")
+        router = RouterRecord(router_digest(files), tuple(sorted(files)))
         before = self._state.router
 
         def change(state: State) -> Change | None:
             return None if state.router == router else Change(state.revision + 1, router=router)
 
         try:
-            with _disk_space(), self._blobs.put(router.digest, files):
-                self._history.commit(change)
+            with disk_errors():
+                self._reserve.take()
+                with self._contents.put(router.digest, files):
+                    self._offers.restore(router.digest)
+                    self._history.commit(change)
         finally:
             self._remove_unreferenced([router.digest, *([before.digest] if before else [])])
         return router.digest
 
     def router(self) -> dict[str, bytes] | None:
-        """The files of the stored router, or None where there is none."""
+        """The files of the stored router, or None where there is none, or a damaged one."""
         while (router := self._state.router) is not None:
+            if not self._whole(router.digest) and router.digest not in self._offers:
+                return None
             hold = self._blobs.hold(router.digest)
             if hold is not None:
                 with hold:
@@ -357,7 +407,7 @@ class Registry:
         to be quick, must not raise, and may only read the registry.
         """
         with self._history.lock:
-            self._history.subscribe(callback)
+            self._offers.subscribe(callback)
             return self.all()
 
     def refresh(self) -> None:
@@ -374,21 +424,57 @@ class Registry:
             after = edit(before)
             return None if after == before else Change(state.revision + 1, before, after)
 
-        with _disk_space():
+        with disk_errors():
             state, _ = self._history.commit(change)
         return state.adapters[tenant, name]
+
+    def _check_contents(self) -> None:
+        """Find damaged contents, and what nothing refers to."""
+        left, digests = (
+            CHECKED_AT_START,
+            {r.digest: r.nbytes for r in self._state.adapters.values()},
+        )
+        if self._state.router is not None:
+            digests[self._state.router.digest] = 0
+        for digest, nbytes in digests.items():
+            left -= nbytes
+            if self._contents.look(digest, least=nbytes, deep=left >= 0) is not Health.SOUND:
+                self._offers.withdraw(digest)
+        unreferenced = self._contents.left(self._state.digests)
+        if not self._log.lost:
+            self._remove_unreferenced(unreferenced)
+            return
+        for digest in unreferenced:  # it may belong to a change that is lost
+            self._contents.set_aside(digest, "is not referred to by any change that is left")
+
+    def _whole(self, digest: str) -> bool:
+        """Whether a content can be used; a damaged one is not offered any more."""
+        if self._contents.look(digest) is Health.SOUND:
+            return True
+        if not self._is_unreferenced(digest):
+            self._offers.withdraw(digest)
+        return False
 
     def _remove_unreferenced(self, digests: Iterable[str]) -> None:
         with self._history.lock:
             self._unremoved |= set(digests)
             self._unremoved -= self._state.digests
             for digest in sorted(self._unremoved):
-                if self._blobs.remove(digest, functools.partial(self._is_unreferenced, digest)):
-                    self._unremoved.discard(digest)
+                try:
+                    unreferenced = functools.partial(self._is_unreferenced, digest)
+                    if self._blobs.remove(digest, unreferenced):
+                        self._unremoved.discard(digest)
+                        self._contents.forget(digest)
+                        self._offers.restore(digest)
+                except OSError as e:  # it goes another time, at the next start at the latest
+                    log.warning("registry: content %s is not removed: %s", digest, e.strerror)
 
     def _is_unreferenced(self, digest: str) -> bool:
         """Also by what another process has done by now."""
         return digest not in self._history.newest().digests
+
+    def _offered(self, record: AdapterRecord) -> bool:
+        return self._fits(record) and record.digest in self._offers
 
     def _fits(self, record: AdapterRecord) -> bool:
         base = record.card.base_fingerprint
@@ -414,10 +500,13 @@ class Registry:
 
 
 def _make_directories(root: Path) -> None:
+    parts = (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp")))
+    missing = [part for part in parts if not part.is_dir()]  # a full disk need not make the others
     try:
-        for part in (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp"))):
+        for part in missing:
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync_directory(root)
+        if missing:
+            sync_directory(root)
     except OSError as e:
         raise ConfigError(
             f"server.state: the directory cannot be made or written to ({e.strerror}); give one "
@@ -431,10 +520,18 @@ def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:
 
 
 def _known(state: State, tenant: str, name: str) -> AdapterRecord:
+    """The tenant's own adapter of a name, to be changed."""
     record = state.adapters.get((tenant, name))
-    if record is None:
-        raise _unknown("adapter", name, state.by_tenant.get(tenant, {}))
-    return record
+    if record is not None:
+        return record
+    if state.find(tenant, name) is not None:
+        raise PermissionDenied(
+            f"adapter: {quoted(name)} is shared; only tenant {SHARED_TENANT!r} can change it, "
+            "register one of your own under another name",
+            field="adapter",
+            reason="SHARED_ADAPTER",
+        )
+    raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NotFound:
@@ -456,17 +553,3 @@ def _gone(digest: str) -> NotFound:
         field="digest",
         reason="VERSION_NOT_FOUND",
     )
-
-
-@contextlib.contextmanager
-def _disk_space() -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceExhausted(
-            "server.state: the disk is full; make room or unregister adapters",
-            field="server.state",
-            reason="DISK_FULL",
-        ) from None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mora_serve.adapters import files
 from mora_serve.adapters.card import RoutingCard, parse_card
+from mora_serve.adapters.checksum import check_sum
 from mora_serve.adapters.files import open_directory
 from mora_serve.adapters.header import TensorRef, check_finite, read_header, tensor_array
 from mora_serve.adapters.peft_config import LoraSettings, parse_config
@@ -96,13 +97,19 @@ class ValidatedAdapter:
 
 
 def read_directory(
-    root: str | Path, path: str, shape: ModelShape, limits: AdaptersConfig, fingerprint: str = ""
+    root: str | Path,
+    path: str,
+    shape: ModelShape,
+    limits: AdaptersConfig,
+    fingerprint: str = "",
+    *,
+    sha256: str = "",
 ) -> ValidatedAdapter:
     """Read and check the PEFT directory ``path`` under ``root``.
 
-    ``fingerprint`` is the base's. Holds the weights in memory once. Raises FailedPrecondition
-    without a root, NotFound for a missing directory, InvalidArgument for what is not a servable
-    adapter of this base.
+    ``fingerprint`` is the base's, ``sha256`` what the sender says of the files. Holds
+    the weights in memory once. Raises FailedPrecondition without a root, NotFound for a missing
+    directory, InvalidArgument for what is not a servable adapter of this base.
     """
     with open_directory(root, path) as directory:
         config = files.read_file(directory, files.CONFIG, limits)
@@ -112,7 +119,7 @@ def read_directory(
             raise files.missing_weights(directory)
         if config is None:
             raise files.missing(files.CONFIG)
-    return read_upload(config, weights, card, shape, limits, fingerprint)
+    return read_upload(config, weights, card, shape, limits, fingerprint, sha256=sha256)
 
 
 def read_upload(
@@ -122,13 +129,19 @@ def read_upload(
     shape: ModelShape,
     limits: AdaptersConfig,
     fingerprint: str = "",
+    *,
+    sha256: str = "",
 ) -> ValidatedAdapter:
     """Check an adapter whose files are here as bytes, or as a map of a file nobody else writes.
+
+    ``sha256`` is what the sender says of them (see ``checksum``), empty where nothing is said.
 
     Raises InvalidArgument for what is not a servable adapter of this base.
     """
     view = memoryview(weights).toreadonly()
     files.check_size(files.WEIGHTS, len(view), limits)
+    if sha256:
+        check_sum(sha256, (config, view, card))
     settings = parse_config(config)
     parsed_card = parse_card(card, limits) if card is not None else None
     base = _check_base(parsed_card.base_fingerprint if parsed_card else "", fingerprint)
@@ -137,10 +150,16 @@ def read_upload(
     for key, tensor in tensors.items():
         check_finite(view, key, tensor)
     canonical = settings.canonical({m.projection for m in modules})
-    digest = hashlib.sha256(b"mora-serve adapter 1\n%d\n" % len(canonical))
-    digest.update(canonical)
+    digest = content_digest(canonical)
     digest.update(view)
     return _adapter(digest.hexdigest(), settings, modules, canonical, view, base, parsed_card)
+
+
+def content_digest(canonical: bytes) -> hashlib._Hash:
+    """The sum that is an adapter's digest, before its weights."""
+    digest = hashlib.sha256(b"mora-serve adapter 1\n%d\n" % len(canonical))
+    digest.update(canonical)
+    return digest
 
 
 def read_stored(

@@ -68,6 +68,13 @@ def add_to(commands: Any) -> None:
         if name in ("register", "upload"):
             under = "under the server's adapters.root" if name == "register" else "on this machine"
             sub.add_argument("directory", metavar="DIR", help=f"the PEFT directory, {under}")
+            if name == "register":
+                sub.add_argument(
+                    "--sha256",
+                    default="",
+                    metavar="HEX",
+                    help="SHA-256 of the configuration, the weights and the card, in this order",
+                )
             _add_card(sub, "when given, it takes the place of the card in the directory")
             sub.add_argument(
                 "--replace",
@@ -117,7 +124,9 @@ def run_register(args: argparse.Namespace) -> int:
     """Register a directory that the server can read."""
     card = _card(args)
     with connection.connect(args) as client:
-        adapter = client.register_adapter(args.name, args.directory, replace=args.replace, **card)
+        adapter = client.register_adapter(
+            args.name, args.directory, replace=args.replace, sha256=args.sha256, **card
+        )
         return _show(_carded(client, adapter, card, args), args)
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mora_serve.config import ServerConfig
+from mora_serve.core import API_KEY
 from mora_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from mora_serve.client import Client
-
-API_KEY = "MORA_API_KEY"
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ examples:
 A flag overrides the environment (MORA_SERVER_PORT=...), which overrides the file ([server] with
 port = ...). The server listens on this machine only, unless --server.host says otherwise.
 Ctrl-C drains: running requests finish, new ones are refused.
+Exit status 3: the engine failed, or a step hung (engine.step_seconds); start the server again.
 """
 
 

@@ -102,13 +102,22 @@ class Client(Stubs):
 
     @strict
     def register_adapter(
-        self, name: str, path: str, *, replace: bool = False, **options: Unpack[CardOptions]
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        sha256: str = "",
+        **options: Unpack[CardOptions],
     ) -> adapters_pb2.Adapter:
         """Register a directory under the server's adapter root.
 
         Content that the name has already changes nothing, its card included: see update_adapter.
+        With ``sha256``, which ``cat adapter_config.json adapter_model.safetensors
+        routing_card.json | sha256sum`` gives, without the card where there is none, the server
+        takes no other files.
         """
-        request = requests.register(name, path, replace, options)
+        request = requests.register(name, path, replace, sha256, options)
         return self._adapter(self.adapters.RegisterAdapter, request, options)
 
     @strict

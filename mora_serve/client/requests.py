@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -104,11 +105,11 @@ def card(options: CardOptions) -> adapters_pb2.RoutingCard | None:
 
 
 def register(
-    name: str, path: str, replace: bool, options: CardOptions
+    name: str, path: str, replace: bool, sha256: str, options: CardOptions
 ) -> adapters_pb2.RegisterAdapterRequest:
     """A request of RegisterAdapter."""
-    kind = adapters_pb2.RegisterAdapterRequest
-    return filled(kind, "", name=name, path=path, card=card(options), replace=replace)
+    kind, new = adapters_pb2.RegisterAdapterRequest, card(options)
+    return filled(kind, "", name=name, path=path, card=new, replace=replace, sha256=sha256)
 
 
 def update(name: str, options: CardOptions) -> adapters_pb2.UpdateAdapterRequest:
@@ -136,6 +137,7 @@ def upload(
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """The messages of an upload: the header, then the files in pieces of 1 MiB.
 
+    The header states their SHA-256, so that files that change on the way are refused.
     Raises InvalidArgument when the directory holds no adapter.
     """
     files = [directory / file for file in UPLOAD_FILES if (directory / file).is_file()]
@@ -153,6 +155,12 @@ def upload(
 def _upload(
     header: adapters_pb2.UploadHeader, files: Sequence[Path]
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                digest.update(data)
+    header.sha256 = digest.hexdigest()
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for path in files:
         with path.open("rb") as file:

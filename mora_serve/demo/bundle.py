@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mora_serve.core import DEFAULT_TENANT
-from mora_serve.errors import ConfigError
+from mora_serve.errors import ConfigError, MoraError
 
 if TYPE_CHECKING:
     from mora_serve.adapters.registry import Registry
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "bundle.json"
 EXAMPLES_FILE = "examples.json"
+
+log = logging.getLogger(__name__)
 
 
 def bundle_path() -> Path:
@@ -66,22 +70,42 @@ def read_examples(bundle: Path) -> tuple[Example, ...]:
     )
 
 
-def register_bundle(registry: Registry, shape: ModelShape, limits: AdaptersConfig) -> None:
-    """Register the bundle's adapters and router for the default tenant.
+def register_bundle(
+    registry: Registry, shape: ModelShape, limits: AdaptersConfig, tenant: str = DEFAULT_TENANT
+) -> None:
+    """Register the bundle's adapters for a tenant, and its router.
 
     Only the adapters that the manifest marks so; a name that is in use, and a router that is
-    stored, stay as they are, so that a restart changes nothing. Raises MoraError when the limits
-    of the configuration are too small for the bundle.
+    stored, stay as they are, so that a restart changes nothing. What is damaged in the registry is
+    replaced by what ships; where the disk does not take it, the rest is served without it. Raises
+    MoraError when the limits of the configuration are too small for the bundle.
     """
     from mora_serve.adapters.validate import read_directory
 
     bundle = bundle_path()
     manifest = json.loads((bundle / MANIFEST_FILE).read_text())
-    known = {record.name for record in registry.list(DEFAULT_TENANT)}
+    known = registry.own(tenant)
     for entry in manifest["adapters"]:
-        if entry["registered"] and entry["name"] not in known:
-            adapter = read_directory(bundle, entry["directory"], shape, limits)
-            registry.register(DEFAULT_TENANT, entry["name"], adapter)
+        name = entry["name"]
+        before = known.get(name)
+        if not entry["registered"] or (before is not None and not registry.damaged(before)):
+            continue
+        adapter = read_directory(bundle, entry["directory"], shape, limits)
+        if before is None or before.digest == adapter.digest:
+            with _whatever_the_disk(name):
+                registry.register(tenant, name, adapter)
     if registry.router() is None:
         files = sorted((bundle / manifest["router"]).iterdir())
-        registry.set_router({file.name: file.read_bytes() for file in files})
+        with _whatever_the_disk("router"):
+            registry.set_router({file.name: file.read_bytes() for file in files})
+
+
+@contextlib.contextmanager
+def _whatever_the_disk(name: str) -> Iterator[None]:
+    """Go on without what the disk does not take."""
+    try:
+        yield
+    except MoraError as e:
+        if e.reason not in ("DISK_FULL", "DISK_FAILED"):
+            raise
+        log.error("bundle: %s is left out: %s", name, e.message)

@@ -96,6 +96,11 @@ class ServerProcess:
         return self._process.pid if self._process is not None else 0
 
     @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def log(self) -> str:
         """The last 4,000 characters of what the server has written."""
         return self.whole_log[-4000:]

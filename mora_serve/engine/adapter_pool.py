@@ -16,17 +16,19 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from mora_serve.adapters.validate import ValidatedAdapter
 from mora_serve.core import AdapterLoad
 from mora_serve.engine.host_adapters import HostAdapter, HostAdapters
+from mora_serve.engine.kv_cache import IntegrityError
 from mora_serve.errors import Failure, MoraError, ResourceExhausted
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.lora import AdapterSlots
@@ -223,14 +225,38 @@ class AdapterPool:
         """Wait for the load under way and end the loading thread."""
         self._loader.shutdown(wait=True, cancel_futures=True)
 
-    def check_integrity(self) -> None:
-        """Raise RuntimeError when slots and entries disagree, or a reference leaked."""
+    @property
+    def used(self) -> int:
+        """Slots whose adapters somebody holds."""
+        return sum(e.references > 0 for e in self._entries.values())
+
+    def reset_references(self) -> None:
+        """Nobody holds anything; what is in slots stays there."""
+        for entry in self._entries.values():
+            entry.references = 0
+
+    def check_integrity(self, held: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Raise IntegrityError when slots, entries and loads disagree, or references do.
+
+        ``held`` are the references that there should be, by digest.
+        """
         taken = sorted([e.slot for e in self._entries.values()] + self._free)
         if taken != list(range(self.slots.slots)):
-            raise RuntimeError(f"adapter slots are not a partition: {taken}")
-        leaked = [d[:12] for d, e in self._entries.items() if e.references]
-        if leaked:
-            raise RuntimeError(f"adapters are held by nobody that runs: {leaked}")
+            raise IntegrityError(f"adapter slots are not a partition: {taken}")
+        counted = {d: e.references for d, e in self._entries.items() if e.references}
+        wrong = [d[:12] for d in {*held, *counted} if held.get(d, 0) != counted.get(d, 0)]
+        if wrong:
+            raise IntegrityError(f"adapters are held by others than those that run: {wrong}")
+        unready = [d[:12] for d in held if self._entries[d].state is not _State.READY]
+        if unready:
+            raise IntegrityError(f"adapters that are still loading are held: {unready}")
+        loading = sum(e.state is _State.LOADING for e in self._entries.values())
+        if loading != self._loads:
+            raise IntegrityError(f"{loading} slots wait for loads, {self._loads} are under way")
+        with self._pin_lock:
+            pinned, most = len(self._pinned), max(0, self.slots.slots - self._reserve)
+        if pinned > most:
+            raise IntegrityError(f"{pinned} adapters are pinned in place of {most}")
 
     def _begin(self, digest: str, kept: Set[str] = frozenset()) -> bool:
         """Start a load if there is a slot for it; those ``kept`` do not make room."""

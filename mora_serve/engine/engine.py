@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
@@ -29,20 +30,19 @@ from mora_serve.core import (
     TokenOut,
     Usage,
 )
+from mora_serve.engine import failures
 from mora_serve.engine.adapter_pool import AdapterPool
-from mora_serve.engine.kv_cache import KVCache
+from mora_serve.engine.admission import Admission
+from mora_serve.engine.integrity import Integrity
+from mora_serve.engine.isolation import Isolation, Outcome
+from mora_serve.engine.kv_cache import IntegrityError, KVCache
 from mora_serve.engine.pool_queue import PoolJob, PoolQueue
 from mora_serve.engine.runner import Runner, kv_page_count
-from mora_serve.engine.scheduler import Batch, Scheduler
+from mora_serve.engine.scheduler import Batch, Chunk, Scheduler
 from mora_serve.engine.sequence import Sequence
 from mora_serve.engine.text import TextStream
-from mora_serve.errors import (
-    ConfigError,
-    Failure,
-    InvalidArgument,
-    ResourceExhausted,
-    Unavailable,
-)
+from mora_serve.engine.watchdog import Watchdog
+from mora_serve.errors import ConfigError, Failure, InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
@@ -51,8 +51,7 @@ from mora_serve.model.shape import PROJECTIONS
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.1
-
-STEP_FAILED = Failure("INTERNAL", "STEP_FAILED", "generation: a step failed; retry the request")
+EXPIRE_SECONDS = 0.05  # between two looks for those in line whose deadline is out of reach
 
 Deliver = Callable[[Seq[Event | AdapterLoad]], None]
 
@@ -97,34 +96,46 @@ class Engine:
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
+        self.admission = Admission(config.engine)
         self.runner = Runner(decoder, self.pool, pages, self.max_context, config.engine)
         self.pool_queue = PoolQueue(decoder, config.engine)
+        self.watchdog = Watchdog(config.engine.step_seconds, self._stuck)
+        # Looked up at each run: tests and measurements wrap the runner.
+        self.isolation = Isolation(lambda batch: self.runner.run(batch), self.watchdog.beat)
+        self.integrity = Integrity(self.cache, self.scheduler, self.pool)
         self._sequences: dict[str, Sequence] = {}
         self._events: list[Event | AdapterLoad] = []  # of the step under way
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._stats = self._snapshot()
-        self._stats_time = 0.0
-        self._preemptions = 0
+        self._stats_time = self._expire_time = 0.0
         self._deliver: Deliver | None = None
         self._failed: Callable[[], object] | None = None
+        self._failure: Failure | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, deliver: Deliver, failed: Callable[[], object] | None = None) -> None:
         """Start the engine's thread.
 
-        ``deliver`` is called on it, once a step, with what happened; ``failed`` when the thread
-        ends by a fault, after which every ``submit`` raises Unavailable. Neither may block.
+        ``deliver`` is called on it, once a step, with what happened. ``failed`` is called, once or
+        twice and on any thread, when the engine's thread ends by a fault or stands still, after
+        which every ``submit`` raises Unavailable. Neither may block.
         """
         self._deliver, self._failed = deliver, failed
         with self._starting:
             self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
             self._thread.start()
+        self.watchdog.start(self._thread)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is there still, working or stuck."""
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
 
-        Raises InvalidArgument when it can never fit, ResourceExhausted when the queue is full,
-        Unavailable when the engine is stopping.
+        Raises InvalidArgument when it can never fit, what ``Admission.admit`` raises when it has to
+        be refused for now, Unavailable when the engine is stopping.
         """
         length = len(request.prompt)
         if max(request.prompt) >= self.base.shape.vocab_size:
@@ -150,8 +161,8 @@ class Engine:
             )
         with self._wake:
             if self._stopping:
-                raise _stopped()
-            self._check_queue(self.scheduler.waiting_count)
+                raise self._refusal()
+            self.admission.admit(request, budget, time.monotonic())
             self._inbox.append(request)
             self._notify()
 
@@ -176,9 +187,9 @@ class Engine:
                     return job.done
         with self._wake:
             if self._stopping:
-                raise _stopped()
+                raise self._refusal()
             if not background:
-                self._check_queue(self.pool_queue.urgent)
+                self._check_pool_queue()
             self._inbox.append(job)
             self._notify()
         return job.done
@@ -186,19 +197,19 @@ class Engine:
     def _pool_here(self, job: PoolJob) -> None:
         """Before the start, with its lock held: the queue is for one thread at a time."""
         if self._stopping:
-            raise _stopped()
+            raise self._refusal()
         self.pool_queue.add(job)
         while self.pool_queue:
             self.pool_queue.run(busy=False)
 
-    def _check_queue(self, waiting: int) -> None:
-        queued = waiting + len(self._inbox)
+    def _check_pool_queue(self) -> None:
+        queued = self.pool_queue.urgent + len(self._inbox)
         if queued >= self.config.max_queue:
             raise ResourceExhausted(
-                f"queue: it holds {queued} requests, as many as engine.max_queue allows; "
+                f"queue: it holds {queued} prompts to route, as many as engine.max_queue allows; "
                 "retry later",
                 reason="QUEUE_FULL",
-                retry_after=1.0,
+                retry_after=self.admission.retry_after(""),
             )
 
     def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
@@ -227,6 +238,7 @@ class Engine:
             kv_pages=self.cache.usable,
             kv_pages_used=self.cache.used,
             slots=self.pool.slots.slots,
+            slots_used=self.pool.used,
             resident=self.pool.resident,
             running_adapters=tuple(sorted({d for s in running for d in s.digests})),
             waiting_adapters=tuple(sorted({d for s in waiting for d in s.digests})),
@@ -240,6 +252,9 @@ class Engine:
             slot_hits=self.pool.hits,
             slot_misses=self.pool.misses,
             slot_evictions=self.pool.evictions,
+            failed_runs=self.isolation.raised,
+            integrity_checks=self.integrity.checks,
+            integrity_violations=self.integrity.violations,
         )
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -248,21 +263,33 @@ class Engine:
             self._stopping = True
             self._notify()
         if self._thread is not None:
-            self._thread.join(timeout)
-        self.pool.close()
+            self._thread.join(timeout if self._failure is None else 1.0)
+        self.watchdog.stop()
+        if not self.alive:  # a thread that hangs may read the slots still
+            self.pool.close()
 
     def step(self) -> list[Event | AdapterLoad]:
         """One turn of the engine: messages, loads, states to pool, one batch, its events."""
         events: list[Event | AdapterLoad] = []
         self._events = events
+        started = time.monotonic()
         self._receive(events)
         self._settle_loads(events)
         self._expire(events)
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
+        for sequence in self.scheduler.started:
+            self.admission.started(sequence.request.id, sequence.cached_tokens)
+        made = self._generation_tokens
         if batch:
             self._run(batch, events)
         now = time.monotonic()
+        if batch:
+            made = self._generation_tokens - made
+            decodes = sum(chunk.length == 1 for chunk in batch)
+            prompts = sum(chunk.length for chunk in batch) - decodes
+            short = self.scheduler.short
+            self.admission.stepped(decodes, prompts, made, now - started, short=short)
         if now - self._stats_time >= STATS_SECONDS or not self.scheduler.running_count:
             self._stats, self._stats_time = self._snapshot(), now
         return events
@@ -270,50 +297,79 @@ class Engine:
     def _loop(self) -> None:
         if self.runner.forward.torch_threads:
             torch.set_num_threads(self.runner.forward.torch_threads)
-        while True:
-            with self._wake:
-                # Waiting requests are looked at again soon: their adapters may be loading.
-                timeout = 0.05 if self._sequences else None
-                idle = not self.scheduler.running_count and not self.pool_queue
-                if not self._signalled and idle:
-                    self._wake.wait(timeout)
-                self._signalled = False
-                if self._stopping:
-                    break
-            try:
-                self._hand_over(self.step())
-            except Exception:
-                log.exception("the engine has failed")
-                self._fail()
-                return
+        try:
+            while True:
+                with self._wake:
+                    # Waiting requests are looked at again soon: their adapters may be loading.
+                    timeout = 0.05 if self._sequences else self.integrity.seconds_left()
+                    idle = not self.scheduler.running_count and not self.pool_queue
+                    if not self._signalled and idle:
+                        self._wake.wait(timeout)
+                    self._signalled = False
+                    if self._stopping:
+                        break
+                with self.watchdog.step():
+                    self._hand_over(self.step())
+                    self._events = []  # a fault from here on has none of them to tell
+                    self._look()
+            self._end()
+        except BaseException:
+            log.critical("the engine has failed", exc_info=True)
+            self._fail()
+
+    def _look(self) -> None:
+        """At the books, once in a while. Raises IntegrityError where they cannot be trusted."""
+        try:
+            looked = self.integrity.look(self._sequences.values())
+        except IntegrityError:  # the snapshot itself would be one of broken books
+            found = self.integrity.violations
+            self._stats = replace(self._stats, integrity_violations=found)
+            raise
+        if looked:
+            self._stats = self._snapshot()
+
+    def _end(self) -> None:
+        """After ``stop``: end what is left."""
         events: list[Event | AdapterLoad] = []
         self._receive(events)
         for sequence in list(self._sequences.values()):
             self._finish(sequence, Finish.CANCELLED, events)
-        self.pool_queue.fail(_stopped())
+        self.pool_queue.fail(self._refusal())
         self._hand_over(events)
 
     def _fail(self) -> None:
         """After a fault outside any request: end all that is here, take in nothing more."""
         with self._wake:
             self._stopping = True
+            self._failure = failure = failures.ENGINE_FAILED
             waiting = [m.id for m in self._inbox if isinstance(m, Request)]
             for job in (m for m in self._inbox if isinstance(m, PoolJob)):
                 self.pool_queue.add(job)
-        self.pool_queue.fail(_stopped())
+        self.pool_queue.fail(failure.error())
         usage = Usage(0, 0, 0, 0.0, 0.0, 0.0)
         try:
             # What the step had done comes first: a request that it ended is in no list any more.
             self._hand_over(
                 self._events
                 + [
-                    Event(request_id, finish=Finish.ERROR, usage=usage, error=STEP_FAILED)
+                    Event(request_id, finish=Finish.ERROR, usage=usage, error=failure)
                     for request_id in (*self._sequences, *waiting)
                 ]
             )
         finally:
             if self._failed is not None:
                 self._failed()
+
+    def _stuck(self) -> None:
+        """The watchdog's: the thread stands still, and only who waits outside can be told."""
+        self._failure = failures.ENGINE_FAILED
+        self._stopping = True  # without the lock: who knows who holds it
+        if self._failed is not None:
+            self._failed()
+
+    def _refusal(self) -> MoraError:
+        """Why nothing more is taken in."""
+        return failures.stopped() if self._failure is None else self._failure.error()
 
     def _hand_over(self, events: list[Event | AdapterLoad]) -> None:
         if events and self._deliver is not None:
@@ -344,7 +400,9 @@ class Engine:
         except Exception:  # what one request asks for must not end the thread that serves all
             log.exception("request %s cannot be taken in", request.id)
             usage = Usage(len(request.prompt), 0, 0, 0.0, 0.0, 0.0)
-            events.append(Event(request.id, finish=Finish.ERROR, usage=usage, error=STEP_FAILED))
+            error = failures.step_failed(request.id)
+            events.append(Event(request.id, finish=Finish.ERROR, usage=usage, error=error))
+            self.admission.ended(request.id, 0, by_itself=False)
             return
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -366,32 +424,40 @@ class Engine:
         ]
         for sequence in expired:
             self._finish(sequence, Finish.DEADLINE, events)
+        if now - self._expire_time >= EXPIRE_SECONDS and self.admission.waiting:
+            self._expire_time = now
+            waiting = [s.request for s in self._sequences.values() if s.admitted is None]
+            for request, why in self.admission.hopeless(waiting, now):
+                self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
 
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
-        try:
-            self.runner.clear(self.cache.take_new())
-            started = time.monotonic()
-            outputs = self.runner.run(batch)
+        self.runner.clear(self.cache.take_new())
+        started = time.monotonic()
+        outcome = self.isolation.run(batch)
+        if outcome.raised:
+            self._end_failed(outcome, events)
+        else:
             self.scheduler.measured(batch, time.monotonic() - started)
-        except Exception:
-            ids = ", ".join(chunk.sequence.request.id for chunk in batch)
-            log.exception("a step failed; its %d requests are ended: %s", len(batch), ids)
-            for chunk in batch:
-                self._finish(chunk.sequence, Finish.ERROR, events, error=STEP_FAILED, dirty=True)
-            return
+        outputs = outcome.outputs
         self._steps += 1
         self._prompt_tokens += sum(
             max(0, min(c.start + c.length, c.sequence.prompt_length) - c.start) for c in batch
         )
         for sequence, token in outputs:
             if token is None:  # before its pages can enter the prefix cache
-                self._finish(
-                    sequence, Finish.ERROR, events, error=_not_finite(sequence), dirty=True
-                )
+                error = failures.not_finite(sequence)
+                self._finish(sequence, Finish.ERROR, events, error=error, dirty=True)
         self.scheduler.advance(batch)
         for sequence, token in outputs:
             if token is not None:
                 self._append(sequence, token, events)
+
+    def _end_failed(self, outcome: Outcome, events: list[Event | AdapterLoad]) -> None:
+        """End those that a step raised for. Raises when the base alone cannot be run either."""
+        for sequence, error in outcome.failed.items():
+            self._finish(sequence, Finish.ERROR, events, error=error, dirty=True)
+        if outcome.broken:
+            self.warm_up()
 
     def _append(
         self, sequence: Sequence, token: TokenOut, events: list[Event | AdapterLoad]
@@ -404,7 +470,13 @@ class Engine:
         ended = token.id in params.stop_token_ids or (
             token.id in self.base.tokenizer.eos_ids and not params.ignore_eos
         )
-        text = "" if ended else sequence.text.push(token.id)
+        try:
+            text = "" if ended else sequence.text.push(token.id)
+        except Exception:
+            log.exception("request %s: a token cannot be decoded", sequence.request.id)
+            error = failures.text_failed(sequence.request.id)
+            self._finish(sequence, Finish.ERROR, events, error=error)
+            return
         if ended or sequence.text.stopped:
             self._finish(sequence, Finish.STOP, events, (token,), text)
         elif sequence.remaining <= 0 or len(sequence.tokens) >= self.max_context:
@@ -425,7 +497,15 @@ class Engine:
         """Free everything a request holds, at once, and report its end."""
         del self._sequences[sequence.request.id]
         self.scheduler.remove(sequence, dirty)
-        text += sequence.text.flush()
+        self.integrity.change()
+        by_itself = finish in (Finish.STOP, Finish.LENGTH)
+        self.admission.ended(sequence.request.id, len(sequence.output), by_itself=by_itself)
+        if error is None:
+            try:
+                text += sequence.text.flush()
+            except Exception:
+                log.exception("request %s: its end cannot be decoded", sequence.request.id)
+                finish, error = Finish.ERROR, failures.text_failed(sequence.request.id)
         now, arrival = time.monotonic(), sequence.request.arrival
         usage = Usage(
             prompt_tokens=sequence.prompt_length,
@@ -439,27 +519,19 @@ class Engine:
         events.append(Event(sequence.request.id, tokens, text, finish, usage, error))
 
     def warm_up(self) -> None:
-        """Run one token through the model, so that the first request does not pay for set-up."""
+        """Run one token of the base, so that the first request does not pay for set-up.
+
+        Raises what the forward raises: it is how a device that has broken is told from a request.
+        """
         request = Request("warm-up", (0,), SamplingParams(max_tokens=1))
-        self.scheduler.add(sequence := Sequence(request, TextStream(self.base.tokenizer.decode)))
-        self.runner.run(self.scheduler.schedule(time.monotonic()))
-        self.scheduler.remove(sequence)
-
-
-def _stopped() -> Unavailable:
-    return Unavailable("the server is shutting down; retry elsewhere", retry_after=1.0)
-
-
-def _not_finite(sequence: Sequence) -> Failure:
-    if not sequence.digests:
-        return Failure("INTERNAL", "NOT_FINITE", "generation: the base's numbers are not finite")
-    return Failure(
-        "FAILED_PRECONDITION",
-        "NOT_FINITE",
-        "mixture: with these adapters and weights the numbers are not finite; lower the weights, "
-        "or leave out the adapter that overflows",
-        "mixture",
-    )
+        sequence = Sequence(request, TextStream(self.base.tokenizer.decode))
+        if not self.cache.extend(sequence.pages, 1):
+            return  # others hold all pages: they will find out
+        try:
+            self.runner.clear(self.cache.take_new())
+            self.runner.run((Chunk(sequence, 0, 1, True),))
+        finally:
+            self.cache.release(sequence.pages, dirty=True)
 
 
 def _check_memory(base: Base, config: Config, pages: int) -> None:

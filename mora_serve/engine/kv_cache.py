@@ -173,6 +173,15 @@ class KVCache:
             else:
                 self._free.append(page)
 
+    def reset(self) -> None:
+        """Begin the books anew: every page is free, and nothing can be found."""
+        self._refs = [0] * self.pages
+        self._used = 0
+        self._free = list(range(self.pages - 1, 0, -1))
+        self._page_of, self._hash_of = {}, {}
+        self._evictable.clear()
+        self._new.clear()
+
     def check_integrity(self, held: Iterable[Sequence[int]] = ()) -> None:
         """Raise IntegrityError unless exactly the page lists in ``held`` account for every page."""
         expected = Counter(page for pages in held for page in pages)

@@ -96,21 +96,31 @@ class PoolQueue:
             return 0
         depth, texts = batch[0][0].depth, [text for _, text in batch]
         try:
-            states = pool_states(self._decoder, texts, depth)
+            states: list[States | None] = list(pool_states(self._decoder, texts, depth))
         except Exception:  # what one text does must not end the thread that serves all
-            log.exception("pooling failed; its %d texts have no state", len(texts))
-            for job in {job for job, _ in batch}:
+            log.exception("pooling %d texts failed; each is tried alone", len(texts))
+            states = [self._alone(text, depth) for text in texts]
+        for (job, _), state in zip(batch, states, strict=True):
+            if state is None:
                 if job in jobs:
                     jobs.remove(job)
-                _end(job, _failed())
-            return 0
-        for (job, _), state in zip(batch, states, strict=True):
+                if not job.done.done():
+                    _end(job, _failed())
+                continue
             job.states.append(state)
             if len(job.states) == len(job.texts):
                 job.done.set_result(np.stack(job.states))
         tokens = sum(map(len, texts))
         self.tokens += tokens
         return -(-tokens * depth // len(self._decoder.layers))
+
+    def _alone(self, text: Sequence[int], depth: int) -> States | None:
+        try:
+            state: States = pool_states(self._decoder, [text], depth)[0]
+        except Exception:
+            log.exception("a text of %d tokens cannot be pooled", len(text))
+            return None
+        return state
 
     def _take(self, jobs: deque[PoolJob], share: float) -> list[tuple[PoolJob, Sequence[int]]]:
         """Texts of one depth with their jobs: one at least, however long; the rest stay in line."""

@@ -68,7 +68,9 @@ class Scheduler:
     Guarantees: the oldest running request is never preempted and always progresses; a request
     without room in the cache stops all admissions until it fits; a request passed over
     ``max_batch // 4`` times for want of adapter slots stops all admissions that use other
-    adapters until it has them. Requests whose adapters are merely loading stop nobody.
+    adapters until it has them. Requests whose adapters are merely loading stop nobody. Where a
+    tenant holds the places or the pages that a less served one needs, and more than twice as many,
+    its youngest request goes back in line.
     """
 
     def __init__(self, limits: EngineConfig, cache: KVCache, residency: Residency) -> None:
@@ -80,6 +82,9 @@ class Scheduler:
         self._queue = FairQueue(PATIENCE)
         self._pace = StepPace(limits.step_pace, limits.step_tokens)
         self._running: dict[Sequence, None] = {}
+        self.started: list[Sequence] = []  # by the last schedule(), for the first time
+        self.short = False  # the next in line found too few pages in it
+        self._places: Counter[str] = Counter()  # tenant -> running requests
         self._orders = 0
         self._claimant: Sequence | None = None  # the next free slots are its
         self._held: dict[str, Counter[str]] = {}  # tenant -> adapter -> running requests
@@ -138,6 +143,8 @@ class Scheduler:
 
         ``spent`` tokens of its budget are used up, but never those of decodes, nor more than half.
         """
+        self.started = []
+        guest = self._make_way()
         decodes: list[Chunk] = []
         most = self._limits.step_tokens
         budget = max(most - spent, most // 2, self.running_count)
@@ -150,7 +157,8 @@ class Scheduler:
                 budget -= 1
             else:
                 short = True
-        chunks = self._prompts(self._paced(budget, len(decodes), spent), now, admit=not short)
+        paced = self._paced(budget, len(decodes), spent)
+        chunks = self._prompts(paced, now, admit=not short, guest=guest)
         self._prefetch()
         return tuple(sorted(decodes + chunks, key=lambda chunk: chunk.length > 1))
 
@@ -169,6 +177,12 @@ class Scheduler:
                     sequence.pages, sequence.chain, sequence.tokens, sequence.computed
                 )
 
+    def reset(self) -> None:
+        """Forget every request: nobody runs, nobody waits. Their pages and slots are not given."""
+        self._queue = FairQueue(PATIENCE)
+        self._running, self._held = {}, {}
+        self._claimant, self._prefetched = None, False
+
     def check_integrity(self) -> None:
         """Raise IntegrityError where the books of pages, slots and queues disagree."""
         self._cache.check_integrity([s.pages for s in self._running])
@@ -176,6 +190,8 @@ class Scheduler:
         for s in self._running:
             if s.digests:
                 held.setdefault(s.request.tenant, Counter()).update(s.digests)
+        if self._places != Counter(s.request.tenant for s in self._running):
+            raise IntegrityError(f"places: {self._places} are counted, {self._running} run")
         if held != self._held:
             raise IntegrityError(f"slots: running requests use {held}, counted {self._held}")
         if len(self._running) > self._limits.max_batch:
@@ -193,8 +209,11 @@ class Scheduler:
         limit = self._pace.limit(decodes, prompts)
         return min(budget, max(limit - spent, min(limit, MIN_TOKENS)))
 
-    def _prompts(self, budget: int, now: float, admit: bool) -> list[Chunk]:
-        """Chunks for unfinished prompts and admissions, the least served tenant first."""
+    def _prompts(self, budget: int, now: float, admit: bool, guest: Sequence | None) -> list[Chunk]:
+        """Chunks for unfinished prompts and admissions, the least served tenant first.
+
+        A ``guest`` is let in before all others: somebody has made way for it.
+        """
         chunks: list[Chunk] = []
         heap = [self._entry(s) for s in self._running if s.pending > 1]
         round_ = _Round(open=admit, tries=4 * self._limits.max_batch)
@@ -202,6 +221,9 @@ class Scheduler:
             claimant = self._claimant
             if claimant is not None and self._admit(claimant, round_, now):
                 chunks.append(self._plan(claimant, min(claimant.pending, budget)))
+                budget -= chunks[-1].length
+            if guest is not None and budget and self._admit(guest, round_, now):
+                chunks.append(self._plan(guest, min(guest.pending, budget)))
                 budget -= chunks[-1].length
             heap += [self._entry(s) for s in self._queue.heads() if s is not self._claimant]
         heapq.heapify(heap)
@@ -220,7 +242,34 @@ class Scheduler:
                     heapq.heappush(heap, self._entry(follower))
             chunks.append(self._plan(sequence, min(sequence.pending, budget)))
             budget -= chunks[-1].length
+        self.short = not round_.open and admit
         return chunks
+
+    def _make_way(self) -> Sequence | None:
+        """Send a request of the tenant with most places back in line for one that has few.
+
+        That is one of a tenant served less, who even then has at most half as many: whoever makes
+        way never comes back this way. Returns whom for; its adapters are in their slots.
+        """
+        full = len(self._running) >= self._limits.max_batch
+        if not (full or self.short) or self._claimant is not None or not self._places:
+            return None
+        tenant, most = max(self._places.items(), key=lambda item: item[1])
+        if most < 2:
+            return None
+        heads = self._queue.heads()
+        guest = min(heads, key=self._entry, default=None)
+        if guest is None or 2 * (self._places[guest.request.tenant] + 1) > most:
+            return None
+        victim = max((s for s in self._running if s.request.tenant == tenant), key=_order)
+        if self._queue.rank(guest)[0] >= self._queue.rank(victim)[0]:
+            return None
+        if guest.digests:
+            if not self._residency.hold(guest.digests):
+                return None
+            self._residency.drop(guest.digests)
+        self._preempt(victim)
+        return guest
 
     def _prefetch(self) -> None:
         """Load ahead for those next in line. They may have to wait for anything, or for nothing."""
@@ -264,12 +313,14 @@ class Scheduler:
         self._queue.remove(sequence)
         self._prefetched = False
         self._running[sequence] = None
+        self._places[sequence.request.tenant] += 1
         sequence.pages, sequence.computed = pages, cached
         sequence.skips, sequence.loading = 0, False
         if sequence is self._claimant:
             self._claimant = None
         if sequence.admitted is None:
             sequence.admitted, sequence.cached_tokens = now, cached
+            self.started.append(sequence)
             cache.count(sequence.prompt_length, cached)
         if sequence.digests:
             self._held.setdefault(sequence.request.tenant, Counter()).update(sequence.digests)
@@ -322,15 +373,21 @@ class Scheduler:
             victim = max(self._running, key=_order)
             if victim is sequence:
                 return False
-            self._stop(victim)
-            victim.preemptions += 1
-            self.preemptions += 1
-            self._queue.push(victim)
+            self._preempt(victim)
         return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._stop(victim)
+        victim.preemptions += 1
+        self.preemptions += 1
+        self._queue.push(victim)
 
     def _stop(self, sequence: Sequence, dirty: bool = False) -> None:
         self._prefetched = False
         del self._running[sequence]
+        self._places[sequence.request.tenant] -= 1
+        if not self._places[sequence.request.tenant]:
+            del self._places[sequence.request.tenant]
         self._cache.release(sequence.pages, dirty)
         sequence.pages, sequence.computed = [], 0
         if sequence.digests:

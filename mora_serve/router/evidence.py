@@ -10,7 +10,7 @@ rest is the second one's alone; a candidate that is merely like the best one has
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,14 +44,17 @@ def gather(
     text: str,
     pooled: Floats | None = None,
     names: Collection[str] | None = None,
+    hidden: Set[str] = frozenset(),
 ) -> Evidence | None:
-    """What a prompt says for the tenant's adapters, or for those of ``names``.
+    """What a prompt says for adapters that the tenant may use, or for those of ``names``.
+
+    ``hidden`` are names of shared adapters that the tenant has given to its own.
 
     ``pooled`` is the prompt's state where the router is on hidden states. None where there is
     no candidate. Raises what ``Router.embed`` raises.
     """
     z = router.embed(text, pooled)
-    found = index.candidates(tenant, z, names)
+    found = index.candidates(tenant, z, names, hidden=hidden)
     if found is None:
         return None
     blend = router.calibration.blend
@@ -63,9 +66,9 @@ def gather(
     else:
         left = beside(z, found.prototypes(best))
     if len(score) == FOUND and left.any():  # others than these may be near what is left
-        position = found.positions[best]
-        found = found.joined(index.candidates(tenant, left, names))
-        best = int(np.searchsorted(found.positions, position))
+        name = found.names[best]
+        found = found.joined(index.candidates(tenant, left, names, hidden=hidden))
+        best = found.names.index(name)
         score, _ = _scores(found, z, blend)
     again, _ = _scores(found, left, blend)
     listed, groups = found.names, found.groups

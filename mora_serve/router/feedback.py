@@ -2,8 +2,9 @@
 
 A row is one line of JSON in the newest of some numbered files, which only grow; the oldest file
 goes when there is no room. A process that is killed, or a disk that fills, leaves at most an
-unfinished last line: the next append ends it, and reading leaves out what is no row. An ``flock``
-puts the appends of several processes in one order, so that a position, once read past, stays so.
+unfinished last line: the next append ends it, and reading leaves out what is no row; the next
+start sets it aside (``feedback_damage``). An ``flock`` puts the appends of several processes in one
+order, so that a position, once read past, stays so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -24,6 +26,7 @@ from typing import NamedTuple, Self
 
 from mora_serve.adapters.blobs import sync_directory
 from mora_serve.errors import ConfigError, InvalidArgument
+from mora_serve.router.feedback_damage import repaired
 
 MAX_ROW_BYTES = 1 << 16
 FILES = 8  # that share the room
@@ -32,6 +35,8 @@ READ_BYTES = 1 << 18  # of a file at a time
 _DIGITS = 20
 _NAME = re.compile(rf"([0-9]{{{_DIGITS}}})\.jsonl")
 _CURSOR = re.compile(r"([0-9a-f]{1,12})\.([0-9a-f]{1,12})")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,8 @@ class FeedbackStore:
                 "that this user may write to, or set router.feedback = false",
                 field="server.state",
             ) from None
+        self._broken: set[int] = set()  # files that are of no use
+        self._set_damage_aside()
 
     def close(self) -> None:
         """Let go of everything; a store without a directory is gone."""
@@ -210,12 +217,22 @@ class FeedbackStore:
             os.unlink(self._path(number))
             used -= sizes[number]
 
+    def _set_damage_aside(self) -> None:
+        try:
+            with self._locked():
+                for number in sorted(self._sizes()):
+                    if not repaired(self._path(number), self._directory / "quarantine"):
+                        self._broken.add(number)
+        except OSError as e:
+            log.error("feedback: what is stored cannot be looked through: %s", e.strerror)
+
     def _sizes(self) -> dict[int, int]:
         """Bytes of each file, by number."""
         sizes = {}
         with os.scandir(self._directory) as entries:
             for entry in entries:
-                if match := _NAME.fullmatch(entry.name):
+                match = _NAME.fullmatch(entry.name)
+                if match and int(match[1]) not in self._broken:
                     with contextlib.suppress(FileNotFoundError):
                         sizes[int(match[1])] = entry.stat().st_size
         return sizes

@@ -1,20 +1,21 @@
 """The keys of all adapters: immutable, so that readers never lock.
 
 Rows live in chunks by tenant. A change copies one chunk and the lists of chunks; the next search
-lists the tenant's names and where its keys are, and touches the chunks of that tenant alone. A key
-takes a byte a dimension for its centre and for each prototype. Among very many a search narrows
-down: a part of each centre for all, the whole centre for the better ones.
+lists the tenant's names and where its keys are, and touches the chunks of that tenant and of the
+shared adapters alone. A key takes a byte a dimension for its centre and for each prototype. Among
+very many a search narrows down: a part of each centre for all, the whole one for the better ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
 
+from mora_serve.core import SHARED_TENANT
 from mora_serve.router.arrays import Floats, Indices, Words
 from mora_serve.router.key_search import Keys
 from mora_serve.router.rows import Entry, Rows
@@ -79,56 +80,94 @@ class _Tenant:
             start += len(chunk)
         return np.array(sorted(found), np.intp)
 
-    def nearest(self, z: Floats, positions: Indices, count: int) -> Indices:
-        """Of these positions the ``count`` with the centres nearest to z, equal ones by name.
+    def without(self, positions: Indices, names: Set[str]) -> Indices:
+        """These positions but for those of some names."""
+        start, gone = 0, []
+        for chunk in self.chunks:
+            gone += [start + chunk.by_name[name] for name in chunk.by_name.keys() & names]
+            start += len(chunk)
+        return np.setdiff1d(positions, gone, assume_unique=True) if gone else positions
 
-        Of more than ``MANY``, only those that a part of each centre speaks for are looked at.
+    def nearest(self, z: Floats, positions: Indices, count: int) -> tuple[Indices, Floats]:
+        """Of these positions the ``count`` with the centres nearest to z, and their cosines.
+
+        A few more where some are equally near. Of more than ``MANY``, only those that a part of
+        each centre speaks for are looked at.
         """
-        columns = self.columns
+        keys = self.columns.keys
         if len(positions) > max(MANY, count):
-            positions, _ = columns.keys.search(z[:COARSE], positions, max(LIKELY, count))
-        found, cosines = columns.keys.search(z, positions, count)
-        if len(found) > count:
-            ranked = zip((-cosines).tolist(), (columns.names[i] for i in found), found, strict=True)
-            found = np.sort(np.array([i for _, _, i in sorted(ranked)[:count]], np.intp))
-        return found
+            positions, _ = keys.search(z[:COARSE], positions, max(LIKELY, count))
+        return keys.search(z, positions, count)
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Some of a tenant's adapters, n, by their sorted positions."""
+    """Some adapters, n: a tenant's own ones, shared ones, each by their sorted positions."""
 
-    tenant: _Tenant
-    positions: Indices
+    parts: tuple[tuple[_Tenant, Indices], ...]
+
+    @classmethod
+    def nearest(cls, asked: Sequence[tuple[_Tenant, Indices]], z: Floats, count: int) -> Self:
+        """Of those asked for the ``count`` with centres nearest to z [K], equal ones by name."""
+        found = [(tenant, *tenant.nearest(z, positions, count)) for tenant, positions in asked]
+        if sum(len(positions) for _, positions, _ in found) <= count:
+            return cls(tuple((tenant, positions) for tenant, positions, _ in found))
+        ranked = sorted(
+            (-cosine, tenant.columns.names[i], part, i)
+            for part, (tenant, positions, cosines) in enumerate(found)
+            for cosine, i in zip(cosines.tolist(), positions.tolist(), strict=True)
+        )[:count]
+        return cls(
+            tuple(
+                (tenant, np.array(kept, np.intp))
+                for part, (tenant, _, _) in enumerate(found)
+                if (kept := sorted(i for _, _, of, i in ranked if of == part))
+            )
+        )
 
     @property
     def names(self) -> list[str]:
         """Of each."""
-        return [self.tenant.columns.names[i] for i in self.positions.tolist()]
+        return [t.columns.names[i] for t, positions in self.parts for i in positions.tolist()]
 
     @property
     def groups(self) -> list[str]:
         """Of each."""
-        return [self.tenant.columns.groups[i] for i in self.positions.tolist()]
+        return [t.columns.groups[i] for t, positions in self.parts for i in positions.tolist()]
 
     def scores(self, z: Floats) -> tuple[Floats, Floats]:
         """Cosines of z [K] with each one's centre [n], and the best with a prototype [n]."""
-        return self.tenant.columns.keys.scores(z, self.positions)
+        scores = [t.columns.keys.scores(z, positions) for t, positions in self.parts]
+        if len(scores) == 1:
+            return scores[0]
+        centres, nearest = zip(*scores, strict=True)
+        return np.concatenate(centres), np.concatenate(nearest)
 
     def words(self, i: int) -> Words:
         """Sorted hashes of the words of the i-th one's examples."""
-        return self.tenant.columns.words[int(self.positions[i])]
+        tenant, position = self._at(i)
+        return tenant.columns.words[position]
 
     def prototypes(self, i: int) -> Floats:
         """The prototypes of the i-th one [P, K]."""
-        return self.tenant.columns.keys.prototypes(int(self.positions[i]))
+        tenant, position = self._at(i)
+        return tenant.columns.keys.prototypes(position)
 
     def joined(self, other: Candidates | None) -> Candidates:
-        """With others of the same tenant."""
+        """With others of the same tenant and of those that it shares."""
         if other is None:
             return self
-        both = {*self.positions.tolist(), *other.positions.tolist()}
-        return Candidates(self.tenant, np.array(sorted(both), np.intp))
+        both: dict[_Tenant, set[int]] = {}
+        for tenant, positions in (*self.parts, *other.parts):
+            both.setdefault(tenant, set()).update(positions.tolist())
+        return Candidates(tuple((t, np.array(sorted(p), np.intp)) for t, p in both.items()))
+
+    def _at(self, i: int) -> tuple[_Tenant, int]:
+        for tenant, positions in self.parts:
+            if i < len(positions):
+                return tenant, int(positions[i])
+            i -= len(positions)
+        raise IndexError(i)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,21 +230,35 @@ class Index:
         z: Floats,
         names: Collection[str] | None = None,
         count: int = FOUND,
+        hidden: Set[str] = frozenset(),
     ) -> Candidates | None:
         """The ``count`` adapters whose centres are nearest to z [K], equal ones by name.
 
-        Of the tenant's listed ones, or of those of ``names``. Another tenant's keys are not
-        looked at, nor are the tenant's other ones where names are given. Names that are not in
-        the index are left out. None where nobody is left.
+        Of the listed ones that the tenant may use, its own and the shared ones that do not bear a
+        ``hidden`` name, or of those of ``names``. Another tenant's keys are not looked at, nor are
+        other ones where names are given. Names that are not in the index are left out. None where
+        nobody is left.
         """
-        own = self.tenants.get(tenant)
-        if own is None or not len(asked := own.positions(names)):
-            return None
-        return Candidates(own, own.nearest(z, asked, count))
+        asked = list(self._visible(tenant, names, hidden))
+        return Candidates.nearest(asked, z, count) if asked else None
 
-    def listed(self, tenant: str) -> int:
-        """How many of the tenant's adapters can be picked unasked."""
-        return sum(int(chunk.rows.listed.sum()) for chunk in self._chunks(tenant))
+    def listed(self, tenant: str, hidden: Set[str] = frozenset()) -> int:
+        """How many adapters can be picked unasked, of those that the tenant may use."""
+        return sum(len(positions) for _, positions in self._visible(tenant, None, hidden))
+
+    def _visible(
+        self, tenant: str, names: Collection[str] | None, hidden: Set[str]
+    ) -> Iterator[tuple[_Tenant, Indices]]:
+        """The tenant's own part and the shared one, with positions; empty ones left out."""
+        for owner in dict.fromkeys((tenant, SHARED_TENANT)):
+            part = self.tenants.get(owner)
+            if part is None:
+                continue
+            positions = part.positions(names)
+            if owner != tenant and hidden:
+                positions = part.without(positions, hidden)
+            if len(positions):
+                yield part, positions
 
     def _chunks(self, tenant: str) -> tuple[_Chunk, ...]:
         own = self.tenants.get(tenant)

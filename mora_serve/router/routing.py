@@ -185,7 +185,7 @@ class Routing:
         max_adapters: int,
         state: State | None = None,
     ) -> Routed:
-        """Pick adapters of the tenant for a text, among ``names`` where given.
+        """Pick adapters that the tenant may use for a text, among ``names`` where given.
 
         Without a router, and for a text that none of them fits, nothing is picked. ``state`` is
         what ``ask`` gave. Where the router in use needs another one, being new, this waits for
@@ -200,8 +200,14 @@ class Routing:
                 pooled = state.pooled
             else:
                 pooled = needed(self._states).submit([text], router.hidden).result()[0]
-        seen = gather(router, snapshot.index, tenant, text, pooled, names)
+        hidden = self._registry.own(tenant).keys()
+        seen = gather(router, snapshot.index, tenant, text, pooled, names, hidden)
         return Routed(decide(seen, router.calibration, max_adapters), router.digest)
+
+    def listed(self, tenant: str) -> int:
+        """How many adapters the router can pick unasked, of those that the tenant may use."""
+        snapshot = self._snapshot
+        return snapshot.index.listed(tenant, self._registry.own(tenant).keys()) if snapshot else 0
 
     def expected(self, key: Key) -> Future[None] | None:
         """Ends when the adapter's key is there, or no longer wanted; None where none is to come.

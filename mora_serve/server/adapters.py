@@ -7,16 +7,22 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import contextvars
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mora_serve.access.audit import Audit
+from mora_serve.adapters import checksum
 from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.checksum import stated_sum
+from mora_serve.adapters.record import Quota
 from mora_serve.adapters.registry import AdapterRecord, Registry
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
 from mora_serve.config import Config
+from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.shape import ModelShape
 from mora_serve.router.routing import Routing
@@ -37,6 +43,8 @@ DEFAULT_PAGE = 100
 MAX_PAGE = 200
 MAX_UPLOADS = 8  # at the same time; each holds up to adapters.max_bytes of disk
 MAX_REGISTRATIONS = 16  # at the same time, those that wait for a thread included
+MAX_CHANGES = 64  # other changes, likewise
+MAX_LOOKUPS = 256
 
 T = TypeVar("T")
 
@@ -59,31 +67,39 @@ class AdapterServicer(AdapterServiceServicer):
         fingerprint: str,
         executor: Executor,
         short: Executor,
+        audit: Audit,
     ) -> None:
         self._registry = registry
         self._routing = routing
         self._pins = pins
         self._resident = resident
+        self._config = config
         self._limits = config.adapters
         self._stall_seconds = config.engine.stall_seconds
         self._shape = shape
         self._fingerprint = fingerprint
         self._executor = executor
         self._short = short
+        self._audit = audit
         self._uploads = Places(MAX_UPLOADS, "uploads")
         self._registrations = Places(MAX_REGISTRATIONS, "registrations")
+        self._changes = Places(MAX_CHANGES, "changes of adapters")
+        self._lookups = Places(MAX_LOOKUPS, "look-ups of adapters")
 
     async def RegisterAdapter(
         self, request: pb.RegisterAdapterRequest, context: Context
     ) -> pb.RegisterAdapterResponse:
         """Register a directory under the adapter root."""
         check_name(request.name, "name")
+        stated = stated_sum(request.sha256, required=self._limits.require_sha256)
+
+        root, path = calls.root_of(self._config), request.path
 
         def read() -> ValidatedAdapter:
-            root, path = self._limits.root, request.path
-            return read_directory(root, path, self._shape, self._limits, self._fingerprint)
+            fingerprint = self._fingerprint
+            return read_directory(root, path, self._shape, self._limits, fingerprint, sha256=stated)
 
-        with self._registrations.taken():
+        with self._registrations.taken(calls.current().tenant):
             record, created = await self._register(request, read, "card")
         return pb.RegisterAdapterResponse(adapter=self._message(record), created=created)
 
@@ -91,8 +107,8 @@ class AdapterServicer(AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Register the files that the client sends."""
-        with self._uploads.taken():
-            header, upload = None, Upload(self._limits)
+        with self._uploads.taken(calls.current().tenant):
+            header, stated, upload = None, "", Upload(self._limits)
             with upload:
                 async for message in self._steadily(request_iterator):
                     kind = message.WhichOneof("kind")
@@ -101,6 +117,8 @@ class AdapterServicer(AdapterServiceServicer):
                     elif kind == "header" and header is None:
                         header = message.header
                         check_name(header.name, "header.name")
+                        with _of_header():
+                            stated = stated_sum(header.sha256, required=self._limits.require_sha256)
                     else:
                         raise invalid(
                             "kind", "send one header first and then nothing but chunks", "ORDER"
@@ -109,10 +127,11 @@ class AdapterServicer(AdapterServiceServicer):
                     raise invalid("header", "the upload has none; send it first", "ORDER")
 
                 def read() -> ValidatedAdapter:
-                    config, weights, own_card = upload.files()
-                    return read_upload(
-                        config, weights, own_card, self._shape, self._limits, self._fingerprint
-                    )
+                    arrived, limits, fingerprint = upload.files(), self._limits, self._fingerprint
+                    with _of_header():
+                        return read_upload(
+                            *arrived, self._shape, limits, fingerprint, sha256=stated
+                        )
 
                 record, created = await self._register(header, read, "header.card")
         return pb.UploadAdapterResponse(adapter=self._message(record), created=created)
@@ -129,10 +148,12 @@ class AdapterServicer(AdapterServiceServicer):
         def update() -> AdapterRecord:
             card = self._card(request.card, "card")
             with _of_name():
-                return self._registry.update(tenant, name, card=card)
+                record = self._registry.update(tenant, name, card=card)
+            return self._recorded("adapter.updated", record)
 
-        record = await self._run(update)
-        await self._keyed(record)
+        with self._changes.taken(tenant):
+            record = await self._run(update)
+            await self._keyed(record)
         return pb.UpdateAdapterResponse(adapter=self._message(record))
 
     async def UnregisterAdapter(
@@ -140,8 +161,15 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> pb.UnregisterAdapterResponse:
         """Remove an adapter."""
         check_name(request.name, "name")
-        with _of_name():
-            await self._run(self._registry.unregister, calls.current().tenant, request.name)
+        tenant, name = calls.current().tenant, request.name
+
+        def unregister() -> AdapterRecord:
+            with _of_name():
+                record = self._registry.unregister(tenant, name)
+            return self._recorded("adapter.unregistered", record)
+
+        with self._changes.taken(tenant):
+            await self._run(unregister)
         return pb.UnregisterAdapterResponse()
 
     async def ListAdapters(
@@ -177,8 +205,9 @@ class AdapterServicer(AdapterServiceServicer):
         """Describe an adapter."""
         check_name(request.name, "name")
         # Not on the event loop: where there is no such name, the nearest ones are sought.
-        get = partial(self._registry.get, calls.current().tenant, request.name)
-        with _of_name():
+        tenant = calls.current().tenant
+        get = partial(self._registry.get, tenant, request.name)
+        with self._lookups.taken(tenant), _of_name():
             record = await asyncio.get_running_loop().run_in_executor(self._short, get)
         return pb.GetAdapterResponse(adapter=self._message(record))
 
@@ -190,12 +219,15 @@ class AdapterServicer(AdapterServiceServicer):
         tenant, name, pinned = calls.current().tenant, request.name, request.pinned
 
         def pin() -> AdapterRecord:
-            if not pinned:
-                return self._registry.pin(tenant, name, False)
-            with self._pins.reserved(self._registry.get(tenant, name).digest):
-                return self._registry.pin(tenant, name, True)
+            with _of_name():
+                if not pinned:
+                    record = self._registry.pin(tenant, name, False)
+                    return self._recorded("adapter.unpinned", record)
+                with self._pins.reserved(self._registry.get(tenant, name).digest):
+                    record = self._registry.pin(tenant, name, True)
+            return self._recorded("adapter.pinned", record)
 
-        with _of_name():
+        with self._changes.taken(tenant):
             record = await self._run(pin)
         return pb.PinAdapterResponse(adapter=self._message(record))
 
@@ -205,18 +237,34 @@ class AdapterServicer(AdapterServiceServicer):
         read: Callable[[], ValidatedAdapter],
         card_field: str,
     ) -> tuple[AdapterRecord, bool]:
-        tenant = calls.current().tenant
+        caller = calls.current().caller
+        quota = Quota(caller.limits.adapters, caller.limits.bytes)
 
         def register() -> tuple[AdapterRecord, bool]:
             given = request.HasField("card")
             card = self._card(request.card, card_field) if given else None
-            return self._registry.register(
-                tenant, request.name, read(), card=card, replace=request.replace
+            record, created = self._registry.register(
+                caller.tenant,
+                request.name,
+                read(),
+                card=card,
+                replace=request.replace,
+                quota=quota,
             )
+            if created:
+                self._recorded("adapter.registered", record)
+            return record, created
 
         record, created = await self._run(register)
         await self._keyed(record)
         return record, created
+
+    def _recorded(self, event: str, record: AdapterRecord) -> AdapterRecord:
+        """The record, once the audit log has what was done: also where the client has left."""
+        calls.record(
+            self._audit, event, adapter=record.name, version=record.version, digest=record.digest
+        )
+        return record
 
     async def _keyed(self, record: AdapterRecord) -> None:
         """Return when the router knows the adapter; no thread waits where that takes the base."""
@@ -251,7 +299,9 @@ class AdapterServicer(AdapterServiceServicer):
             yield message
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+        """Run ``work`` on a thread for the disk, as a part of this call."""
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._executor, run, work, *args)
 
     def _message(
         self, record: AdapterRecord, resident: bool | None = None, *, prompts: bool = True
@@ -272,6 +322,15 @@ def _of_name() -> Iterator[None]:
         yield
     except MoraError as e:
         raise (e.at("name") if e.field == "adapter" else e) from None
+
+
+@contextlib.contextmanager
+def _of_header() -> Iterator[None]:
+    """Errors about the stated sum are about a field of the header of an upload."""
+    try:
+        yield
+    except MoraError as e:
+        raise (e.at(f"header.{e.field}") if e.field == checksum.FIELD else e) from None
 
 
 def card_of(message: pb.RoutingCard) -> RoutingCard:
@@ -310,5 +369,6 @@ def adapter_message(record: AdapterRecord, resident: bool, prompts: bool) -> pb.
         resident=resident,
         prompt_count=len(card.prompts),
     )
+    message.shared = record.tenant == SHARED_TENANT
     message.register_time.FromNanoseconds(int(record.created * 1e9))
     return message

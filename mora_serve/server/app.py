@@ -15,26 +15,33 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from mora_serve import __version__
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import Door
+from mora_serve.access.limits import Meter
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
+from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import lag, tls
+from mora_serve.server import ending, lag, tls
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import CallInterceptor
+from mora_serve.server.interceptors import CallInterceptor, Entrance
+from mora_serve.server.memory import limit_arenas
 from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
 
 if TYPE_CHECKING:
@@ -42,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LAST_SECONDS = 2.0  # for aborted calls to say so to their clients
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -56,18 +62,25 @@ T = TypeVar("T")
 class MoraServer:
     """One server in this process: ready inside its context, drained when it ends.
 
-    ``port`` and ``metrics_port`` are the real ones once it listens; 0 and -1 where there is none.
+    ``port``, ``admin_port`` and ``metrics_port`` are the real ones once it listens; 0, and -1 where
+    there is none.
+
+    Raises ConfigError for an access file or an audit log that cannot be used.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.metrics = Metrics(__version__)
         self.port = 0
+        self.admin_port = -1
         self.metrics_port = -1
+        self.failed = asyncio.Event()  # the engine is gone, and nothing brings it back
         self._gate = Gate()
+        audit = Audit(Path(config.access.audit) if config.access.audit else None)
+        self._entrance = Entrance(Door(config.access), self._gate, Meter(), audit)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing stub
         self._services = LateServices()
-        self._server: aio.Server | None = None
+        self._servers: list[aio.Server] = []
         self._exposition: Any = None
         self._assembly: Assembly | None = None
         self._bridge: Bridge | None = None
@@ -108,15 +121,21 @@ class MoraServer:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._run(lag.watch(self.metrics))
-        self._server = server = self._make()
-        self._listen(server)
-        await server.start()
+        self._listen()
+        for server in self._servers:
+            await server.start()
         self._assembly = assembly = await _on_daemon_thread(self._assemble)
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(assembly.engine, self.metrics, loop)
         self._feedback = FeedbackRecorder.of(assembly, self.metrics)
         add_services(
-            self._services, assembly, self._bridge, self.metrics, self._threads, self._feedback
+            self._services,
+            assembly,
+            self._bridge,
+            self.metrics,
+            self._threads,
+            self._feedback,
+            self._entrance.audit,
         )
         assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
         self._gate.state = State.SERVING
@@ -129,28 +148,57 @@ class MoraServer:
         ``drain_seconds`` is how long to wait, by default what the configuration says.
         """
         seconds = self.config.server.drain_seconds if drain_seconds is None else drain_seconds
+        times = ending.Times.of(seconds)
         if self._gate.state is State.SERVING:
             log.info("draining, at most %g s", seconds)
         await self._health.enter_graceful_shutdown()
-        drained = await self._gate.drain(seconds)
-        if not drained and self._bridge is not None:
-            self._bridge.abort_all()
-        if self._server is not None:
-            await self._server.stop(0.1 if drained else _LAST_SECONDS)
-        if self._feedback is not None:
-            await _on_daemon_thread(self._feedback.close)
-        if self._assembly is not None:
-            await _on_daemon_thread(self._assembly.close)
-        if self._exposition is not None:
-            await _on_daemon_thread(self._exposition.shutdown)
-            self._exposition.server_close()
+        if not await self._gate.drain(ending.left(times.finishing)):
+            log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
+            await self._gate.empty(ending.left(times.writing))
+        # Returns earlier, unless somebody watches the health, or does not read.
+        await asyncio.gather(*(server.stop(times.last) for server in self._servers))
+        await self._close_parts(times.closing)
         self._threads.shutdown()
+        self._entrance.audit.close()
         for task in self._tasks:
             task.cancel()
         log.info("stopped")
 
+    async def _close_parts(self, until: float) -> None:
+        """Free everything, or leave behind what takes its time."""
+        parts: list[Callable[[], object]] = []
+        if self._feedback is not None:
+            parts.append(self._feedback.close)
+        if self._assembly is not None:
+            parts.append(self._assembly.close)
+        exposition: list[Callable[[], object]] = []
+        if self._exposition is not None:
+            exposition += [self._exposition.shutdown, self._exposition.server_close]
+        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition)))
+
+    async def _close(self, works: Iterable[Callable[[], object]], until: float) -> None:
+        for work in works:
+            try:
+                async with asyncio.timeout(ending.left(until)):
+                    await _on_daemon_thread(work)
+            except TimeoutError:
+                log.warning("%s is not done in time; it is left behind", work.__qualname__)
+            except Exception:
+                log.exception("%s failed", work.__qualname__)
+
+    @property
+    def engine_hangs(self) -> bool:
+        """Whether the engine's thread stands in a step that does not end."""
+        assembly = self._assembly
+        return self.failed.is_set() and assembly is not None and assembly.engine.alive
+
     def _fail(self) -> None:
-        """The engine is gone: whoever watches the health restarts the server."""
+        """The engine is gone: every caller is sent elsewhere, and the process is to end."""
+        if self.failed.is_set():
+            return
+        log.critical("the engine has failed: calls are ended, and the server is to be restarted")
+        self.failed.set()
+        self._gate.fail()
         self._run(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -159,15 +207,16 @@ class MoraServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _make(self) -> aio.Server:
+    def _make(self, *, apart: bool) -> aio.Server:
         size = self.config.server.max_message_bytes
         server = aio.server(
             interceptors=(
                 CallInterceptor(
                     self.metrics,
-                    self._gate,
+                    self._entrance,
                     self.config.engine.stall_seconds,
-                    self.config.server.log_calls,
+                    log_calls=self.config.server.log_calls,
+                    apart=apart,
                 ),
             ),
             options=(
@@ -183,10 +232,18 @@ class MoraServer:
         reflection.enable_server_reflection(names, server)
         return server
 
-    def _listen(self, server: aio.Server) -> None:
+    def _listen(self) -> None:
         config = self.config.server
-        secure = tls.credentials(config)
-        self.port = tls.add_port(server, config.host, config.port, config, secure)
+        secure, apart = tls.credentials(config), config.admin_port >= 0
+        self.port = self._bind(self._make(apart=apart), config.host, config.port, secure)
+        if apart:
+            self.admin_port = self._bind(
+                self._make(apart=False),
+                config.admin_host,
+                config.admin_port,
+                secure,
+                "server.admin_",
+            )
         if config.metrics_port < 0:
             return
         try:
@@ -207,6 +264,28 @@ class MoraServer:
             ) from None
         self.metrics_port = self._exposition.server_port
 
+    def _bind(
+        self,
+        server: aio.Server,
+        host: str,
+        port: int,
+        secure: grpc.ServerCredentials | None,
+        prefix: str = "server.",
+    ) -> int:
+        """Listen with a server from now on; the real port."""
+        if not (
+            self._entrance.door.locked or self.config.access.allow_anonymous or is_loopback(host)
+        ):
+            raise ConfigError(
+                f"{prefix}host: {host!r} can be reached from other machines, and without keys "
+                "whoever reaches the server may do all; set access.file, or "
+                "access.allow_anonymous = true where a proxy decides who comes this far",
+                field=f"{prefix}host",
+            )
+        bound = tls.add_port(server, host, port, self.config.server, secure, prefix)
+        self._servers.append(server)
+        return bound
+
     def _assemble(self) -> Assembly:
         from mora_serve.server.assembly import assemble  # imports torch: a second or more
 
@@ -220,15 +299,19 @@ class MoraServer:
 def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
-    Returns the exit status. Raises ConfigError for a configuration that cannot be served.
+    Returns the exit status: 0, or ``ending.ENGINE_FAILED`` when the engine failed or hung. The
+    process ends by itself, with this status, where a thread would keep it beyond the time to stop.
+
+    Raises ConfigError for a configuration that cannot be served.
     """
-    asyncio.run(_serve(config))
-    return 0
+    limit_arenas()
+    return asyncio.run(_serve(config))
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config) -> int:
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
+    hard_ends: list[ending.HardEnd] = []
 
     def end(number: signal.Signals) -> None:
         if signalled.is_set():
@@ -236,6 +319,8 @@ async def _serve(config: Config) -> None:
             logging.shutdown()
             os._exit(128 + number)  # threads are in the middle of something: nothing is awaited
         log.info("%s: stopping", number.name)
+        seconds = max(config.server.drain_seconds - ending.MARGIN / 2, 2.0)
+        hard_ends.append(ending.HardEnd(seconds, 0))
         signalled.set()
 
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -243,17 +328,29 @@ async def _serve(config: Config) -> None:
     server = MoraServer(config)
     starting = asyncio.ensure_future(server.start())
     waiting = asyncio.ensure_future(signalled.wait())
+    failing = asyncio.ensure_future(server.failed.wait())
+    tasks = (starting, waiting, failing)
     try:
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             _settle()
-            await waiting
+            await asyncio.wait((waiting, failing), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (starting, waiting):
+        failed = server.failed.is_set()
+        if failed:
+            hard_ends.append(ending.HardEnd(ending.FAILED_SECONDS, ending.ENGINE_FAILED))
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(starting, waiting, return_exceptions=True)
-        await server.stop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(ending.FAILED_SECONDS / 2 if failed else None)
+    status = ending.ENGINE_FAILED if server.failed.is_set() else 0
+    if server.engine_hangs:  # the interpreter's own end might wait for it
+        ending.end_now(status)
+    if not ending.busy_threads():
+        for hard_end in hard_ends:
+            hard_end.cancel()
+    return status
 
 
 def _settle() -> None:

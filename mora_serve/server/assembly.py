@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import Config
+from mora_serve.core import DEFAULT_TENANT, SHARED_TENANT
 from mora_serve.engine.engine import Engine
 from mora_serve.errors import ConfigError, MoraError
 from mora_serve.model.loading import Base, Progress, load_base
@@ -64,7 +65,9 @@ def assemble(config: Config) -> Assembly:
         from mora_serve.demo.bundle import register_bundle
 
         try:
-            register_bundle(registry, base.shape, config.adapters)
+            # Where keys tell tenants apart, the bundle is for all of them.
+            tenant = SHARED_TENANT if config.access.file else DEFAULT_TENANT
+            register_bundle(registry, base.shape, config.adapters, tenant)
         except MoraError as e:
             raise ConfigError(
                 f"base.model: the bundled adapters do not fit the configuration ({e.message}); "

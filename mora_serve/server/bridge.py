@@ -136,11 +136,6 @@ class Bridge:
             self._metrics.finished(finish, None, request.mixture)
         self._open.pop(request.id, None)
 
-    def abort_all(self) -> None:
-        """End what runs; each request's events say so."""
-        for request_id in self._open:
-            self._engine.abort(request_id)
-
     def _dispatch(self, events: Sequence[Event | AdapterLoad], now: float) -> None:
         for event in events:
             if isinstance(event, AdapterLoad):

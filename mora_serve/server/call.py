@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
-from mora_serve.adapters.untrusted import check_name
-from mora_serve.core import DEFAULT_TENANT
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import Caller
+from mora_serve.config import Config
 
 REQUEST_ID = "mora-request-id"
-TENANT = "mora-tenant"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: ``request_id`` is echoed to the client, ``tenant`` owns the adapters it names.
+    """One call: ``request_id`` is echoed to the client, ``caller`` is who makes it.
 
     ``counts`` are for the line of the log that tells of its end.
     """
 
     request_id: str
-    tenant: str = DEFAULT_TENANT
+    caller: Caller = field(default_factory=Caller)
     counts: dict[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def tenant(self) -> str:
+        """Whose adapters the call names."""
+        return self.caller.tenant
 
 
 # Set by the interceptor in the task of each call, so every call sees its own.
@@ -48,14 +55,24 @@ def enter(call: Call) -> None:
     _current.set(call)
 
 
+def record(audit: Audit, event: str, **more: Any) -> None:
+    """Write what the call has done to the audit log."""
+    call = current()
+    audit.record(event, request_id=call.request_id, tenant=call.tenant, key=call.caller.key, **more)
+
+
+def root_of(config: Config) -> str:
+    """The directory that the call may name paths under; empty for none.
+
+    Where keys tell tenants apart, each has a directory of its own under the adapter root.
+    """
+    root = config.adapters.root
+    return os.path.join(root, current().tenant) if root and config.access.file else root
+
+
 def request_id(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, bool]:
     """The client's id for the call, or a new one; and whether what the client sent was usable."""
     given = dict(metadata).get(REQUEST_ID)
     if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
         return given, True
     return uuid.uuid4().hex, given is None
-
-
-def tenant(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """The tenant that the client names, or the default one. InvalidArgument for a bad name."""
-    return check_name(str(dict(metadata).get(TENANT, DEFAULT_TENANT)), TENANT)

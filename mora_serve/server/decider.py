@@ -18,9 +18,11 @@ from mora_serve.router.selection import AutoRoute, BaseOnly, Selection, Selector
 from mora_serve.router.states import Asked, State
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
+from mora_serve.server.gate import Places
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import generation_pb2 as pb
 
+MAX_DECISIONS = 1024  # at the same time, those that wait for a thread or for the base included
 _ATTEMPTS = 3  # an adapter may be replaced between its choice and its being held
 
 
@@ -42,12 +44,14 @@ class Decider:
         self._metrics = metrics
         self._limits = limits
         self._executor = executor
+        self._places = Places(MAX_DECISIONS, "decisions")
 
     @asynccontextmanager
     async def decided(self, selection: pb.Selection, prompt: pb.Prompt) -> AsyncIterator[Decision]:
         """The decision for a checked prompt, its versions readable inside the context.
 
-        Raises what ``selection_of``, ``Selector.ask`` and ``Selector.decide`` raise.
+        Raises what ``selection_of``, ``Selector.ask`` and ``Selector.decide`` raise, and
+        ResourceExhausted when too many wait to be decided.
         """
         tenant = calls.current().tenant
         chosen = selection_of(selection, self._limits)
@@ -55,19 +59,23 @@ class Decider:
             decision = self._decide(tenant, chosen, prompt)
             yield decision
             return
+        with self._places.taken(tenant):
+            decision = await self._decide_off_loop(tenant, chosen, prompt)
+        try:
+            yield decision
+        finally:
+            self._executor.submit(self._release, digests(decision))
+
+    async def _decide_off_loop(self, tenant: str, chosen: Selection, prompt: pb.Prompt) -> Decision:
         state = None
         if self._selector.asks_the_base and isinstance(chosen, TaskHint | AutoRoute):
             state = await self._state(tenant, chosen, prompt)
         future = self._executor.submit(self._decide_and_hold, tenant, chosen, prompt, state)
         try:
-            decision = await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             future.add_done_callback(self._release_late)
             raise
-        try:
-            yield decision
-        finally:
-            self._executor.submit(self._release, digests(decision))
 
     async def _state(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> State | None:
         """The base's state of a prompt, if the router needs it; no thread waits for the engine."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[Any, Any]
 
+_TOKENS = 128  # of one message, each with its alternatives
 _FAR = 365 * 24 * 3600.0  # grpc says "no deadline" as one in the far future
 
 
@@ -58,25 +59,26 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Answer when the whole text is ready."""
-        tokens: list[TokenOut] = []
+        response = pb.GenerateResponse(request_id=calls.current().request_id)
         texts: list[str] = []
         async with self._start(request, context) as running:
             async for event in running.generation:
-                tokens += event.tokens
+                # As they come: all at once would keep the event loop from everybody else.
+                response.tokens.extend(messages.token_message(t) for t in event.tokens)
                 texts.append(event.text)
                 if event.finish is not None:
                     finish, usage = _end(event)
         counts, timings = messages.usage_messages(usage)
-        return pb.GenerateResponse(
-            request_id=calls.current().request_id,
+        rest = pb.GenerateResponse(
             decision=messages.decision_message(running.decision),
             text="".join(texts),
-            tokens=[messages.token_message(t) for t in tokens],
             finish_reason=messages.finish_message(finish),
             usage=counts,
             timings=timings,
             seed=running.generation.request.sampling.seed,
         )
+        response.MergeFrom(rest)
+        return response
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Context
@@ -94,9 +96,10 @@ class GenerationServicer(GenerationServiceServicer):
             async for event in running.generation:
                 if event.finish is not None:
                     finish, usage = _end(event)
-                if event.tokens or event.text:
-                    tokens = [messages.token_message(t) for t in event.tokens]
-                    delta = pb.GenerationDelta(text=event.text, tokens=tokens)
+                for text, tokens in _pieces(event):
+                    delta = pb.GenerationDelta(
+                        text=text, tokens=[messages.token_message(t) for t in tokens]
+                    )
                     yield pb.GenerateStreamResponse(delta=delta)
             counts, timings = messages.usage_messages(usage)
             finished = pb.GenerationFinished(
@@ -113,7 +116,7 @@ class GenerationServicer(GenerationServiceServicer):
         call = calls.current()
         sampling = sampling_of(request.sampling, self._config, self._vocab_size)
         self._prompts.check(request.prompt)
-        prompt = await self._prompts.tokens(request.prompt)
+        prompt = await self._prompts.tokens(request.prompt, call.tenant)
         async with self._decider.decided(request.selection, request.prompt) as decision:
             submitted = Request(
                 id=call.request_id,
@@ -130,6 +133,14 @@ class GenerationServicer(GenerationServiceServicer):
                     tasks = request.selection.task.tasks
                     self._feedback.add(call.tenant, tasks, request.prompt, decision)
                 yield _Running(decision, generation)
+
+
+def _pieces(event: Event) -> Iterator[tuple[str, Sequence[TokenOut]]]:
+    """What a slow reader has missed, in messages that take the event loop a moment each."""
+    if event.text or event.tokens:
+        yield event.text, event.tokens[:_TOKENS]
+    for start in range(_TOKENS, len(event.tokens), _TOKENS):
+        yield "", event.tokens[start : start + _TOKENS]
 
 
 def _deadline(context: Context) -> float | None:

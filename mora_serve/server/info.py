@@ -12,6 +12,7 @@ from mora_serve import __version__
 from mora_serve.adapters.registry import Registry
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
+from mora_serve.server.gate import Places
 from mora_serve.v1 import server_pb2 as pb
 from mora_serve.v1.server_pb2_grpc import ServerServiceServicer
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mora_serve.server.assembly import Assembly
 
     Context = ServicerContext[Any, Any]
+
+MAX_LOOKUPS = 256
 
 
 class ServerServicer(ServerServiceServicer):
@@ -40,6 +43,7 @@ class ServerServicer(ServerServiceServicer):
         self._registry = registry
         self._routing = routing
         self._executor = executor
+        self._lookups = Places(MAX_LOOKUPS, "look-ups of the server")
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
@@ -50,7 +54,8 @@ class ServerServicer(ServerServiceServicer):
         if (snapshot := self._routing.snapshot) is not None:
             info.router_digest = snapshot.router.digest
         loop, tenant = asyncio.get_running_loop(), calls.current().tenant
-        served = await loop.run_in_executor(self._executor, self._registry.served, tenant)
+        with self._lookups.taken(tenant):
+            served = await loop.run_in_executor(self._executor, self._registry.served, tenant)
         info.adapters = len(served)
         return info
 

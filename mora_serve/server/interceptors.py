@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -26,11 +27,16 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[i
 from grpc import aio
 from grpc_status import rpc_status
 
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import HEALTH, Caller, Denied, Door
+from mora_serve.access.limits import Meter
 from mora_serve.errors import (
     Internal,
     InvalidArgument,
     MoraError,
+    PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
 )
@@ -49,6 +55,16 @@ _Metadata = tuple[tuple[str, str], ...]
 _Context = aio.ServicerContext[Any, Any]
 
 
+@dataclass(frozen=True)
+class Entrance:
+    """What is between the clients and the methods: who is let in, how many, and who is told."""
+
+    door: Door
+    gate: Gate
+    meter: Meter
+    audit: Audit
+
+
 class _Malformed:
     """Stands for a message whose bytes do not parse."""
 
@@ -56,17 +72,29 @@ class _Malformed:
 class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
     """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
 
-    grpc's own services (health, reflection) pass whatever the gate's state. ``log_calls`` logs a
-    line for each call that ends.
+    A call is let in by its metadata alone: one that is not is answered before a byte of its request
+    is read. grpc's own services (health, reflection) pass whatever the gate's state, and health
+    needs no key. ``apart``: administrators' calls are served on another address. ``log_calls`` logs
+    a line for each call that ends.
     """
 
     def __init__(
-        self, metrics: Metrics, gate: Gate, stall_seconds: float, log_calls: bool = False
+        self,
+        metrics: Metrics,
+        entrance: Entrance,
+        stall_seconds: float,
+        *,
+        log_calls: bool = False,
+        apart: bool = False,
     ) -> None:
         self._metrics = metrics
         self._log_calls = log_calls
-        self._gate = gate
+        self._door = entrance.door
+        self._gate = entrance.gate
+        self._meter = entrance.meter
+        self._audit = entrance.audit
         self._stall_seconds = stall_seconds
+        self._apart = apart
 
     async def intercept_service(
         self,
@@ -76,6 +104,18 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         """The method's handler inside this layer; None where there is no such method."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
+        metadata = tuple(handler_call_details.invocation_metadata or ())
+        request_id, usable = calls.request_id(metadata)
+        try:
+            if not usable:
+                raise InvalidArgument(
+                    f"metadata {calls.REQUEST_ID}: use at most 128 letters, digits and '.', '_', "
+                    "':', '/', '-', starting with a letter or a digit, or leave it out",
+                    field=calls.REQUEST_ID,
+                )
+            call = calls.Call(request_id, self._admit(method, request_id, dict(metadata)))
+        except MoraError as e:
+            return self._refusing(method if handler is not None else "unknown", request_id, e)
         if handler is None:
             if self._gate.state is not State.LOADING:
                 return None
@@ -83,10 +123,37 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             # told from one that does not exist; a handler of this kind answers all of them.
             handler, method = grpc.stream_stream_rpc_method_handler(_nothing), "unknown"
         if handler.response_streaming:
-            return self._streaming(method, handler)
-        return self._unary(method, handler)
+            return self._streaming(method, handler, call)
+        return self._unary(method, handler, call)
 
-    def _unary(self, method: str, handler: Any) -> Any:
+    def _admit(self, method: str, request_id: str, metadata: dict[str, Any]) -> Caller:
+        if method.startswith(HEALTH):
+            return Caller()
+        try:
+            return self._door.admit(method, metadata, self._apart)
+        except (Unauthenticated, PermissionDenied) as e:
+            known = e.caller if isinstance(e, Denied) else Caller("")
+            self._audit.denied(
+                request_id=request_id,
+                tenant=known.tenant,
+                key=known.key,
+                method=method,
+                reason=e.reason,
+            )
+            raise
+
+    def _refusing(self, method: str, request_id: str, error: MoraError) -> Any:
+        """A handler that answers with an error. Of this kind, it reads nothing of the request."""
+
+        async def refuse(_: Any, context: _Context) -> None:
+            self._metrics.rpc(method, error.code, 0.0)
+            if self._log_calls:
+                logs.ended(method, error.code, 0.0, request_id)
+            await _abort(context, error, ((calls.REQUEST_ID, request_id),))
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _unary(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
             (handler.stream_unary, self._all) if many else (handler.unary_unary, self._only)
@@ -98,13 +165,13 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                 await context.send_initial_metadata(echo)
                 return response
 
-            return await self._guard(method, context, run)
+            return await self._guard(method, context, call, run)
 
         return grpc.stream_unary_rpc_method_handler(
             behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
-    def _streaming(self, method: str, handler: Any) -> Any:
+    def _streaming(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
             (handler.stream_stream, self._all) if many else (handler.unary_stream, self._only)
@@ -124,7 +191,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                             started = True
                         await self._write(context, message)
 
-            await self._guard(method, context, run)
+            await self._guard(method, context, call, run)
 
         return grpc.stream_stream_rpc_method_handler(
             behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
@@ -167,25 +234,19 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         self,
         method: str,
         context: _Context,
+        call: calls.Call,
         run: Callable[[_Metadata], Awaitable[Any]],
     ) -> Any:
         """Run a call under its identity; end it with a status when it fails."""
         start = time.monotonic()
-        metadata = tuple(context.invocation_metadata() or ())
-        request_id, usable = calls.request_id(metadata)
+        request_id, caller = call.request_id, call.caller
         echo = ((calls.REQUEST_ID, request_id),)
         outcome = "OK"
         try:
-            if not usable:
-                raise InvalidArgument(
-                    f"metadata {calls.REQUEST_ID}: use at most 128 letters, digits and '.', '_', "
-                    "':', '/', '-', starting with a letter or a digit, or leave it out",
-                    field=calls.REQUEST_ID,
-                )
-            calls.enter(calls.Call(request_id, calls.tenant(metadata)))
+            calls.enter(call)
             if method.startswith("/grpc."):
                 return await run(echo)
-            with self._gate.passing():
+            with self._gate.passing(), self._meter.passing(caller.tenant, caller.limits):
                 return await run(echo)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
@@ -214,10 +275,12 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
     status = rpc_status.to_status(status_of(error))
     trailing = (*status.trailing_metadata, *echo)
-    if error.retry_after is not None:
+    left = context.time_remaining()
+    if error.retry_after is not None and (left is None or error.retry_after < left):
         trailing += ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    elif isinstance(error, ResourceExhausted):
-        trailing += ((PUSHBACK, "-1"),)  # tells a client's retry policy not to try again
+    elif error.retry_after is not None or isinstance(error, ResourceExhausted):
+        # A client's retry policy is not to try again: the call would end by its deadline instead.
+        trailing += ((PUSHBACK, "-1"),)
     return await context.abort(status.code, status.details, trailing)
 
 

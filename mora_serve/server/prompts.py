@@ -9,8 +9,10 @@ from typing import Protocol
 
 from mora_serve.errors import InvalidArgument
 from mora_serve.server.convert import check_chat, check_ids, invalid
+from mora_serve.server.gate import Places
 from mora_serve.v1 import generation_pb2 as pb
 
+MAX_WAITING = 128  # long prompts at work, those that wait for a thread included
 _SHORT = 2000  # characters and turns that are tokenised on the event loop: well under a millisecond
 
 
@@ -43,6 +45,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._executor = executor
+        self._places = Places(MAX_WAITING, "long prompts")
         self._max_context = max_context
         # No token stands for more characters than its own, so longer texts need not be tokenised.
         longest = max(map(len, tokenizer.vocabulary()), default=1)
@@ -79,21 +82,22 @@ class Prompts:
             size = sum(len(m.content) for m in prompt.chat.messages)
             self._check_length("prompt.chat", size, self._max_characters, "characters")
 
-    async def tokens(self, prompt: pb.Prompt) -> tuple[int, ...]:
-        """The token ids of a checked prompt.
+    async def tokens(self, prompt: pb.Prompt, tenant: str = "") -> tuple[int, ...]:
+        """The token ids of a tenant's checked prompt.
 
-        Raises InvalidArgument where the base's chat template refuses.
+        Raises InvalidArgument where the base's chat template refuses, ResourceExhausted when too
+        many long prompts wait to be tokenised.
         """
         kind = prompt.WhichOneof("kind")
         if kind == "token_ids":
             return tuple(prompt.token_ids.ids)
         if kind == "text":
             text = prompt.text
-            ids = await self._run(len(text), lambda: self._tokenizer.encode(text))
+            ids = await self._run(tenant, len(text), lambda: self._tokenizer.encode(text))
         else:
             turns = prompt.chat.messages
             size = len(turns) + sum(len(m.content) for m in turns)
-            ids = await self._run(size, lambda: self._chat(turns))
+            ids = await self._run(tenant, size, lambda: self._chat(turns))
         if not ids:
             raise invalid("prompt", "it has no tokens; give some text", "EMPTY_PROMPT")
         return tuple(ids)
@@ -104,10 +108,11 @@ class Prompts:
         except InvalidArgument as e:  # the tokenizer knows no requests
             raise invalid("prompt.chat", e.message.partition(": ")[2], e.reason) from None
 
-    async def _run(self, size: int, tokenize: Callable[[], list[int]]) -> list[int]:
+    async def _run(self, tenant: str, size: int, tokenize: Callable[[], list[int]]) -> list[int]:
         if size <= _SHORT:
             return tokenize()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        with self._places.taken(tenant):
+            return await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
 
     def text(self, prompt: pb.Prompt) -> str:
         """What a checked prompt is routed by: of a chat the last user turn."""

@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from mora_serve.access.audit import Audit
 from mora_serve.adapters.files import open_directory, read_regular
+from mora_serve.config import Config
 from mora_serve.errors import FailedPrecondition, NotFound
 from mora_serve.messages import decision_message
 from mora_serve.router.feedback import FeedbackRow, Page, Position
@@ -21,6 +24,7 @@ from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
+from mora_serve.server.gate import Places
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import router_pb2 as pb
 from mora_serve.v1.router_pb2_grpc import RouterServiceServicer
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[Any, Any]
 
+MAX_LOADS = 4  # of routers at the same time, those that wait for the thread included
 
 _TIMES = range(-62_135_596_800, 253_402_300_800)  # seconds of the years 1 to 9999, a Timestamp's
 
@@ -37,8 +42,7 @@ _TIMES = range(-62_135_596_800, 253_402_300_800)  # seconds of the years 1 to 99
 class RouterServicer(RouterServiceServicer):
     """Route, LoadRouter, GetRouter, ExportFeedback.
 
-    ``root`` is the adapter root, empty where paths are refused. ``max_adapters`` is how many the
-    router mixes when a request does not say. ``feedback`` is None where it is off.
+    ``feedback`` is None where it is off.
     """
 
     def __init__(
@@ -46,18 +50,19 @@ class RouterServicer(RouterServiceServicer):
         prompts: Prompts,
         decider: Decider,
         routing: Routing,
-        root: str,
-        max_adapters: int,
+        config: Config,
         executor: Executor,
         feedback: FeedbackRecorder | None,
+        audit: Audit,
     ) -> None:
         self._prompts = prompts
         self._decider = decider
         self._routing = routing
-        self._root = root
-        self._max_adapters = max_adapters
+        self._config = config
         self._executor = executor
+        self._loads = Places(MAX_LOADS, "loads of routers")
         self._feedback = feedback
+        self._audit = audit
 
     async def Route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         """Decide as Generate would."""
@@ -73,11 +78,15 @@ class RouterServicer(RouterServiceServicer):
         if source is None:
             raise invalid("source", "it is missing; give a path under the root, or data")
 
-        def load() -> None:
-            data = request.data if source == "data" else read_file(self._root, request.path)
-            self._routing.load(data)
+        root = calls.root_of(self._config)
 
-        await asyncio.get_running_loop().run_in_executor(self._executor, load)
+        def load() -> None:
+            data = request.data if source == "data" else read_file(root, request.path)
+            calls.record(self._audit, "router.loaded", digest=self._routing.load(data).digest)
+
+        run = contextvars.copy_context().run
+        with self._loads.taken(calls.current().tenant):
+            await asyncio.get_running_loop().run_in_executor(self._executor, run, load)
         return pb.LoadRouterResponse(router=self._describe())
 
     async def GetRouter(
@@ -107,8 +116,8 @@ class RouterServicer(RouterServiceServicer):
             return None
         return pb.Router(
             digest=snapshot.router.digest,
-            routable_adapters=snapshot.index.listed(calls.current().tenant),
-            max_adapters=self._max_adapters,
+            routable_adapters=self._routing.listed(calls.current().tenant),
+            max_adapters=self._config.router.max_adapters,
             dims=snapshot.router.dims,
             base_fingerprint=snapshot.router.content.fingerprint,
             features=snapshot.router.content.features.kind,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from mora_serve.access.audit import Audit
 from mora_serve.metrics import Metrics
 from mora_serve.server.adapters import AdapterServicer
 from mora_serve.server.bridge import Bridge
@@ -85,6 +86,7 @@ def add_services(
     metrics: Metrics,
     threads: Threads,
     feedback: FeedbackRecorder | None,
+    audit: Audit,
 ) -> None:
     """Add the services to a grpc server, and let metrics and pins follow the registry."""
     config, base, registry = assembly.config, assembly.base, assembly.registry
@@ -108,6 +110,7 @@ def add_services(
             base.fingerprint,
             threads.registry,
             threads.route,
+            audit,
         ),
         server,
     )
@@ -116,10 +119,10 @@ def add_services(
             prompts,
             decider,
             routing,
-            config.adapters.root,
-            config.router.max_adapters,
+            config,
             threads.load,
             feedback,
+            audit,
         ),
         server,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import tempfile
 from typing import IO
 
 from mora_serve.adapters import files
+from mora_serve.adapters.disk import FULL
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import InvalidArgument, ResourceExhausted
 from mora_serve.server.convert import invalid
@@ -46,13 +46,17 @@ class Upload:
             raise invalid("chunk.file", message, e.reason) from None
         if name != self._last and name in self._files:
             raise invalid("chunk.file", f"{name} is ended; send the chunks of a file in a row")
-        if name not in self._files:
-            self._files[name] = tempfile.TemporaryFile(prefix="mora-upload-")  # noqa: SIM115
-        self._last, self._sizes[name] = name, size
         try:
-            self._files[name].write(data)
+            if name not in self._files:  # without a buffer, so that what is written is on the disk
+                self._files[name] = tempfile.TemporaryFile(  # noqa: SIM115
+                    prefix="mora-upload-", buffering=0
+                )
+            self._last, self._sizes[name] = name, size
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._files[name].write(rest) :]
         except OSError as e:
-            if e.errno != errno.ENOSPC:
+            if e.errno not in FULL:
                 raise
             raise ResourceExhausted(
                 "chunk.data: the server's temporary disk is full; make room there",
@@ -68,7 +72,6 @@ class Upload:
             if not self._sizes.get(name):
                 raise files.missing(name)
         weights = self._files[files.WEIGHTS]
-        weights.flush()
         card = self._read(files.CARD) if files.CARD in self._files else None
         mapped = mmap.mmap(weights.fileno(), 0, access=mmap.ACCESS_READ)
         return self._read(files.CONFIG), mapped, card

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmora_serve/v1/adapters.proto\x12\rmora_serve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x01\n\x0bRoutingCard\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x0f\n\x07prompts\x18\x02 \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t\x12\x15\n\rrouter_digest\x18\x06 \x01(\t\"o\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"S\n\x17RegisterAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"x\n\x14UploadAdapterRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.mora_serve.v1.UploadHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.FileChunkH\x00\x42\x06\n\x04kind\"W\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"\'\n\tFileChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"Q\n\x15UploadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"N\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\"@\n\x15UpdateAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"(\n\x18UnregisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1b\n\x19UnregisterAdapterResponse\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"=\n\x12PinAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"\xc2\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07targets\x18\x06 \x03(\t\x12\x0c\n\x04\x64ora\x18\x07 \x01(\x08\x12\x0e\n\x06rslora\x18\x08 \x01(\x08\x12\x10\n\x08verified\x18\t \x01(\x08\x12(\n\x04\x63\x61rd\x18\n \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x10\n\x08routable\x18\x0b \x01(\x08\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12\x10\n\x08resident\x18\r \x01(\x08\x12\x31\n\rregister_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cprompt_count\x18\x0f \x01(\r2\x93\x05\n\x0e\x41\x64\x61pterService\x12`\n\x0fRegisterAdapter\x12%.mora_serve.v1.RegisterAdapterRequest\x1a&.mora_serve.v1.RegisterAdapterResponse\x12\\\n\rUploadAdapter\x12#.mora_serve.v1.UploadAdapterRequest\x1a$.mora_serve.v1.UploadAdapterResponse(\x01\x12Z\n\rUpdateAdapter\x12#.mora_serve.v1.UpdateAdapterRequest\x1a$.mora_serve.v1.UpdateAdapterResponse\x12\x66\n\x11UnregisterAdapter\x12\'.mora_serve.v1.UnregisterAdapterRequest\x1a(.mora_serve.v1.UnregisterAdapterResponse\x12W\n\x0cListAdapters\x12\".mora_serve.v1.ListAdaptersRequest\x1a#.mora_serve.v1.ListAdaptersResponse\x12Q\n\nGetAdapter\x12 .mora_serve.v1.GetAdapterRequest\x1a!.mora_serve.v1.GetAdapterResponse\x12Q\n\nPinAdapter\x12 .mora_serve.v1.PinAdapterRequest\x1a!.mora_serve.v1.PinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmora_serve/v1/adapters.proto\x12\rmora_serve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x01\n\x0bRoutingCard\x12\r\n\x05tasks\x18\x01 \x03(\t\x12\x0f\n\x07prompts\x18\x02 \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t\x12\x15\n\rrouter_digest\x18\x06 \x01(\t\"\x7f\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x04\x63\x61rd\x18\x03 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x0f\n\x07replace\x18\x04 \x01(\x08\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"S\n\x17RegisterAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"x\n\x14UploadAdapterRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.mora_serve.v1.UploadHeaderH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.FileChunkH\x00\x42\x06\n\x04kind\"g\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x0f\n\x07replace\x18\x03 \x01(\x08\x12\x0e\n\x06sha256\x18\x04 \x01(\t\"\'\n\tFileChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"Q\n\x15UploadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"N\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\"@\n\x15UpdateAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"(\n\x18UnregisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1b\n\x19UnregisterAdapterResponse\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.mora_serve.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"=\n\x12PinAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.mora_serve.v1.Adapter\"\xd2\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07targets\x18\x06 \x03(\t\x12\x0c\n\x04\x64ora\x18\x07 \x01(\x08\x12\x0e\n\x06rslora\x18\x08 \x01(\x08\x12\x10\n\x08verified\x18\t \x01(\x08\x12(\n\x04\x63\x61rd\x18\n \x01(\x0b\x32\x1a.mora_serve.v1.RoutingCard\x12\x10\n\x08routable\x18\x0b \x01(\x08\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12\x10\n\x08resident\x18\r \x01(\x08\x12\x31\n\rregister_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cprompt_count\x18\x0f \x01(\r\x12\x0e\n\x06shared\x18\x10 \x01(\x08\x32\x93\x05\n\x0e\x41\x64\x61pterService\x12`\n\x0fRegisterAdapter\x12%.mora_serve.v1.RegisterAdapterRequest\x1a&.mora_serve.v1.RegisterAdapterResponse\x12\\\n\rUploadAdapter\x12#.mora_serve.v1.UploadAdapterRequest\x1a$.mora_serve.v1.UploadAdapterResponse(\x01\x12Z\n\rUpdateAdapter\x12#.mora_serve.v1.UpdateAdapterRequest\x1a$.mora_serve.v1.UpdateAdapterResponse\x12\x66\n\x11UnregisterAdapter\x12\'.mora_serve.v1.UnregisterAdapterRequest\x1a(.mora_serve.v1.UnregisterAdapterResponse\x12W\n\x0cListAdapters\x12\".mora_serve.v1.ListAdaptersRequest\x1a#.mora_serve.v1.ListAdaptersResponse\x12Q\n\nGetAdapter\x12 .mora_serve.v1.GetAdapterRequest\x1a!.mora_serve.v1.GetAdapterResponse\x12Q\n\nPinAdapter\x12 .mora_serve.v1.PinAdapterRequest\x1a!.mora_serve.v1.PinAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,39 +35,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTINGCARD']._serialized_start=81
   _globals['_ROUTINGCARD']._serialized_end=211
   _globals['_REGISTERADAPTERREQUEST']._serialized_start=213
-  _globals['_REGISTERADAPTERREQUEST']._serialized_end=324
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=326
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=409
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=411
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=531
-  _globals['_UPLOADHEADER']._serialized_start=533
-  _globals['_UPLOADHEADER']._serialized_end=620
-  _globals['_FILECHUNK']._serialized_start=622
-  _globals['_FILECHUNK']._serialized_end=661
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=663
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=744
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=746
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=824
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=826
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=890
-  _globals['_UNREGISTERADAPTERREQUEST']._serialized_start=892
-  _globals['_UNREGISTERADAPTERREQUEST']._serialized_end=932
-  _globals['_UNREGISTERADAPTERRESPONSE']._serialized_start=934
-  _globals['_UNREGISTERADAPTERRESPONSE']._serialized_end=961
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=963
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1023
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1025
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1114
-  _globals['_GETADAPTERREQUEST']._serialized_start=1116
-  _globals['_GETADAPTERREQUEST']._serialized_end=1149
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1151
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1212
-  _globals['_PINADAPTERREQUEST']._serialized_start=1214
-  _globals['_PINADAPTERREQUEST']._serialized_end=1263
-  _globals['_PINADAPTERRESPONSE']._serialized_start=1265
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1326
-  _globals['_ADAPTER']._serialized_start=1329
-  _globals['_ADAPTER']._serialized_end=1651
-  _globals['_ADAPTERSERVICE']._serialized_start=1654
-  _globals['_ADAPTERSERVICE']._serialized_end=2313
+  _globals['_REGISTERADAPTERREQUEST']._serialized_end=340
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=342
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=425
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=427
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=547
+  _globals['_UPLOADHEADER']._serialized_start=549
+  _globals['_UPLOADHEADER']._serialized_end=652
+  _globals['_FILECHUNK']._serialized_start=654
+  _globals['_FILECHUNK']._serialized_end=693
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=695
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=776
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=778
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=856
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=858
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=922
+  _globals['_UNREGISTERADAPTERREQUEST']._serialized_start=924
+  _globals['_UNREGISTERADAPTERREQUEST']._serialized_end=964
+  _globals['_UNREGISTERADAPTERRESPONSE']._serialized_start=966
+  _globals['_UNREGISTERADAPTERRESPONSE']._serialized_end=993
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=995
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1055
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1057
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1146
+  _globals['_GETADAPTERREQUEST']._serialized_start=1148
+  _globals['_GETADAPTERREQUEST']._serialized_end=1181
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1183
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1244
+  _globals['_PINADAPTERREQUEST']._serialized_start=1246
+  _globals['_PINADAPTERREQUEST']._serialized_end=1295
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1297
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1358
+  _globals['_ADAPTER']._serialized_start=1361
+  _globals['_ADAPTER']._serialized_end=1699
+  _globals['_ADAPTERSERVICE']._serialized_start=1702
+  _globals['_ADAPTERSERVICE']._serialized_end=2361
 # @@protoc_insertion_point(module_scope)

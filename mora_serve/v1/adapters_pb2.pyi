@@ -26,16 +26,18 @@ class RoutingCard(_message.Message):
     def __init__(self, tasks: _Optional[_Iterable[str]] = ..., prompts: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., group: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., router_digest: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "card", "replace")
+    __slots__ = ("name", "path", "card", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     card: RoutingCard
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
     __slots__ = ("adapter", "created")
@@ -54,14 +56,16 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("name", "card", "replace")
+    __slots__ = ("name", "card", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     card: RoutingCard
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., replace: _Optional[bool] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("file", "data")
@@ -146,7 +150,7 @@ class PinAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "version", "rank", "size_bytes", "targets", "dora", "rslora", "verified", "card", "routable", "pinned", "resident", "register_time", "prompt_count")
+    __slots__ = ("name", "digest", "version", "rank", "size_bytes", "targets", "dora", "rslora", "verified", "card", "routable", "pinned", "resident", "register_time", "prompt_count", "shared")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +166,7 @@ class Adapter(_message.Message):
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     REGISTER_TIME_FIELD_NUMBER: _ClassVar[int]
     PROMPT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     version: int
@@ -177,4 +182,5 @@ class Adapter(_message.Message):
     resident: bool
     register_time: _timestamp_pb2.Timestamp
     prompt_count: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., dora: _Optional[bool] = ..., rslora: _Optional[bool] = ..., verified: _Optional[bool] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., routable: _Optional[bool] = ..., pinned: _Optional[bool] = ..., resident: _Optional[bool] = ..., register_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prompt_count: _Optional[int] = ...) -> None: ...
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., version: _Optional[int] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., targets: _Optional[_Iterable[str]] = ..., dora: _Optional[bool] = ..., rslora: _Optional[bool] = ..., verified: _Optional[bool] = ..., card: _Optional[_Union[RoutingCard, _Mapping]] = ..., routable: _Optional[bool] = ..., pinned: _Optional[bool] = ..., resident: _Optional[bool] = ..., register_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prompt_count: _Optional[int] = ..., shared: _Optional[bool] = ...) -> None: ...

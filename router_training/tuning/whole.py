@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mora_serve.client import Client
+from mora_serve.core import API_KEY
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.loading import BaseFiles, read_base
 from router_training.tuning import ranks
@@ -140,9 +141,13 @@ def refuse_unfit(directory: Path) -> None:
 
 
 def register(address: str, name: str, directory: Path, log: Log) -> None:
-    """Upload an adapter to a server, in place of one of its name; MORA_API_KEY is its key."""
+    """Upload an adapter to a server, in place of one of its name.
+
+    With the key in MORA_API_KEY, if there is one; ``tls:HOST:PORT`` is an address with TLS.
+    """
     _present(directory)
-    with Client(address, api_key=os.environ.get("MORA_API_KEY") or None) as client:
+    key, plain = os.environ.get(API_KEY) or None, address.removeprefix("tls:")
+    with Client(plain, api_key=key, tls=plain != address) as client:
         upload(client, name, directory)
     log(f"registered as {name} at {address}")
 

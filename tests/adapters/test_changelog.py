@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mora_serve.adapters.changelog import ChangeLog
+from mora_serve.adapters.quarantine import Quarantine
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def changelog(directory: Path) -> ChangeLog:
-    return ChangeLog(directory, directory / "tmp")
+    return ChangeLog(directory, directory / "tmp", Quarantine(directory / "quarantine"))
 
 
 def test_a_number_is_given_once(directory: Path) -> None:
@@ -28,8 +31,8 @@ def test_a_number_is_given_once(directory: Path) -> None:
     assert log.append(1, "a")
     assert not changelog(directory).append(1, "b")
     assert log.append(2, "c")
-    assert log.read(0) == (2, None, ["a", "c"])
-    assert log.read(1) == (2, None, ["c"])
+    assert log.read(0) == (0, None, [(1, "a"), (2, "c")])
+    assert log.read(1) == (1, None, [(2, "c")])
 
 
 values = st.recursive(
@@ -49,22 +52,23 @@ def test_any_json_comes_back(tmp_path_factory, change: Any, state: Any) -> None:
     log = changelog(directory)
     log.append(1, change)
     if change is not None:
-        assert log.read(0) == (1, None, [change])
+        assert log.read(0) == (0, None, [(1, change)])
     log.snapshot(1, state)
     if state is not None:
         assert log.read(0) == (1, state, [])
 
 
 def test_a_number_that_a_snapshot_covers_is_taken(directory: Path) -> None:
-    """Though no file has it any more: its change is part of the snapshot."""
+    """Though a file need not have it any more: its change is part of the snapshot."""
     log = changelog(directory)
     for number in range(1, 5):
         log.append(number, number)
+    log.snapshot(2, [1, 2])
     log.snapshot(3, [1, 2, 3])
     for number in range(1, 5):
         assert not log.append(number, "late")
-    assert log.read(0) == log.read(2) == (4, [1, 2, 3], [4])
-    assert log.read(3) == (4, None, [4])
+    assert log.read(0) == log.read(2) == (3, [1, 2, 3], [(4, 4)])
+    assert log.read(3) == (3, None, [(4, 4)])
     assert log.since_snapshot(4) == 1
 
 
@@ -79,9 +83,12 @@ def test_a_reader_that_a_compaction_overtakes_starts_again(directory: Path) -> N
             if number == 2 and other.since_snapshot(3) == 3:
                 other.snapshot(3, [1, 2, 3])
                 other.append(4, 4)
+                other.snapshot(4, [1, 2, 3, 4])
             return super()._load(directory, number)
 
-    assert Overtaken(directory, directory / "tmp").read(0) == (4, [1, 2, 3], [4])
+    overtaken = Overtaken(directory, directory / "tmp", Quarantine(directory / "quarantine"))
+    assert overtaken.read(0) == (4, [1, 2, 3, 4], [])
+    assert not overtaken.lost
 
 
 def test_nothing_temporary_is_left(directory: Path) -> None:
@@ -91,4 +98,142 @@ def test_nothing_temporary_is_left(directory: Path) -> None:
     with pytest.raises(TypeError):
         log.append(2, object())
     log.snapshot(1, {})
+    assert not list((directory / "tmp").iterdir())
+
+
+def change_file(directory: Path, number: int, kind: str = "log") -> Path:
+    return directory / kind / f"{number:020d}.json"
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    """A file as a torn write, a lost block or a flipped bit leave it."""
+    middle = len(data) // 2
+    return {
+        "empty": b"",
+        "torn": data[:middle],
+        "zeros": bytes(len(data)),
+        "flipped": data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+        "flipped name": data.replace(b"sha256", b"sha257"),
+        "flipped format": data.replace(b'"format": 1', b'"format": 3'),
+        "appended": data + b" ",
+        "null": b'{"format": 1, "content": null}',
+        "list": b"[]",
+        "nested": b"[" * 100_000,
+    }[how]
+
+
+HOW = ["empty", "torn", "zeros", "flipped", "flipped name", "flipped format", "appended", "null",
+       "list", "nested"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_change_is_set_aside_and_the_others_are_read(
+    directory: Path, how: str, number: int
+) -> None:
+    """The file is kept as it was found, and its number is not given again."""
+    log = changelog(directory)
+    for i in range(1, 4):
+        log.append(i, {"n": i})
+    file = change_file(directory, number)
+    found = damaged(file.read_bytes(), how)
+    file.write_bytes(found)
+    for again in range(2):
+        reader = changelog(directory)
+        changes = dict(reader.read(0).changes)
+        assert changes.pop(number)["lost"]
+        assert changes == {i: {"n": i} for i in range(1, 4) if i != number}
+        assert reader.lost, again
+    (kept,) = (directory / "quarantine").iterdir()
+    assert kept.read_bytes() == found
+    assert not reader.append(number, "late")
+    assert reader.append(4, {"n": 4})
+
+
+def test_a_change_that_is_gone_hides_none_behind_it(directory: Path) -> None:
+    log = changelog(directory)
+    for number in range(1, 6):
+        log.append(number, number)
+    for number in (2, 3):
+        change_file(directory, number).unlink()
+    reader = changelog(directory)
+    assert reader.read(0) == (0, None, [(1, 1), (4, 4), (5, 5)])
+    assert reader.lost
+    assert reader.append(6, 6)
+    assert changelog(directory).read(0).changes[-1] == (6, 6)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_damaged_snapshot_is_set_aside_for_the_one_before(directory: Path, how: str) -> None:
+    log = changelog(directory)
+    for number in range(1, 8):
+        log.append(number, number)
+        if number in (2, 4, 6):
+            log.snapshot(number, list(range(1, number + 1)))
+    file = change_file(directory, 6, "snapshots")
+    file.write_bytes(damaged(file.read_bytes(), how))
+    reader = changelog(directory)
+    assert reader.read(0) == (4, [1, 2, 3, 4], [(5, 5), (6, 6), (7, 7)])
+    assert not reader.lost
+    assert len(list((directory / "quarantine").iterdir())) == 1
+
+
+def test_what_cannot_be_set_aside_is_passed_over(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now, after the next change, and by the next process."""
+    log = changelog(directory)
+    for number in range(1, 5):
+        log.append(number, number)
+        if number == 2:
+            log.snapshot(2, [1, 2])
+    for file in (change_file(directory, 4), change_file(directory, 2, "snapshots")):
+        file.write_bytes(b"")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reader = changelog(directory)
+    with monkeypatch.context() as m:
+        m.setattr(os, "rename", full)
+        lost = {"remove": [], "lost": True}
+        assert reader.read(0).changes == [(1, 1), (2, 2), (3, 3), (4, lost)]
+        assert changelog(directory).read(0).changes == [(1, 1), (2, 2), (3, 3), (4, lost)]
+    assert reader.append(5, 5)
+    assert reader.read(0).changes[-1] == (5, 5)
+    assert changelog(directory).read(0).changes[-2:] == [(4, lost), (5, 5)]
+    assert len(list((directory / "quarantine").iterdir())) == 2
+
+
+def test_a_file_that_is_nobodys_changes_nothing(directory: Path) -> None:
+    log = changelog(directory)
+    log.append(1, 1)
+    for kind in ("log", "snapshots"):
+        for name in (".nfs0001", "notes.txt", "7.json", "9" * 20 + ".json"):
+            (directory / kind / name).write_text("x")
+    assert changelog(directory).read(0) == (0, None, [(1, 1)])
+    log.snapshot(1, [1])
+    assert changelog(directory).read(0) == (1, [1], [])
+
+
+def test_a_directory_in_the_place_of_a_change_is_set_aside(directory: Path) -> None:
+    log = changelog(directory)
+    change_file(directory, 1).mkdir()
+    assert log.read(0).changes[0][1]["lost"]
+    assert change_file(directory, 1).is_file()
+
+
+def test_a_name_that_was_not_made_durable_is_taken_back(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller hears of an error, so the change must not be there afterwards."""
+    log = changelog(directory)
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mora_serve.adapters.changelog.sync_directory", fails)
+    with pytest.raises(OSError, match="No space"):
+        log.append(1, 1)
+    assert log.read(0) == (0, None, [])
     assert not list((directory / "tmp").iterdir())

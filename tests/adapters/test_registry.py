@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 import time
@@ -247,8 +248,8 @@ def test_a_snapshot_replaces_the_changes_before_it(tmp_path: Path) -> None:
         registry.set_router({"r": b"1"})
         for i in range(11):
             registry.register("default", f"a{i}", adapter(i % 3), card=CARD)
-            assert len(os.listdir(tmp_path / "state" / "log")) < 5
-        assert len(os.listdir(tmp_path / "state" / "snapshots")) == 1
+            assert len(os.listdir(tmp_path / "state" / "log")) < 10
+        assert len(os.listdir(tmp_path / "state" / "snapshots")) == 2  # one in reserve
         with reopened(tmp_path) as again:
             assert (again.all(), again.revision) == (registry.all(), 12)
             assert again.router() == {"r": b"1"}
@@ -375,15 +376,19 @@ def test_what_killed_processes_left_is_removed_when_it_is_old(tmp_path: Path) ->
         assert blobs(tmp_path) == {r.digest for r in registry.all()}
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", '{"format": 99, "content": {}}', '{"format": 1, "content": {}}'],
-)
-def test_a_damaged_history_is_an_error_and_not_a_loss(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [{"format": 99, "content": {}}, "summed"])
+def test_a_history_of_another_version_is_an_error_and_not_a_loss(
+    tmp_path: Path, content: object
+) -> None:
+    """What is whole, but not understood, is for the version that wrote it."""
     with reopened(tmp_path) as registry:
         registry.register("default", "a", adapter(1))
         kept = blobs(tmp_path)
-    (tmp_path / "state" / "log" / f"{2:020d}.json").write_text(content)
+        if content == "summed":
+            registry._log.append(2, {"promote": "a"})
+    if content != "summed":
+        file = tmp_path / "state" / "log" / f"{2:020d}.json"
+        file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"server.state: cannot read number 2 .*backup") as e:
         reopened(tmp_path)
     assert str(tmp_path) not in e.value.message

@@ -255,7 +255,7 @@ def test_a_path_that_names_no_directory_is_refused(
 def test_a_root_that_is_unset_or_gone_is_the_servers_fault(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match=r"set adapters.root, or upload the files"):
         read_directory("", "adapter", SHAPE, LIMITS)
-    with pytest.raises(FailedPrecondition, match=r"adapters.root does not exist"):
+    with pytest.raises(FailedPrecondition, match=r"adapters.root, .* does not exist"):
         read_directory(tmp_path / "gone", "adapter", SHAPE, LIMITS)
 
 

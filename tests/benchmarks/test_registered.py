@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plots, registered, tables
+from benchmarks.__main__ import PARTS
 
 FLAGS = {
     "hidden": 128,
@@ -48,3 +49,17 @@ def test_both_are_asked_alike_and_loads_are_counted(
     assert len(tables.registered(result).splitlines()) == 2 * (2 + 4) + 1
     plots.save(plots.registered(result), tmp_path / "registered.png")
     assert (tmp_path / "registered.png").stat().st_size > 1000
+
+
+def test_the_shortened_part_of_all_benchmarks_is_one_that_can_be_measured() -> None:
+    part = PARTS["registered"]
+    args = registered.arguments((*part.flags, *part.shorter))
+    assert args.repeat == 1
+
+
+def test_too_few_requests_to_keep_the_clients_busy_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        registered.arguments(["--requests", "72", "--clients", "32"])
+    assert "three times as many" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,41 @@ def test_every_routed_example_names_a_registered_adapter_and_an_answer(shape: Mo
             assert asked <= names
             assert example.answer
     registry.close()
+
+
+def test_what_is_damaged_is_replaced_by_what_ships(tmp_path: Path, shape: ModelShape) -> None:
+    """An adapter and the router, with no new version; another content of the name stays damaged."""
+    with Registry(tmp_path, LIMITS, shape) as registry:
+        register_bundle(registry, shape, LIMITS)
+        before, router = listed(registry), registry.router()
+        mine = read_directory(bundle_path(), "adapters/spell", shape, LIMITS)
+        registry.register(DEFAULT_TENANT, "mine", mine)
+        registry.register(DEFAULT_TENANT, "uppercase", mine, replace=True)
+        digests = {name: digest for name, _, digest in listed(registry)}
+        router_digest = registry.set_router(router or {})
+    for digest in (digests["reverse"], digests["mine"], router_digest):
+        for file in (tmp_path / "blobs" / digest).iterdir():
+            file.write_bytes(file.read_bytes()[:-1])
+    with Registry(tmp_path, LIMITS, shape) as registry:
+        assert registry.router() is None
+        register_bundle(registry, shape, LIMITS)
+        assert registry.router() == router
+        kept = [entry for entry in listed(registry) if entry[0] not in ("uppercase", "mine")]
+        assert kept == [entry for entry in before if entry[0] != "uppercase"]
+        served = {r.name for r in registry.served(DEFAULT_TENANT)}
+        assert "reverse" in served
+        assert ("spell" in served) == ("mine" in served)
+
+
+def test_a_disk_that_takes_nothing_does_not_stop_the_start(
+    shape: ModelShape, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Registry(None, LIMITS, shape) as registry:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "link", full)
+        register_bundle(registry, shape, LIMITS)
+        assert registry.all() == ()
+    assert "bundle: reverse is left out: server.state: the disk is full" in caplog.text

@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from mora_serve.engine import host_adapters
 from mora_serve.engine.adapter_pool import GRACE_POLLS
+from mora_serve.engine.kv_cache import IntegrityError
 from mora_serve.errors import ResourceExhausted
 from mora_serve.model.shape import projection_path
+
+HOLDS_SLOTS = True
 
 
 def hold(local, *names):
@@ -38,7 +41,7 @@ def test_the_least_recently_used_adapter_makes_room(make_engine):
         local.digests[n] for n in ("rank-1", "rank-8", "rank-2", "rank-16")
     }
     assert pool.evictions == 1
-    with pytest.raises(RuntimeError, match="held"):
+    with pytest.raises(IntegrityError, match="held"):
         pool.check_integrity()
     pool.drop(held)
     pool.check_integrity()

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from mora_serve.core import Event, SamplingParams
+from mora_serve.engine.pool_queue import PoolJob
 from mora_serve.errors import Internal, ResourceExhausted, Unavailable
-from mora_serve.model.pooling import pooled_hidden
+from mora_serve.model.pooling import pool_tokens, pooled_hidden
 
 TEXTS = ["reverse the word", "add 3 and 4", "", "x" * 90]
 GREEDY = SamplingParams(60, ignore_eos=True)
@@ -206,3 +207,28 @@ def test_prompts_keep_half_of_a_step(make_engine):
     assert sum(c.length for c in scheduler.schedule(0.0, 0)) == 8
     assert sum(c.length for c in scheduler.schedule(0.0, 3)) == 5
     assert sum(c.length for c in scheduler.schedule(0.0, 100)) == 4
+
+
+def test_a_text_that_breaks_a_pass_ends_its_own_job(make_engine, monkeypatch):
+    """Those in the same pass get their states, as they would have alone."""
+    local = make_engine()
+    engine, residual = local.engine, local.base.decoder.residual
+    want = engine.pooled_hidden(["good"], 2, 64).result(60)
+    (bad,) = local.base.tokenizer.encode("§")[:1]
+
+    def broken(tokens, *args, **kwargs):
+        if bad in tokens.tolist():
+            raise ZeroDivisionError
+        return residual(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(local.base.decoder, "residual", broken)
+    texts = [["good"], ["§"], ["good"]]
+    jobs = [PoolJob([pool_tokens(local.base.tokenizer, t, 64, 320) for t in ts], 2) for ts in texts]
+    for job in jobs:
+        engine.pool_queue.add(job)
+    local.step()
+    for job in (jobs[0], jobs[2]):
+        assert (job.done.result(0) == want).all()
+    with pytest.raises(Internal) as caught:
+        jobs[1].done.result(0)
+    assert caught.value.reason == "POOLING_FAILED"

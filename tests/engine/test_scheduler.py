@@ -590,3 +590,71 @@ def test_equal_adapters_are_merged_and_weightless_ones_dropped() -> None:
     mixture = Mixture(tuple(AdapterWeight(d, w, d) for d, w in weights))
     sequence = Sequence(Request("r", (1,), mixture=mixture), TextStream(str))
     assert (sequence.digests, sequence.weights) == ((a, b), ((a, 1.0), (b, -1.5)))
+
+
+def flooded(max_batch: int = 8, slots: int = 8) -> Engine:
+    """All places taken by tenant a, with more of it in line."""
+    engine = Engine(pages=400, max_batch=max_batch, step_tokens=64, slots=slots)
+    for i in range(3 * max_batch):
+        engine.add(f"a{i}", max_tokens=60, tenant="a")
+    for _ in range(5):
+        engine.step()
+    assert len(engine.scheduler.running) == max_batch
+    return engine
+
+
+def test_a_flood_makes_way_for_a_tenant_that_has_few_places() -> None:
+    """It does not wait for an answer of the other to end; the youngest goes back in line."""
+    engine = flooded()
+    quiet = engine.add("quiet", max_tokens=3, tenant="b")
+    engine.step()
+    engine.step()
+    assert quiet.output
+    assert engine.scheduler.preemptions == 1
+    assert "a0" in admitted(engine)
+    assert "a7" not in admitted(engine)
+    engine.drain()
+    assert len(engine.done) == 25
+
+
+def test_whoever_makes_way_keeps_more_than_the_other_gets() -> None:
+    """Two that want everything settle without throwing each other out again and again."""
+    engine = flooded()
+    for i in range(16):
+        engine.add(f"b{i}", max_tokens=60, tenant="b")
+    for _ in range(30):
+        engine.step()
+        counts = Counter(s.request.tenant for s in engine.scheduler.running)
+        assert counts["a"] >= 4
+    assert 2 <= counts["b"] <= engine.scheduler.preemptions <= 4
+    engine.drain()
+    assert len(engine.done) == 40
+
+
+def test_nobody_makes_way_for_adapters_that_are_not_there_yet() -> None:
+    engine = flooded()
+    engine.slots.delay = 4
+    engine.add("quiet", max_tokens=3, tenant="b", digests=(DIGESTS[0],))
+    for _ in range(3):
+        engine.step()
+        assert engine.scheduler.preemptions == 0
+    for _ in range(6):
+        engine.step()
+    assert engine.scheduler.preemptions == 1
+    assert "quiet" in [*admitted(engine), *engine.done]
+    engine.drain()
+
+
+def test_a_flood_that_holds_the_pages_makes_way_too() -> None:
+    engine = Engine(pages=33, max_batch=16, step_tokens=64, prefix_cache=False)
+    for i in range(8):
+        engine.add(f"a{i}", tuple(range(12)), max_tokens=16, tenant="a")
+    for _ in range(3):
+        engine.step()
+    quiet = engine.add("quiet", tuple(range(12)), max_tokens=2, tenant="b")
+    before = len(engine.done)
+    for _ in range(4):
+        engine.step()
+    assert quiet.output
+    assert len(engine.done) - before <= 1
+    engine.drain()

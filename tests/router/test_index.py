@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mora_serve.core import SHARED_TENANT
 from mora_serve.router import index as index_module
 from mora_serve.router.arrays import Floats, unit
 from mora_serve.router.index import Index
@@ -172,3 +175,51 @@ def test_ten_thousand_adapters_take_less_than_thirty_megabytes(
     rows = index.candidates("default", vectors(1, 1, 512)[0])
     assert rows is not None
     assert sorted(rows.names) == sorted(f"a{i}" for i in range(10_000))[: index_module.FOUND]
+
+
+@given(st.dictionaries(names, st.integers(0, 39)), st.dictionaries(names, st.integers(0, 39)))
+def test_shared_adapters_count_as_the_tenants_own_unless_their_name_is_taken(
+    own: dict[str, int], shared: dict[str, int]
+) -> None:
+    index = Index.of(
+        [("one", entry(name, row)) for name, row in own.items()]
+        + [(SHARED_TENANT, entry(name, row)) for name, row in shared.items()]
+        + [("two", entry("theirs", 7))]
+    )
+    alone = Index.of(("one", entry(name, row)) for name, row in {**shared, **own}.items())
+    assert index.listed("one", own.keys()) == alone.listed("one") == len(shared | own)
+    for count in (3, 100):
+        ours, theirs = (
+            i.candidates("one", PROMPT, None, count, hidden=own.keys()) for i in (index, alone)
+        )
+        if theirs is None:
+            assert ours is None
+            continue
+        assert ours is not None
+        assert sorted(ours.names) == sorted(theirs.names)
+        assert [ours.prototypes(i).tobytes() for i in map(ours.names.index, theirs.names)] == [
+            theirs.prototypes(i).tobytes() for i in range(len(theirs.names))
+        ]
+    assert found_with(index, own.keys()) == found(alone, "one", PROMPT)
+
+
+def found_with(index: Index, hidden: Set[str]) -> dict[str, tuple]:
+    rows = index.candidates("one", PROMPT, hidden=hidden, count=100)
+    if rows is None:
+        return {}
+    values = (tuple(x.tobytes() for x in row) for row in zip(*rows.scores(PROMPT), strict=True))
+    return dict(zip(rows.names, values, strict=True))
+
+
+def test_candidates_of_both_kinds_are_joined_once() -> None:
+    index = Index.of(
+        [("one", entry(f"a{i}", i)) for i in range(4)]
+        + [(SHARED_TENANT, entry(f"s{i}", i + 10)) for i in range(4)]
+    )
+    some = index.candidates("one", PROMPT, ["a1", "s2"])
+    assert some is not None
+    both = some.joined(index.candidates("one", PROMPT, ["a1", "a3", "s0"]))
+    assert sorted(both.names) == ["a1", "a3", "s0", "s2"]
+    only = index.candidates("one", PROMPT, ["s3"])
+    assert only is not None
+    assert sorted(only.joined(some).names) == ["a1", "s2", "s3"]

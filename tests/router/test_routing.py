@@ -13,6 +13,7 @@ import pytest
 
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.registry import Registry
+from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import FailedPrecondition, InvalidArgument
 from mora_serve.router import routing as routing_module
 from mora_serve.router.routing import ROUTER_FILE, Routing, Snapshot
@@ -338,3 +339,22 @@ def test_keys_that_wait_for_their_router_s_turn_take_a_byte_a_dimension(
     content = routing.snapshot.router.content
     for row in held:
         assert row.nbytes <= (1 + content.prototypes) * (content.dims + 4) + 1
+
+
+def test_the_router_picks_shared_adapters_unless_the_tenant_took_their_name() -> None:
+    """The tenant's own adapter of a name is the one that is meant, with prompts or without."""
+    with Registry(None, LIMITS, SHAPE, FINGERPRINT) as registry:
+        registry.register(SHARED_TENANT, "reverse", adapter(1), card=card("reverse"))
+        registry.register("one", "uppercase", adapter(2), card=card("uppercase"))
+        routing = Routing(registry, FINGERPRINT)
+        routing.load(fitted())
+        prompt = card("reverse").prompts[0]
+        assert [routing.listed(t) for t in ("one", "two", SHARED_TENANT)] == [2, 1, 1]
+        for tenant in ("one", "two"):
+            assert routing.route(tenant, prompt, None, 1).choice.adapters == ("reverse",)
+        registry.register("one", "reverse", adapter(3))
+        picked = routing.route("one", prompt, None, 1).choice
+        assert "reverse" not in picked.adapters
+        assert "reverse" not in {c.adapter for c in picked.candidates}
+        assert routing.listed("one") == 1
+        assert routing.route("two", prompt, None, 1).choice.adapters == ("reverse",)

@@ -15,10 +15,14 @@ from grpc import aio
 from grpc_status import rpc_status
 
 from mora_serve import errors
+from mora_serve.access.audit import Audit
+from mora_serve.access.door import TENANT, Door
+from mora_serve.access.limits import Meter
+from mora_serve.config import AccessConfig
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor
+from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor, Entrance
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 ERRORS = [
@@ -43,7 +47,8 @@ class Server:
         self.metrics = Metrics("test")
         self.gate = Gate()
         self.gate.state = State.SERVING
-        interceptor = CallInterceptor(self.metrics, self.gate, stall_seconds=0.3)
+        entrance = Entrance(Door(AccessConfig()), self.gate, Meter(), Audit(None))
+        interceptor = CallInterceptor(self.metrics, entrance, stall_seconds=0.3)
         self.server = aio.server(interceptors=(interceptor,))
         codec = {
             "request_deserializer": StringValue.FromString,
@@ -171,9 +176,9 @@ class TestEveryKind:
         assert "bytes" in got.details()
 
     async def test_a_bad_tenant_is_refused(self, server, kind):
-        got = await failure(server, kind, metadata=((calls.TENANT, "../etc"),))
+        got = await failure(server, kind, metadata=((TENANT, "../etc"),))
         assert got.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert calls.TENANT in got.details()
+        assert TENANT in got.details()
 
     async def test_a_bad_request_id_is_refused(self, server, kind):
         got = await failure(server, kind, metadata=((calls.REQUEST_ID, "a b"),))
@@ -199,7 +204,7 @@ class TestEveryKind:
 async def test_each_call_sees_its_own_identity(server):
     """Concurrent calls do not see each other's request id or tenant."""
     server.act = lambda _: "{0.request_id} {0.tenant}".format(calls.current())
-    made = [((calls.REQUEST_ID, f"r{i}"), (calls.TENANT, f"t{i}")) for i in range(20)]
+    made = [((calls.REQUEST_ID, f"r{i}"), (TENANT, f"t{i}")) for i in range(20)]
     done = await asyncio.gather(*(run(server, "unary_unary", metadata=m) for m in made))
     assert [c.answers for c in done] == [[f"r{i} t{i}"] for i in range(20)]
 
@@ -210,6 +215,20 @@ async def test_exhaustion_tells_when_to_come_back(server, retry_after, pushback)
     server.act = raiser(errors.ResourceExhausted("full", retry_after=retry_after))
     got = await failure(server, "unary_unary")
     assert dict(got.trailing_metadata())[PUSHBACK] == pushback
+
+
+async def test_a_retry_that_comes_too_late_is_not_waited_for(server):
+    """The client learns at once why, instead of its deadline's end while it waits to try again."""
+    server.act = raiser(errors.ResourceExhausted("full", retry_after=3600.0))
+    call = server.channel.unary_unary(
+        "/test.Service/unary_unary",
+        request_serializer=StringValue.SerializeToString,
+        response_deserializer=StringValue.FromString,
+    )
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call(StringValue(value="x"), timeout=60)
+    assert dict(caught.value.trailing_metadata())[PUSHBACK] == "-1"
+    assert details(caught.value)["RetryInfo"].retry_delay.seconds == 3600
 
 
 async def test_a_long_message_still_fits_the_metadata(server):

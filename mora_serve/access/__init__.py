@@ -1,0 +1,1 @@
+"""Who may do what: keys, their roles and tenants, limits a tenant, and the audit log."""

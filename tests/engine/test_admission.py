@@ -1,0 +1,201 @@
+"""Who may join the line, and books that always agree with who is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mora_serve.config import EngineConfig
+from mora_serve.core import Request, SamplingParams
+from mora_serve.engine.admission import Admission
+from mora_serve.errors import ResourceExhausted
+
+LIMITS = EngineConfig(max_batch=4, max_queue=8)
+STEP = 0.01  # seconds of every step here
+OUTPUT = 50
+
+
+def make(limits: EngineConfig = LIMITS) -> Admission:
+    return Admission(limits, random.Random(0))
+
+
+def request(name: str, tenant: str = "t", deadline: float | None = None) -> Request:
+    sampling = SamplingParams(OUTPUT)
+    return Request(name, (1,) * 10, sampling, tenant=tenant, deadline=deadline)
+
+
+def admit(
+    admission: Admission, name: str, tenant: str = "t", deadline: float | None = None
+) -> None:
+    admission.admit(request(name, tenant, deadline), OUTPUT, now=0.0)
+
+
+def busy(limits: EngineConfig = LIMITS) -> Admission:
+    """All places taken by tenant t, steps measured."""
+    admission = make(limits)
+    for i in range(limits.max_batch):
+        admit(admission, f"running-{i}")
+        admission.started(f"running-{i}", 0)
+    for _ in range(50):
+        admission.stepped(limits.max_batch, 0, 0, STEP, short=False)
+    return admission
+
+
+def refused(admission: Admission, *args: object) -> ResourceExhausted:
+    with pytest.raises(ResourceExhausted) as e:
+        admit(admission, *args)  # type: ignore[arg-type]
+    return e.value
+
+
+def test_a_full_line_refuses_and_says_how_long_it_takes() -> None:
+    admission = busy(dataclasses.replace(LIMITS, tenant_queue=1.0))
+    for i in range(8):
+        admit(admission, str(i))
+    error = refused(admission, "more")
+    assert error.reason == "QUEUE_FULL"
+    assert "the wait is about" in error.message
+    # Eight answers of 50 steps, four at a time, behind those that run.
+    assert error.retry_after is not None
+    assert 1.0 <= error.retry_after <= 3.0
+
+
+def test_the_longer_the_wait_the_later_the_retry() -> None:
+    def told(waiting: int) -> float:
+        admission = busy(dataclasses.replace(LIMITS, max_queue=waiting, tenant_queue=1.0))
+        for i in range(waiting):
+            admit(admission, str(i))
+        return refused(admission, "more").retry_after or 0.0
+
+    assert told(8) < told(32) < told(128)
+
+
+def test_a_tenant_does_not_take_the_whole_line() -> None:
+    """Half of it alone, a third beside another that wants as much; a third tenant finds room."""
+    admission = busy()
+    for i in range(4):
+        admit(admission, f"a{i}", "a")
+    assert refused(admission, "a4", "a").reason == "TENANT_QUEUE_FULL"
+    for i in range(2):
+        admit(admission, f"b{i}", "b")
+    assert refused(admission, "b2", "b").reason == "TENANT_QUEUE_FULL"
+    admit(admission, "c0", "c")
+    admission.started("a0", 0)  # who runs is not in line
+    admission.started("a1", 0)
+    admission.started("a2", 0)
+    admit(admission, "a4", "a")
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    admission = busy()
+    service = OUTPUT * STEP
+    admit(admission, "patient", deadline=100.0)
+    error = refused(admission, "hurried", "t", service)
+    assert error.reason == "DEADLINE_UNREACHABLE"
+    assert "the wait is about" in error.message
+    assert error.retry_after
+    assert admission.waiting == 1
+
+
+def test_without_a_wait_or_a_measurement_no_deadline_is_refused() -> None:
+    """Who starts at once may be lucky, and what nobody has measured cannot be foretold."""
+    idle = make()
+    admit(idle, "first", deadline=1e-3)
+    idle.started("first", 0)
+    for _ in range(50):
+        idle.stepped(1, 0, 0, STEP, short=False)
+    admit(idle, "second", deadline=1e-3)
+    new = make()
+    for i in range(4):
+        admit(new, str(i), f"t{i}", 1e-3)
+
+
+def test_another_tenants_line_is_not_waited_for() -> None:
+    """Who has nothing in line is next, so a deadline that its own line would break is met."""
+    admission = busy(dataclasses.replace(LIMITS, max_queue=400, tenant_queue=0.9))
+    for i in range(300):
+        admit(admission, f"a{i}", "a")
+    flood = admission.expected("a", 10, OUTPUT).place
+    quiet = admission.expected("b", 10, OUTPUT).place
+    assert quiet < flood / 20
+    assert refused(admission, "late", "a", 2.0).reason == "DEADLINE_UNREACHABLE"
+    admit(admission, "in-time", "b", 2.0)
+
+
+def test_want_of_pages_counts_as_a_full_batch() -> None:
+    admission = make()
+    admit(admission, "large")
+    admission.started("large", 0)
+    admission.stepped(1, 0, 1, STEP, short=False)
+    assert admission.expected("t", 10, OUTPUT).place == 0.0
+    admission.stepped(1, 0, 1, STEP, short=True)
+    assert admission.expected("t", 10, OUTPUT).place > 0.0
+
+
+def test_who_waits_is_let_go_when_its_deadline_is_out_of_reach() -> None:
+    admission = busy()
+    waiting = [request("soon", deadline=100.0), request("later", deadline=200.0), request("never")]
+    for r in waiting:
+        admission.admit(r, OUTPUT, now=0.0)
+    assert admission.hopeless(waiting, now=50.0) == []
+    ((gone, why),) = admission.hopeless(waiting, now=99.9)
+    assert gone.id == "soon"
+    assert (why.code, why.reason) == ("RESOURCE_EXHAUSTED", "DEADLINE_UNREACHABLE")
+    assert why.error().retry_after
+    admission.started("soon", 0)
+    assert admission.hopeless(waiting, now=99.9) == []  # it has its place
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("admit"), st.sampled_from("abcd")),
+        st.tuples(st.just("start"), st.integers(0, 40)),
+        st.tuples(st.just("end"), st.integers(0, 40)),
+        st.tuples(st.just("step"), st.integers(0, 4)),
+    ),
+    max_size=80,
+)
+
+
+@given(steps, st.integers(1, 6), st.sampled_from([0.3, 0.5, 1.0]))
+def test_the_books_agree_with_what_happened(
+    happened: list[tuple[str, object]], max_queue: int, share: float
+) -> None:
+    """Whatever comes and goes: the line's bound holds, and at the end nothing is counted."""
+    limits = dataclasses.replace(LIMITS, max_queue=max_queue, tenant_queue=share)
+    admission = make(limits)
+    waiting: dict[str, str] = {}
+    running: dict[str, str] = {}
+    for i, (what, value) in enumerate(happened):
+        if what == "admit":
+            own = Counter(waiting.values())[str(value)]
+            try:
+                admit(admission, str(i), str(value))
+            except ResourceExhausted:
+                assert own or len(waiting) == max_queue
+            else:
+                waiting[str(i)] = str(value)
+        elif what == "start" and waiting:
+            name = list(waiting)[int(str(value)) % len(waiting)]
+            running[name] = waiting.pop(name)
+            admission.started(name, 3)
+        elif what == "end" and waiting | running:
+            name = list(waiting | running)[int(str(value)) % len(waiting | running)]
+            admission.ended(name, 7, by_itself=name in running)
+            waiting.pop(name, None)
+            running.pop(name, None)
+        elif what == "step":
+            admission.stepped(int(str(value)), 5, int(str(value)), STEP, short=False)
+        assert admission.waiting == len(waiting) <= max_queue
+    for name in waiting | running:
+        admission.ended(name, 0, by_itself=False)
+    assert admission.waiting == 0
+    assert admission.expected("a", 1, 1).place == 0.0
+    assert not admission._tenants
+    assert not admission._lines
+    assert not admission._waiting_output
+    assert not admission._running_output
