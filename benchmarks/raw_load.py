@@ -91,7 +91,7 @@ def run(
     )
     result = json.loads(done.stdout.splitlines()[-1])
     answers = {
-        name: [Answer(*row[:5], *refusal(row[5], row[6])) for row in rows]
+        name: [Answer(*row[:5], *refusal(*row[5:])) for row in rows]
         for name, rows in result["answers"].items()
     }
     return answers, result["cpu_seconds"]
@@ -136,6 +136,17 @@ def steady(answers: Iterable[Answer], start: float, end: float, deadline: float 
     return good / (end - start)
 
 
+def saturated(answers: Sequence[Answer], callers: int, seconds: float) -> float:
+    """Whole answers a second of a closed flow, from when each of its callers may have had one.
+
+    Raises RuntimeError where the flow was too short for that, or a call failed.
+    """
+    ended = sorted(a.ended for a in answers)
+    if {a.code for a in answers} != {"OK"} or len(ended) < 2 * callers:
+        raise RuntimeError(f"{counts(answers)} are not enough to know the capacity; give it longer")
+    return steady(answers, ended[callers - 1], seconds)
+
+
 async def play(spec: Mapping[str, Any]) -> dict[str, Any]:
     """All flows at once; rows as ``run`` reads them."""
     options = (("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1))
@@ -154,7 +165,7 @@ async def _flow(
     channel: aio.Channel, flow: Flow, rows: list[list[Any]], start: float, tasks: asyncio.TaskGroup
 ) -> None:
     streams = flow.method == STREAM
-    make = channel.unary_stream if streams else channel.unary_unary
+    make: Any = channel.unary_stream if streams else channel.unary_unary
     call = make(flow.method, request_serializer=None, response_deserializer=None)
     metadata = (("mora-tenant", flow.tenant),) if flow.tenant else ()
     payloads = itertools.cycle([base64.b64decode(text) for text in flow.payloads])
@@ -175,7 +186,7 @@ async def _flow(
                 await asked
         except aio.AioRpcError as e:
             code = e.code().name
-            trailing = dict(e.trailing_metadata() or ())
+            trailing: dict[str, Any] = dict(e.trailing_metadata() or ())  # type: ignore[arg-type]
             details = base64.b64encode(trailing.get(DETAILS, b"")).decode()
             pushback = str(trailing.get(PUSHBACK, ""))
         ended = time.perf_counter() - start

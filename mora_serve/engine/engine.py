@@ -264,7 +264,7 @@ class Engine:
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
         for sequence in self.scheduler.started:
-            self.admission.started(sequence.request.id, sequence.cached_tokens)
+            self.admission.started(sequence.request.id, sequence.cached_tokens, started)
         made = self._generation_tokens
         if batch:
             self._run(batch, events)
