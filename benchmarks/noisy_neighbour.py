@@ -86,7 +86,10 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
                 flows = quiet_flows(payloads, args.quiet * capacity, args.seconds, rng)
                 if times:
                     due = poisson(times * capacity, args.seconds, rng)
-                    flows.append(Flow(*(LOUD, every, STREAM, LOUD), due=tuple(due)))
+                    loud = Flow(
+                        *(LOUD, every, STREAM, LOUD), due=tuple(due), until=args.seconds + 2.0
+                    )
+                    flows.append(loud)
                 with Watch(served.pid, served.address) as watch:
                     asked, cpu = run(served.address, flows)
                 health += watch.health_ms

@@ -40,7 +40,8 @@ class Flow:
     """Calls of one tenant: ``payloads`` in turn, as serialised messages in base64.
 
     ``due`` are the times at which requests are sent, in seconds; without them ``callers`` ask one
-    after another for ``seconds``. ``deadline`` is what each call is given, 0 for none.
+    after another for ``seconds``. ``deadline`` is what each call is given, 0 for none. At
+    ``until``, unless 0, the caller leaves all calls that have not ended.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Flow:
     callers: int = 0
     seconds: float = 0.0
     deadline: float = 0.0
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,13 @@ def refusal(details: str, pushback: str) -> tuple[str, str]:
 def untyped(answers: Iterable[Answer]) -> list[str]:
     """Refusals that are not as they should be: what they are.
 
-    A refusal is RESOURCE_EXHAUSTED with a reason and a pushback. A deadline that has passed is the
-    client's own clock's doing, and no refusal.
+    A refusal is RESOURCE_EXHAUSTED with a reason and a pushback. A deadline that has passed and
+    a caller who left are no refusals.
     """
     return [
         f"{a.code} {a.reason or 'without a reason'}, pushback {a.pushback or 'missing'}"
         for a in answers
-        if a.code not in ("OK", "DEADLINE_EXCEEDED")
+        if a.code not in ("OK", "DEADLINE_EXCEEDED", "CANCELLED")
         and (a.code != "RESOURCE_EXHAUSTED" or not a.reason or not a.pushback)
     ]
 
@@ -175,6 +177,8 @@ async def _flow(
         timeout = max(1e-3, flow.deadline - (sent - due)) if flow.deadline else None
         first, code, details, pushback = 0.0, "OK", "", ""
         asked = call(next(payloads), timeout=timeout, metadata=metadata)
+        if flow.until:
+            asyncio.get_running_loop().call_later(flow.until - sent, asked.cancel)
         try:
             if streams:
                 messages = 0
@@ -189,6 +193,8 @@ async def _flow(
             trailing: dict[str, Any] = dict(e.trailing_metadata() or ())  # type: ignore[arg-type]
             details = base64.b64encode(trailing.get(DETAILS, b"")).decode()
             pushback = str(trailing.get(PUSHBACK, ""))
+        except asyncio.CancelledError:  # by call_later
+            code = "CANCELLED"
         ended = time.perf_counter() - start
         rows.append([due, sent, first, ended, code, details, pushback])
 

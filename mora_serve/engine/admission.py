@@ -60,6 +60,11 @@ class Admission:
         """Requests in line that have never run."""
         return self._waiting
 
+    def check(self, tenant: str) -> None:
+        """Raise what ``admit`` would for a line that is full: before anything is done for it."""
+        with self._lock:
+            self._check_line(tenant, 0, 0)
+
     def admit(self, request: Request, output: int, now: float) -> None:
         """Let a request join the line; at most ``output`` tokens are made for it.
 

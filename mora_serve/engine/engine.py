@@ -122,6 +122,10 @@ class Engine:
             self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
             self._thread.start()
 
+    def check_line(self, tenant: str) -> None:
+        """Raise what ``submit`` would if a request of this tenant found no place in line now."""
+        self.admission.check(tenant)
+
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
 
