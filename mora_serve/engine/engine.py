@@ -131,6 +131,10 @@ class Engine:
         """Whether its thread is there still, working or stuck."""
         return self._thread is not None and self._thread.is_alive()
 
+    def check_line(self, tenant: str) -> None:
+        """Raise what ``submit`` would if a request of this tenant found no place in line now."""
+        self.admission.check(tenant)
+
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
 
@@ -279,7 +283,7 @@ class Engine:
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
         for sequence in self.scheduler.started:
-            self.admission.started(sequence.request.id, sequence.cached_tokens)
+            self.admission.started(sequence.request.id, sequence.cached_tokens, started)
         made = self._generation_tokens
         if batch:
             self._run(batch, events)
