@@ -277,6 +277,7 @@ CASES: dict[str, dict[str, Case]] = {
         "nothing": ({}, "INVALID_ARGUMENT", "source", "give"),
         "no router": ({"data": b"x" * 100}, "INVALID_ARGUMENT", "router", "fit the router"),
         "outside": ({"path": "../x"}, "INVALID_ARGUMENT", "path", "under adapters.root"),
+        "zero byte": ({"path": "a\0b"}, "INVALID_ARGUMENT", "path", "names no file"),
         "not regular": ({"path": "rev"}, "INVALID_ARGUMENT", "path", "put the file itself"),
         "not there": ({"path": "x"}, "NOT_FOUND", "path", "under adapters.root"),
     },

@@ -47,6 +47,7 @@ class Vocabulary:
     """Values that mean something to this server, by the name of the field that takes them."""
 
     values: dict[str, Sequence[Any]] = field(default_factory=dict)
+    often: frozenset[str] = frozenset()  # fields without which little happens
     repeats: int = 4  # values of a repeated field, as a rule
 
 
@@ -72,7 +73,8 @@ class Grammar:
             if oneof is not None and len(oneof.fields) > 1:
                 present = chosen.get(oneof.name) == f.name
             else:
-                present = rng.random() < (part if f.message_type else 0.4)
+                telling = f.message_type or f.name in self._vocabulary.often
+                present = rng.random() < (part if telling else 0.4)
             if present:
                 self._set(message, f)
         return message

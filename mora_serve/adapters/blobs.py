@@ -8,6 +8,7 @@ exclusively, so that no reference to it can be made meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -70,8 +71,9 @@ class BlobStore:
             except BaseException as e:
                 hold.close()
                 shutil.rmtree(temporary, ignore_errors=True)
-                if isinstance(e, OSError) and (self._directory / digest).is_dir():
-                    continue  # another process was quicker
+                # Another was quicker, even if that blob has been removed by now.
+                if isinstance(e, OSError) and e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    continue
                 raise
             try:
                 sync_directory(self._directory)

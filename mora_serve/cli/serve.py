@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import os
 import typing
 from dataclasses import fields
 from typing import Any
@@ -68,6 +69,8 @@ def flags(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted or terminated."""
+    # What strangers get wrong on a connection would fill the log, in lines that are not its own.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from mora_serve.server import logs
 
     tree = config.load_config(args.config, flags=flags(args))

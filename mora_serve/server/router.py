@@ -131,7 +131,7 @@ def read_file(root: str, path: str) -> bytes:
     such file.
     """
     name = PurePosixPath(path).name
-    if name in ("", ".."):
+    if name in ("", "..") or "\0" in name:
         raise invalid(
             "path", "it names no file; give a regular file under adapters.root", "INVALID_PATH"
         )

@@ -203,7 +203,8 @@ def test_ray_cve_2023_48022_no_port_is_open_that_was_not_asked_for(root):
         server.wait_until_ready(client)
         client.generate("hello", base=True, max_tokens=1)
         grpc_port = int(server.address.rpartition(":")[2])
-        assert listening(server.pid) == {("127.0.0.1", grpc_port), ("127.0.0.1", metrics)}
+        found = {(host.removeprefix("::ffff:"), port) for host, port in listening(server.pid)}
+        assert found == {("127.0.0.1", grpc_port), ("127.0.0.1", metrics)}
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
