@@ -130,7 +130,7 @@ class Admission:
         """Those of some waiting requests that can no longer end in time, and what to tell them."""
         found = []
         with self._lock:
-            if not self._forecast.known:
+            if not self._forecast.settled:
                 return []
             for request in requests:
                 entry = self._open.get(request.id)
@@ -174,7 +174,7 @@ class Admission:
 
     def _check_deadline(self, tenant: str, prompt: int, output: int, left: float) -> None:
         """Only who has to wait is refused: who can start at once may be lucky."""
-        if not self._forecast.known:
+        if not self._forecast.settled:
             return
         expected = self._expected(tenant, prompt, output)
         if not expected.place or MARGIN * expected.end <= left:

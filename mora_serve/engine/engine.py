@@ -282,6 +282,7 @@ class Engine:
         self._expire(events)
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
+        self._give_up(events)
         for sequence in self.scheduler.started:
             self.admission.started(sequence.request.id, sequence.cached_tokens, started)
         made = self._generation_tokens
@@ -428,11 +429,16 @@ class Engine:
         ]
         for sequence in expired:
             self._finish(sequence, Finish.DEADLINE, events)
-        if now - self._expire_time >= EXPIRE_SECONDS and self.admission.waiting:
-            self._expire_time = now
-            waiting = [s.request for s in self._sequences.values() if s.admitted is None]
-            for request, why in self.admission.hopeless(waiting, now):
-                self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
+
+    def _give_up(self, events: list[Event | AdapterLoad]) -> None:
+        """End those that found no place just now and whose deadline is out of reach."""
+        now = time.monotonic()
+        if now - self._expire_time < EXPIRE_SECONDS or not self.admission.waiting:
+            return
+        self._expire_time = now
+        waiting = [s.request for s in self._sequences.values() if s.admitted is None]
+        for request, why in self.admission.hopeless(waiting, now):
+            self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
 
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
         self.runner.clear(self.cache.take_new())

@@ -60,6 +60,11 @@ class Forecast:
         """Whether anything has been measured."""
         return self._period is not None
 
+    @property
+    def settled(self) -> bool:
+        """Whether requests have ended, so that how much they make of what they may is known."""
+        return self.known and self._allowed > 0
+
     def stepped(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step took ``seconds`` for so many answers' tokens and prompt tokens."""
         if self._period is not None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mora_serve import errors
+from mora_serve.access.door import Caller
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess
 from mora_serve.server import call as calls
@@ -41,7 +42,7 @@ class TestFormats:
     @pytest.mark.parametrize("form", FORMATTERS)
     def test_a_line_of_a_call_names_it(self, form, isolated):
         def line() -> str:
-            calls.enter(calls.Call("job-7/a", "acme"))
+            calls.enter(calls.Call("job-7/a", Caller("acme")))
             return FORMATTERS[form].format(record("x"))
 
         text = isolated(line)
