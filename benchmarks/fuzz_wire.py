@@ -309,11 +309,8 @@ def wrong(case: WireCase, outcome: Outcome, secrets: Sequence[str] = ()) -> list
         found.append(f"undocumented {outcome.code}: {outcome.message}")
     status = _status(outcome)
     info = _info(status)
-    if (
-        info is None
-        or info.domain != "mora-serve"
-        or not re.fullmatch("[A-Z][A-Z0-9_]*", info.reason)
-    ):
+    reason = "" if info is None or info.domain != "mora-serve" else info.reason
+    if not re.fullmatch("[A-Z][A-Z0-9_]*", reason):
         found.append(f"{outcome.code} without a reason: {outcome.message}")
     if status is not None and status.message != outcome.message:
         found.append("its two messages differ")

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.open_loop import percentiles, poisson
-from benchmarks.raw_load import Flow, counts, payload, run, steady, untyped
+from benchmarks.raw_load import Flow, counts, payload, run, saturated, steady, untyped
 from benchmarks.served import Served
 from benchmarks.watch import Watch
 from benchmarks.workload import Workload
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0, help="the capacity, as load")
     parser.add_argument("--deadline", type=float, default=3.0, help="in times of an answer")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0: all cores")
     parser.add_argument("--seed", type=int, default=0)
     Workload.add_arguments(parser)
     parser.set_defaults(tokens=128)
@@ -53,15 +54,12 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     work = Workload.of(args)
     work.write_base(root / "base")
     payloads = tuple(map(payload, requests(work)))
-    with Served(root, (), {"engine.max_batch": args.batch}) as served:
+    flags = {"engine.max_batch": args.batch, "engine.threads": args.threads}
+    with Served(root, (), flags) as served:
         callers = 2 * args.batch
         flow = Flow("closed", payloads, callers=callers, seconds=args.capacity_seconds)
         asked, _ = run(served.address, [flow])
-        answers = asked["closed"]
-        if {a.code for a in answers} != {"OK"}:
-            raise RuntimeError(f"without overload: {counts(answers)}")
-        latency = percentiles([a.ended - a.sent for a in answers])["p50"] / 1e3
-        capacity = steady(answers, latency, args.capacity_seconds)
+        capacity = saturated(asked["closed"], callers, args.capacity_seconds)
         answer = args.batch / capacity
         report.log(f"capacity {capacity:.2f} answers/s, {answer:.2f} s each in a full batch")
         deadline = args.deadline * answer

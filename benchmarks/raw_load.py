@@ -40,7 +40,8 @@ class Flow:
     """Calls of one tenant: ``payloads`` in turn, as serialised messages in base64.
 
     ``due`` are the times at which requests are sent, in seconds; without them ``callers`` ask one
-    after another for ``seconds``. ``deadline`` is what each call is given, 0 for none.
+    after another for ``seconds``. ``deadline`` is what each call is given, 0 for none. At
+    ``until``, unless 0, the caller leaves all calls that have not ended.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Flow:
     callers: int = 0
     seconds: float = 0.0
     deadline: float = 0.0
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def run(
     )
     result = json.loads(done.stdout.splitlines()[-1])
     answers = {
-        name: [Answer(*row[:5], *refusal(row[5], row[6])) for row in rows]
+        name: [Answer(*row[:5], *refusal(*row[5:])) for row in rows]
         for name, rows in result["answers"].items()
     }
     return answers, result["cpu_seconds"]
@@ -111,13 +113,13 @@ def refusal(details: str, pushback: str) -> tuple[str, str]:
 def untyped(answers: Iterable[Answer]) -> list[str]:
     """Refusals that are not as they should be: what they are.
 
-    A refusal is RESOURCE_EXHAUSTED with a reason and a pushback. A deadline that has passed is the
-    client's own clock's doing, and no refusal.
+    A refusal is RESOURCE_EXHAUSTED with a reason and a pushback. A deadline that has passed and
+    a caller who left are no refusals.
     """
     return [
         f"{a.code} {a.reason or 'without a reason'}, pushback {a.pushback or 'missing'}"
         for a in answers
-        if a.code not in ("OK", "DEADLINE_EXCEEDED")
+        if a.code not in ("OK", "DEADLINE_EXCEEDED", "CANCELLED")
         and (a.code != "RESOURCE_EXHAUSTED" or not a.reason or not a.pushback)
     ]
 
@@ -134,6 +136,17 @@ def steady(answers: Iterable[Answer], start: float, end: float, deadline: float 
         for a in answers
     )
     return good / (end - start)
+
+
+def saturated(answers: Sequence[Answer], callers: int, seconds: float) -> float:
+    """Whole answers a second of a closed flow, from when each of its callers may have had one.
+
+    Raises RuntimeError where the flow was too short for that, or a call failed.
+    """
+    ended = sorted(a.ended for a in answers)
+    if {a.code for a in answers} != {"OK"} or len(ended) < 2 * callers:
+        raise RuntimeError(f"{counts(answers)} are not enough to know the capacity; give it longer")
+    return steady(answers, ended[callers - 1], seconds)
 
 
 async def play(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +167,7 @@ async def _flow(
     channel: aio.Channel, flow: Flow, rows: list[list[Any]], start: float, tasks: asyncio.TaskGroup
 ) -> None:
     streams = flow.method == STREAM
-    make = channel.unary_stream if streams else channel.unary_unary
+    make: Any = channel.unary_stream if streams else channel.unary_unary
     call = make(flow.method, request_serializer=None, response_deserializer=None)
     metadata = (("mora-tenant", flow.tenant),) if flow.tenant else ()
     payloads = itertools.cycle([base64.b64decode(text) for text in flow.payloads])
@@ -164,6 +177,8 @@ async def _flow(
         timeout = max(1e-3, flow.deadline - (sent - due)) if flow.deadline else None
         first, code, details, pushback = 0.0, "OK", "", ""
         asked = call(next(payloads), timeout=timeout, metadata=metadata)
+        if flow.until:
+            asyncio.get_running_loop().call_later(flow.until - sent, asked.cancel)
         try:
             if streams:
                 messages = 0
@@ -175,9 +190,11 @@ async def _flow(
                 await asked
         except aio.AioRpcError as e:
             code = e.code().name
-            trailing = dict(e.trailing_metadata() or ())
+            trailing: dict[str, Any] = dict(e.trailing_metadata() or ())  # type: ignore[arg-type]
             details = base64.b64encode(trailing.get(DETAILS, b"")).decode()
             pushback = str(trailing.get(PUSHBACK, ""))
+        except asyncio.CancelledError:  # by call_later
+            code = "CANCELLED"
         ended = time.perf_counter() - start
         rows.append([due, sent, first, ended, code, details, pushback])
 

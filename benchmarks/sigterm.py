@@ -17,16 +17,18 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import math
 import os
 import random
 import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from benchmarks import families, oracle, report
@@ -115,15 +117,20 @@ class Calls:
         self.ended: Counter[str] = Counter()
         self.unread: Counter[str] = Counter()
         self.open = 0
+        self.signalled = math.inf
 
     @contextlib.contextmanager
-    def one(self) -> Any:
-        """A call's time; the block sets nothing: what it raises is how it ended."""
+    def one(self, kind: str) -> Iterator[None]:
+        """A call's time; what its block raises is how it ended."""
         self.open += 1
+        began = time.monotonic() - self.signalled
         try:
             yield
         except aio.AioRpcError as e:
             self.ended[e.code().name] += 1
+            if e.code() is not grpc.StatusCode.UNAVAILABLE:
+                ended = time.monotonic() - self.signalled
+                report.log(f"{kind}, {began:.2f} to {ended:.2f} s after the signal: {e}")
         except _Cut:
             self.ended["cut short"] += 1
         else:
@@ -147,9 +154,9 @@ async def load(process: ServerProcess, clients: int, rng: random.Random) -> dict
         unread = [asyncio.create_task(leave_unread(process.address, calls, over)) for _ in range(2)]
         await asyncio.sleep(rng.uniform(*LOAD_SECONDS))
         under_way = calls.open
+        calls.signalled = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)
-        signalled = time.monotonic()
-        seconds = await exited(process, signalled)
+        seconds = await exited(process, calls.signalled)
         over.set()
         async with asyncio.timeout(WAIT):
             await asyncio.gather(*tasks, *unread)
@@ -177,7 +184,7 @@ async def client(
         if over.is_set():
             return
         kind = kinds[(number + i) % len(kinds)] if number % 4 == 0 else rng.choice(kinds[:2])
-        with calls.one():
+        with calls.one(kind.__name__):
             await kind(channel, rng, f"{number}-{i}")
         if calls.ended["UNAVAILABLE"]:  # one that is told so goes elsewhere, and comes back later
             await asyncio.sleep(rng.uniform(0.02, 0.2))

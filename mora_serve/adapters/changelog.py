@@ -7,9 +7,10 @@ store a conditional put does the same.) A snapshot allows the changes up to the 
 be removed; that frees their numbers, so it excludes appending by an ``flock``, which ends with its
 process.
 
-What has become unreadable since is set aside, and reading goes on behind it: with the snapshot
-before, whose changes are kept for that, or without the change that is lost. A file that is whole,
-but of another version, is an error.
+A change stands twice in its file, in blocks of their own: a lost removal would bring back what is
+not to be used. What is unreadable all the same is set aside, and reading goes on behind it: with
+the snapshot before, whose changes are kept for that, or without the change that is lost. A file
+that is whole, but of another version, is an error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mora_serve.errors import ConfigError
 
 _FORMAT = 1
 _DIGITS = 20
+_BLOCK = 4096  # bytes that a disk writes, and loses, together
 _NAME = re.compile(r"00([0-9]{18})\.json")  # some numbers stay free behind any that is found
 _SUMMED = re.compile(rb'\{"format": ([0-9]{1,9}), "sha256": "([0-9a-f]{64})", "content": ')
 _LOST = {"remove": [], "lost": True}  # a change of nothing, in the place of one that is lost
@@ -123,7 +125,7 @@ class ChangeLog:
         """
         path = _path(self._snapshots if snapshot else self._log, number)
         with contextlib.suppress(OSError):
-            if _SUMMED.match(path.read_bytes()):
+            if any(map(_SUMMED.match, _copies(path.read_bytes()))):
                 raise unreadable(number, "it holds what this version does not know")
         self._set_aside(path, number, whole=True)
 
@@ -174,8 +176,12 @@ class ChangeLog:
     def _create(self, directory: Path, number: int, content: Any) -> bool:
         path = _path(directory, number)
         temporary = self._temporary / uuid.uuid4().hex
+        data = _file(content)
+        if directory == self._log:
+            first = data + b"\n"  # a lost block takes no end of line of the other copy with it
+            data = first.ljust(-(-len(first) // _BLOCK) * _BLOCK) + b"\n" + data
         try:
-            write_durably(temporary, _file(content))
+            write_durably(temporary, data)
             os.link(temporary, path)
         except FileExistsError:
             return False
@@ -247,6 +253,20 @@ def _content(path: Path, number: int) -> Any:
         data = path.read_bytes()
     except OSError as e:
         raise (_DamagedError if means_damage(e) else e) from None  # FileNotFoundError among them
+    for i, copy in enumerate(_copies(data)):
+        with contextlib.suppress(_DamagedError):
+            content = _content_of(copy, number)
+            if i:
+                log.error("registry: number %d is damaged in part; its copy was read", number)
+            return content
+    raise _DamagedError
+
+
+def _copies(data: bytes) -> list[bytes]:
+    return [copy for line in data.split(b"\n") if (copy := line.strip(b" "))]
+
+
+def _content_of(data: bytes, number: int) -> Any:
     format_ = _FORMAT
     if summed := _SUMMED.match(data):
         format_ = int(summed[1])

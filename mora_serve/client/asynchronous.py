@@ -124,7 +124,7 @@ class AsyncClient(Stubs):
         routing_card.json | sha256sum`` gives, without the card where there is none, the server
         takes no other files.
         """
-        request = requests.register(name, path, replace, sha256, options)
+        request = requests.register(name, path, replace, options, sha256)
         return await self._adapter(self.adapters.RegisterAdapter, request, options)
 
     @strict

@@ -117,7 +117,7 @@ class Client(Stubs):
         routing_card.json | sha256sum`` gives, without the card where there is none, the server
         takes no other files.
         """
-        request = requests.register(name, path, replace, sha256, options)
+        request = requests.register(name, path, replace, options, sha256)
         return self._adapter(self.adapters.RegisterAdapter, request, options)
 
     @strict

@@ -105,7 +105,7 @@ def card(options: CardOptions) -> adapters_pb2.RoutingCard | None:
 
 
 def register(
-    name: str, path: str, replace: bool, sha256: str, options: CardOptions
+    name: str, path: str, replace: bool, options: CardOptions, sha256: str = ""
 ) -> adapters_pb2.RegisterAdapterRequest:
     """A request of RegisterAdapter."""
     kind, new = adapters_pb2.RegisterAdapterRequest, card(options)

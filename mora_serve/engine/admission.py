@@ -32,6 +32,8 @@ class _Open:
     prompt: int
     output: int
     deadline: float | None
+    joined: float
+    wait: float  # foretold, uncorrected
     started: bool = False
 
 
@@ -58,6 +60,11 @@ class Admission:
         """Requests in line that have never run."""
         return self._waiting
 
+    def check(self, tenant: str) -> None:
+        """Raise what ``admit`` would for a line that is full: before anything is done for it."""
+        with self._lock:
+            self._check_line(tenant, 0, 0)
+
     def admit(self, request: Request, output: int, now: float) -> None:
         """Let a request join the line; at most ``output`` tokens are made for it.
 
@@ -69,13 +76,14 @@ class Admission:
             self._check_line(tenant, prompt, output)
             if deadline is not None:
                 self._check_deadline(tenant, prompt, output, deadline - now)
-            self._open[request.id] = _Open(tenant, prompt, output, deadline)
+            wait = self._forecast.uncorrected(prompt, output, self._load(tenant))
+            self._open[request.id] = _Open(tenant, prompt, output, deadline, now, wait)
             self._join(tenant, 1)
             self._waiting += 1
             self._waiting_prompt += prompt
             self._waiting_output += output
 
-    def started(self, request_id: str, cached: int) -> None:
+    def started(self, request_id: str, cached: int, now: float) -> None:
         """A request got a place for the first time, with so much of its prompt in the cache."""
         with self._lock:
             if (entry := self._open.get(request_id)) is None or entry.started:
@@ -87,6 +95,7 @@ class Admission:
             self._running_output += entry.output
             entry.prompt -= cached
             self._forecast.started(entry.prompt + cached, cached)
+            self._forecast.waited(entry.wait, now - entry.joined)
 
     def stepped(
         self, decodes: int, prompt_tokens: int, made: int, seconds: float, *, short: bool
@@ -121,7 +130,7 @@ class Admission:
         """Those of some waiting requests that can no longer end in time, and what to tell them."""
         found = []
         with self._lock:
-            if not self._forecast.known:
+            if not self._forecast.settled:
                 return []
             for request in requests:
                 entry = self._open.get(request.id)
@@ -165,7 +174,7 @@ class Admission:
 
     def _check_deadline(self, tenant: str, prompt: int, output: int, left: float) -> None:
         """Only who has to wait is refused: who can start at once may be lucky."""
-        if not self._forecast.known:
+        if not self._forecast.settled:
             return
         expected = self._expected(tenant, prompt, output)
         if not expected.place or MARGIN * expected.end <= left:
@@ -180,10 +189,13 @@ class Admission:
         )
 
     def _expected(self, tenant: str, prompt: int, output: int) -> Expected:
+        return self._forecast.expected(prompt, output, self._load(tenant))
+
+    def _load(self, tenant: str) -> Load:
         own = self._tenants[tenant]
         # The least served tenant is next: no other has more turns before it than itself.
         ahead = sum(min(length, own + 1) * n for length, n in self._lines.items())
-        load = Load(
+        return Load(
             places=max(1, self._running) if self._short else self._limits.max_batch,
             running=self._running,
             running_prompt=self._running_prompt,
@@ -193,7 +205,6 @@ class Admission:
             waiting_output=self._waiting_output,
             ahead=ahead,
         )
-        return self._forecast.expected(prompt, output, load)
 
     def _retry_after(self, expected: Expected) -> float:
         return retry_after(expected.place if self._forecast.known else None, self._rng)

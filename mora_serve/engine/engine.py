@@ -131,6 +131,10 @@ class Engine:
         """Whether its thread is there still, working or stuck."""
         return self._thread is not None and self._thread.is_alive()
 
+    def check_line(self, tenant: str) -> None:
+        """Raise what ``submit`` would if a request of this tenant found no place in line now."""
+        self.admission.check(tenant)
+
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
 
@@ -278,8 +282,9 @@ class Engine:
         self._expire(events)
         spent = self.pool_queue.run(busy=self.scheduler.running_count > 0)
         batch = self.scheduler.schedule(time.monotonic(), spent)
+        self._give_up(events)
         for sequence in self.scheduler.started:
-            self.admission.started(sequence.request.id, sequence.cached_tokens)
+            self.admission.started(sequence.request.id, sequence.cached_tokens, started)
         made = self._generation_tokens
         if batch:
             self._run(batch, events)
@@ -424,11 +429,16 @@ class Engine:
         ]
         for sequence in expired:
             self._finish(sequence, Finish.DEADLINE, events)
-        if now - self._expire_time >= EXPIRE_SECONDS and self.admission.waiting:
-            self._expire_time = now
-            waiting = [s.request for s in self._sequences.values() if s.admitted is None]
-            for request, why in self.admission.hopeless(waiting, now):
-                self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
+
+    def _give_up(self, events: list[Event | AdapterLoad]) -> None:
+        """End those that found no place just now and whose deadline is out of reach."""
+        now = time.monotonic()
+        if now - self._expire_time < EXPIRE_SECONDS or not self.admission.waiting:
+            return
+        self._expire_time = now
+        waiting = [s.request for s in self._sequences.values() if s.admitted is None]
+        for request, why in self.admission.hopeless(waiting, now):
+            self._finish(self._sequences[request.id], Finish.ERROR, events, error=why)
 
     def _run(self, batch: Batch, events: list[Event | AdapterLoad]) -> None:
         self.runner.clear(self.cache.take_new())

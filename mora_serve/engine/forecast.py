@@ -2,8 +2,9 @@
 
 The engine is seen as one worker whose seconds all requests share: a prompt token costs what it has
 added to the steps it was in, a token of an answer its part of a step. Requests rarely make all the
-tokens they may, and find some of their prompt in the cache; both are learnt as shares. Nothing here
-reads a clock, and no estimate walks over requests.
+tokens they may, and find some of their prompt in the cache; both are learnt as shares. So is by how
+much the waits that were foretold were wrong. Nothing here reads a clock, and no estimate walks over
+requests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 GAIN = 0.1  # weight of the newest step
 MEMORY = 0.95  # what a request's lengths still count when the next one has ended
 OUTLIER = 4.0  # a step counts as at most this many times what was expected
+MOST_WRONG = 3.0  # times that waits are corrected by, up or down
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,17 @@ class Forecast:
         self._prompt_seconds = self._prompt_tokens = 0.0  # added by recent chunks
         self._asked = self._computed = 0.0  # prompt tokens of recent requests, and those not cached
         self._allowed = self._made = 0.0  # output tokens of recent requests
+        self._foretold = self._waited = 0.0  # seconds of recent waits, uncorrected
 
     @property
     def known(self) -> bool:
         """Whether anything has been measured."""
         return self._period is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether requests have ended, so that how much they make of what they may is known."""
+        return self.known and self._allowed > 0
 
     def stepped(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step took ``seconds`` for so many answers' tokens and prompt tokens."""
@@ -84,6 +92,12 @@ class Forecast:
         self._asked = MEMORY * self._asked + prompt_tokens
         self._computed = MEMORY * self._computed + prompt_tokens - cached
 
+    def waited(self, foretold: float, seconds: float) -> None:
+        """A request waited ``seconds`` that was to wait so long, ``uncorrected``."""
+        if foretold:
+            self._foretold = MEMORY * self._foretold + foretold
+            self._waited = MEMORY * self._waited + seconds
+
     def ended(self, allowed: int, made: int) -> None:
         """A request ended by itself, with ``made`` of the tokens it might have made."""
         self._allowed = MEMORY * self._allowed + allowed
@@ -91,7 +105,7 @@ class Forecast:
 
     def expected(self, prompt: int, output: int, load: Load) -> Expected:
         """For a request with a prompt and at most so many tokens to make, after those ahead."""
-        wait = self._wait(prompt, output, load)
+        wait = self.uncorrected(prompt, output, load) * self._correction
         first_token = wait + self._prompt(prompt) + (self._period or 0.0)
         return Expected(wait, first_token, first_token + self._answer(output))
 
@@ -99,10 +113,10 @@ class Forecast:
         """Seconds from a request's place to its end, beside as many others as lately."""
         return self._prompt(prompt) + (self._period or 0.0) + self._answer(output)
 
-    def _wait(self, prompt: int, output: int, load: Load) -> float:
-        """Until a place is free: all the work ahead, less what those beside it then still have.
+    def uncorrected(self, prompt: int, output: int, load: Load) -> float:
+        """Seconds until a place is free: the work ahead, less what those beside then still have.
 
-        In a full batch they have half of their work still to do, in the mean.
+        In a full batch these have half of their work still to do, in the mean.
         """
         if load.running + load.ahead < load.places:
             return 0.0
@@ -128,6 +142,12 @@ class Forecast:
 
     def _answer(self, output: int) -> float:
         return max(0.0, self._share_made * output - 1) * (self._period or 0.0)
+
+    @property
+    def _correction(self) -> float:
+        if not self._foretold:
+            return 1.0
+        return min(MOST_WRONG, max(1 / MOST_WRONG, self._waited / self._foretold))
 
     @property
     def _share_made(self) -> float:

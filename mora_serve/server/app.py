@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 import grpc
 from grpc import aio
@@ -142,10 +142,12 @@ class MoraServer:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving on %s", self.address)
 
-    async def stop(self, drain_seconds: float | None = None) -> None:
+    async def stop(self, drain_seconds: float | None = None, *, hang_up: bool = True) -> None:
         """Refuse new calls, wait for those that run, end what is left, free everything.
 
-        ``drain_seconds`` is how long to wait, by default what the configuration says.
+        ``drain_seconds`` is how long to wait, by default what the configuration says. Without
+        ``hang_up`` the port stays open and refuses calls until the process ends: to hang up, grpc
+        cancels the calls that it has not handed over yet, and their callers would not know why.
         """
         seconds = self.config.server.drain_seconds if drain_seconds is None else drain_seconds
         times = ending.Times.of(seconds)
@@ -155,8 +157,11 @@ class MoraServer:
         if not await self._gate.drain(ending.left(times.finishing)):
             log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
             await self._gate.empty(ending.left(times.writing))
-        # Returns earlier, unless somebody watches the health, or does not read.
-        await asyncio.gather(*(server.stop(times.last) for server in self._servers))
+        if not hang_up:
+            await asyncio.sleep(ending.LEAST)  # for the last bytes of calls
+        else:
+            # Returns earlier, unless somebody watches the health, or does not read.
+            await asyncio.gather(*(server.stop(times.last) for server in self._servers))
         await self._close_parts(times.closing)
         self._threads.shutdown()
         self._entrance.audit.close()
@@ -185,12 +190,6 @@ class MoraServer:
                 log.warning("%s is not done in time; it is left behind", work.__qualname__)
             except Exception:
                 log.exception("%s failed", work.__qualname__)
-
-    @property
-    def engine_hangs(self) -> bool:
-        """Whether the engine's thread stands in a step that does not end."""
-        assembly = self._assembly
-        return self.failed.is_set() and assembly is not None and assembly.engine.alive
 
     def _fail(self) -> None:
         """The engine is gone: every caller is sent elsewhere, and the process is to end."""
@@ -296,22 +295,19 @@ class MoraServer:
             await self._health.set(service, status)
 
 
-def serve(config: Config) -> int:
+def serve(config: Config) -> NoReturn:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
-    Returns the exit status: 0, or ``ending.ENGINE_FAILED`` when the engine failed or hung. The
-    process ends by itself, with this status, where a thread would keep it beyond the time to stop.
-
-    Raises ConfigError for a configuration that cannot be served.
+    It is the process's last act, whose exit status is 0, or ``ending.ENGINE_FAILED`` when the
+    engine failed or hung. Raises ConfigError for a configuration that cannot be served.
     """
     limit_arenas()
-    return asyncio.run(_serve(config))
+    asyncio.run(_serve(config))
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config) -> NoReturn:
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
-    hard_ends: list[ending.HardEnd] = []
 
     def end(number: signal.Signals) -> None:
         if signalled.is_set():
@@ -319,8 +315,7 @@ async def _serve(config: Config) -> int:
             logging.shutdown()
             os._exit(128 + number)  # threads are in the middle of something: nothing is awaited
         log.info("%s: stopping", number.name)
-        seconds = max(config.server.drain_seconds - ending.MARGIN / 2, 2.0)
-        hard_ends.append(ending.HardEnd(seconds, 0))
+        ending.end_after(max(config.server.drain_seconds - ending.MARGIN, ending.LEAST_SECONDS), 0)
         signalled.set()
 
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -336,21 +331,19 @@ async def _serve(config: Config) -> int:
             starting.result()
             _settle()
             await asyncio.wait((waiting, failing), return_when=asyncio.FIRST_COMPLETED)
+    except BaseException:
+        await server.stop()
+        raise
     finally:
-        failed = server.failed.is_set()
-        if failed:
-            hard_ends.append(ending.HardEnd(ending.FAILED_SECONDS, ending.ENGINE_FAILED))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await server.stop(ending.FAILED_SECONDS / 2 if failed else None)
-    status = ending.ENGINE_FAILED if server.failed.is_set() else 0
-    if server.engine_hangs:  # the interpreter's own end might wait for it
-        ending.end_now(status)
-    if not ending.busy_threads():
-        for hard_end in hard_ends:
-            hard_end.cancel()
-    return status
+    if server.failed.is_set():
+        ending.end_after(ending.FAILED_SECONDS, ending.ENGINE_FAILED)
+        await server.stop(ending.FAILED_SECONDS / 2, hang_up=False)
+    else:
+        await server.stop(hang_up=False)
+    ending.end_now(ending.ENGINE_FAILED if server.failed.is_set() else 0)
 
 
 def _settle() -> None:

@@ -25,6 +25,9 @@ class Submitter(Protocol):
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ResourceExhausted or InvalidArgument."""
 
+    def check_line(self, tenant: str) -> None:
+        """Raise ResourceExhausted where there is no place in line for a request of a tenant."""
+
     def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
         """End a request that may have ended already."""
 
@@ -109,6 +112,10 @@ class Bridge:
     def deliver(self, events: Sequence[Event | AdapterLoad]) -> None:
         """Take a step's events; for the engine's thread."""
         self._loop.call_soon_threadsafe(self._dispatch, tuple(events), time.monotonic())
+
+    def check_line(self, tenant: str) -> None:
+        """Raise what ``submit`` would for want of a place: ahead of what a request costs before."""
+        self._engine.check_line(tenant)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request under an id of its own (``request.id`` and a number).

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 # Of the time to stop: to finish; to tell those that could not; for the last bytes of calls.
 FINISHING, WRITING, LAST = 0.7, 0.1, 0.1
@@ -21,6 +22,7 @@ LEAST, MOST_LAST = 0.2, 2.0  # seconds of a part, however short or long the whol
 CLOSING = 10.0  # seconds for files and threads, where the process does not end before
 FAILED_SECONDS = 5.0  # to end a process whose engine has failed
 MARGIN = 0.25  # seconds between the hard end and the end of the time
+LEAST_SECONDS = 2.0  # to end a process, however short its time to stop
 ENGINE_FAILED = 3  # exit status
 
 log = logging.getLogger(__name__)
@@ -50,34 +52,22 @@ def left(until: float) -> float:
     return max(0.0, until - time.monotonic())
 
 
-class HardEnd:
-    """Ends the process with ``status`` after ``seconds``, whatever its threads do by then."""
+def end_after(seconds: float, status: int) -> None:
+    """End the process after ``seconds``, whatever its threads do by then."""
 
-    def __init__(self, seconds: float, status: int) -> None:
-        self._status = status
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def cancel(self) -> None:
-        """Not needed any more."""
-        self._timer.cancel()
-
-    def _end(self) -> None:
+    def end() -> None:
         log.warning("threads are still at work: the process ends without them")
-        end_now(self._status)
+        end_now(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
-def end_now(status: int) -> None:
+def end_now(status: int) -> NoReturn:
     """End the process at once, what was logged and printed written."""
     logging.shutdown()
     with contextlib.suppress(OSError, ValueError):  # whoever read them has gone
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
-
-
-def busy_threads() -> bool:
-    """Whether the interpreter would wait for a thread before it ends."""
-    main = threading.main_thread()
-    return any(t is not main and not t.daemon and t.is_alive() for t in threading.enumerate())

@@ -116,6 +116,7 @@ class GenerationServicer(GenerationServiceServicer):
         call = calls.current()
         sampling = sampling_of(request.sampling, self._config, self._vocab_size)
         self._prompts.check(request.prompt)
+        self._bridge.check_line(call.tenant)  # rather than after tokenising and routing
         prompt = await self._prompts.tokens(request.prompt, call.tenant)
         async with self._decider.decided(request.selection, request.prompt) as decision:
             submitted = Request(

@@ -191,7 +191,7 @@ def test_a_damaged_change_loses_itself_alone_and_keeps_contents(
     state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The content that it may have been about goes to the quarantine, not into nothing."""
-    flip(state / "log" / f"{3:020d}.json")
+    (state / "log" / f"{3:020d}.json").write_bytes(b"")
     with opened(state) as registry:
         assert [r.name for r in registry.all()] == ["a", "b"]
         assert registry.get("default", "a").pinned

@@ -40,7 +40,7 @@ def busy(limits: EngineConfig = LIMITS) -> Admission:
     admission = make(limits)
     for i in range(limits.max_batch):
         admit(admission, f"running-{i}")
-        admission.started(f"running-{i}", 0)
+        admission.started(f"running-{i}", 0, now=0.0)
     for _ in range(50):
         admission.stepped(limits.max_batch, 0, 0, STEP, short=False)
     return admission
@@ -84,9 +84,9 @@ def test_a_tenant_does_not_take_the_whole_line() -> None:
         admit(admission, f"b{i}", "b")
     assert refused(admission, "b2", "b").reason == "TENANT_QUEUE_FULL"
     admit(admission, "c0", "c")
-    admission.started("a0", 0)  # who runs is not in line
-    admission.started("a1", 0)
-    admission.started("a2", 0)
+    admission.started("a0", 0, now=0.0)  # who runs is not in line
+    admission.started("a1", 0, now=0.0)
+    admission.started("a2", 0, now=0.0)
     admit(admission, "a4", "a")
 
 
@@ -105,7 +105,7 @@ def test_without_a_wait_or_a_measurement_no_deadline_is_refused() -> None:
     """Who starts at once may be lucky, and what nobody has measured cannot be foretold."""
     idle = make()
     admit(idle, "first", deadline=1e-3)
-    idle.started("first", 0)
+    idle.started("first", 0, now=0.0)
     for _ in range(50):
         idle.stepped(1, 0, 0, STEP, short=False)
     admit(idle, "second", deadline=1e-3)
@@ -129,7 +129,7 @@ def test_another_tenants_line_is_not_waited_for() -> None:
 def test_want_of_pages_counts_as_a_full_batch() -> None:
     admission = make()
     admit(admission, "large")
-    admission.started("large", 0)
+    admission.started("large", 0, now=0.0)
     admission.stepped(1, 0, 1, STEP, short=False)
     assert admission.expected("t", 10, OUTPUT).place == 0.0
     admission.stepped(1, 0, 1, STEP, short=True)
@@ -146,7 +146,7 @@ def test_who_waits_is_let_go_when_its_deadline_is_out_of_reach() -> None:
     assert gone.id == "soon"
     assert (why.code, why.reason) == ("RESOURCE_EXHAUSTED", "DEADLINE_UNREACHABLE")
     assert why.error().retry_after
-    admission.started("soon", 0)
+    admission.started("soon", 0, now=0.0)
     assert admission.hopeless(waiting, now=99.9) == []  # it has its place
 
 
@@ -182,7 +182,7 @@ def test_the_books_agree_with_what_happened(
         elif what == "start" and waiting:
             name = list(waiting)[int(str(value)) % len(waiting)]
             running[name] = waiting.pop(name)
-            admission.started(name, 3)
+            admission.started(name, 3, now=0.0)
         elif what == "end" and waiting | running:
             name = list(waiting | running)[int(str(value)) % len(waiting | running)]
             admission.ended(name, 7, by_itself=name in running)

@@ -146,3 +146,16 @@ def test_it_follows_an_engine_that_becomes_slower() -> None:
     for _ in range(60):
         forecast.stepped(PLACES, 0, 3 * cost(PLACES, 0))
     assert forecast.service(64, 100) > 2 * before
+
+
+def test_waits_that_were_foretold_wrongly_are_corrected() -> None:
+    """As far as it is the rule, and within bounds."""
+    forecast, line = learnt(), load([100] * PLACES, [100] * 50)
+    before = forecast.expected(64, 100, line).place
+    for _ in range(100):
+        forecast.waited(1.0, 1.5)
+    assert forecast.expected(64, 100, line).place == pytest.approx(1.5 * before)
+    assert forecast.uncorrected(64, 100, line) == before
+    for _ in range(100):
+        forecast.waited(1.0, 1000.0)
+    assert forecast.expected(64, 100, line).place == pytest.approx(3 * before)

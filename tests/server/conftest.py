@@ -47,7 +47,7 @@ class Running:
 
     def client(self, tenant: str = "") -> Client:
         """A client of this server."""
-        return Client(self.server.address, tenant=tenant, timeout=30)
+        return Client(self.server.address, tenant=tenant, timeout=120)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from mora_serve.cli import main
 from mora_serve.engine.engine import Engine
 from mora_serve.model.tokenizer import Tokenizer
+from mora_serve.server.assembly import Assembly
 
 TOKENS = 3  # of a request, when the engine's fault happens
 
@@ -46,10 +47,16 @@ def slow_tokenizer() -> None:
     Tokenizer.encode = faulty  # type: ignore[method-assign]
 
 
+def slow_close() -> None:
+    """What is closed at the end is never done."""
+    Assembly.close = lambda self: stand_still()  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], object]] = {
     "raises": lambda: engine_fault(lambda: 1 / 0),
     "hangs": lambda: engine_fault(stand_still),
     "slow-tokenizer": slow_tokenizer,
+    "slow-close": slow_close,
 }
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_the_process_ends_with_a_status_of_its_own(root, fault, flags, logged):
         with pytest.raises(errors.Unavailable) as caught:
             list(client.stream("hello", **LONG))
         assert caught.value.reason == "ENGINE_FAILED"
-        assert process.wait(30) == ENGINE_FAILED
+        assert process.wait(60) == ENGINE_FAILED
     log = process.stderr.read().decode()
     assert logged in log
     assert "the engine has failed" in log

@@ -234,5 +234,6 @@ def listening(pid: int) -> set[tuple[str, int]]:
                 host, port = fields[1].split(":")
                 words = [int(host[i : i + 8], 16) for i in range(0, len(host), 8)]
                 packed = struct.pack(f"={len(words)}I", *words)
-                found.add((socket.inet_ntop(family, packed), int(port, 16)))
+                address = socket.inet_ntop(family, packed).removeprefix("::ffff:")
+                found.add((address, int(port, 16)))
     return found
