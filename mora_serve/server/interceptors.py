@@ -208,7 +208,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                 "with the call",
                 reason="STREAM_STALLED",
             ) from None
-        if request is aio.EOF:
+        if request is aio.EOF:  # type: ignore[attr-defined]  # missing stub
             raise InvalidArgument(
                 "request: the call has no message; send one of its type, which may be empty",
                 reason="NO_MESSAGE",
