@@ -160,7 +160,7 @@ class TestRequests:
         with pytest.raises(errors.InvalidArgument, match=r"card\.tasks: .* each a text"):
             requests.upload("a", tmp_path, False, {"tasks": [1]})
         with pytest.raises(errors.InvalidArgument, match=r"path: .* give a text"):
-            requests.register("a", tmp_path, False, "", {})
+            requests.register("a", tmp_path, False, {})
 
     def test_one_text_is_a_list_of_one(self):
         """It is not taken apart into its letters."""
@@ -285,6 +285,16 @@ class TestErrors:
         metadata = (("grpc-status-details-bin", packed),)
         failed = Failure(grpc.StatusCode.NOT_FOUND, "gone", metadata)
         assert connection.error_of(failed, "here").message == "gone"
+
+
+def test_a_status_that_grpc_lost_is_no_fault_of_the_server():
+    """A refusal can meet a request that is still being sent; asyncio's calls then tell neither."""
+    lost = connection.error_of(Failure(grpc.StatusCode.INTERNAL, "Internal error from Core"), "h:1")
+    assert isinstance(lost, errors.Unavailable)
+    assert lost.reason == "ENDED_EARLY"
+    assert "send it again" in lost.message
+    other = connection.error_of(Failure(grpc.StatusCode.INTERNAL, "internal error; x"), "h:1")
+    assert isinstance(other, errors.Internal)
 
 
 def nowhere() -> str:

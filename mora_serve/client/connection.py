@@ -68,6 +68,10 @@ def options(address: str) -> tuple[tuple[str, Any], ...]:
     return (*OPTIONS, ("grpc.enable_http_proxy", 0)) if leads_to_loopback(address) else OPTIONS
 
 
+# What grpc's asyncio client says where a message met a call that the server had just ended.
+_LOST = "Internal error from Core"
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """One whole answer; ``seed`` gives it again."""
@@ -202,6 +206,12 @@ def error_of(error: Any, address: str) -> errors.MoraError:
             message = f"server {address}: not reachable; is it running? ({message})"
         elif code == "DEADLINE_EXCEEDED":
             message = "the timeout passed before the answer was complete; give the call longer"
+        elif code == "INTERNAL" and message == _LOST:
+            return errors.Unavailable(
+                f"server {address}: it ended the call while the request was still being sent, and "
+                "grpc lost the reason; send it again, or with the blocking client",
+                reason="ENDED_EARLY",
+            )
         details = {}
     cls = errors.class_of(code)
     if cls is not errors.MoraError:
