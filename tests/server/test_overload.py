@@ -31,6 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     families.make_base("llama3", root / "base", max_position_embeddings=LONG + 384)
     limits = {"max_queue": LINE, "max_batch": 1, "max_tokens": LONG}
     with running(configuration(Path(root), engine=limits, adapters={"root": ""})) as serving:
+        with serving.client() as client:  # how much of what they may answers make is known then
+            client.generate("hello", base=True, max_tokens=8, ignore_eos=True)
         yield serving
 
 
