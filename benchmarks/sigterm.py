@@ -131,7 +131,7 @@ class Calls:
             if e.code() is not grpc.StatusCode.UNAVAILABLE:
                 ended = time.monotonic() - self.signalled
                 report.log(f"{kind}, {began:.2f} to {ended:.2f} s after the signal: {e}")
-        except _Cut:
+        except CutShort:
             self.ended["cut short"] += 1
         else:
             self.ended["whole"] += 1
@@ -139,7 +139,7 @@ class Calls:
             self.open -= 1
 
 
-class _Cut(Exception):
+class CutShort(Exception):
     """An answer that ended well, but without all of its tokens."""
 
 
@@ -211,7 +211,7 @@ async def stream(channel: aio.Channel, rng: random.Random, name: str) -> None:
         tokens += len(part.delta.tokens)
         finished = part.WhichOneof("event") == "finished"
     if not finished or tokens != message.sampling.max_tokens:
-        raise _Cut
+        raise CutShort
 
 
 async def generate(channel: aio.Channel, rng: random.Random, name: str) -> None:
@@ -220,7 +220,7 @@ async def generate(channel: aio.Channel, rng: random.Random, name: str) -> None:
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     answer = await stub.Generate(message, timeout=WAIT)
     if len(answer.tokens) != message.sampling.max_tokens:
-        raise _Cut
+        raise CutShort
 
 
 async def route(channel: aio.Channel, rng: random.Random, name: str) -> None:

@@ -89,10 +89,9 @@ def test_whoever_waits_between_steps_is_not_stuck(watched):
 
 def test_no_limit_watches_nothing(watched):
     one = watched(0.0)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     one.run(lambda: one.go_on.wait(60))
-    assert threading.active_count() == threads + 1
-    assert not one.stuck.is_set()
+    assert not [t for t in set(threading.enumerate()) - before if t.name == "watchdog"]
 
 
 def test_an_engine_that_hangs_takes_in_nothing_more(make_engine, caplog):
@@ -117,13 +116,13 @@ def test_an_engine_that_hangs_takes_in_nothing_more(make_engine, caplog):
 
 def test_an_engine_at_work_is_not_taken_for_stuck(make_engine):
     """Many steps, each shorter than the limit, are longer than it together."""
-    local = make_engine(step_seconds=1.0)
+    local = make_engine(step_seconds=3.0)
     failed, ended = threading.Event(), threading.Event()
     local.engine.start(
         lambda events: ended.set() if any(getattr(e, "finish", None) for e in events) else None,
         failed.set,
     )
-    FaultyForward(local.engine, before=lambda batch: time.sleep(0.15))
+    FaultyForward(local.engine, before=lambda batch: time.sleep(0.3))
     local.engine.submit(local.request((PROMPT, {}, GREEDY)))
     assert ended.wait(60)
     assert not failed.is_set()
