@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 PATTERNS = {
     "traceback": re.compile(r'Traceback|File "|\bline \d+, in '),
-    "path": re.compile(r"(?<![\w/:.])~?/(?:[\w.+-]+/)*[\w.+-]{2,}"),
+    "path": re.compile(r"(?<![\w/:.])~?/(?:(?:[\w.+-]+/)+[\w.+-]+|[\w.+-]{2,})"),
     "source": re.compile(r"\b[\w/]+\.(?:py|pyx|pxi|cc|cpp|so)\b"),
     "memory": re.compile(
         r"\b0x[0-9a-fA-F]{5,}|<[\w.]+ object\b|<(?:function|class|bound method)\b"

@@ -106,7 +106,7 @@ class Grammar:
             return rng.random() < 0.5
         if f.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
             return rng.choice(FLOATS) if rng.random() < 0.7 else rng.uniform(-3, 3)
-        if f.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
+        if f.enum_type is not None:
             return rng.choice(f.enum_type.values).number
         if f.cpp_type in _LIMITS:
             low, high = _LIMITS[f.cpp_type]

@@ -55,7 +55,7 @@ _SERVICE_CONFIG = {
         }
     ]
 }
-_OPTIONS = (
+OPTIONS = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ("grpc.max_receive_message_length", -1),  # the server states its limits
     ("grpc.max_send_message_length", -1),
@@ -65,7 +65,7 @@ _OPTIONS = (
 def options(address: str) -> tuple[tuple[str, Any], ...]:
     """The options of a channel to ``address``."""
     # What stays on this machine does not take the way of the surroundings' proxy.
-    return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if leads_to_loopback(address) else _OPTIONS
+    return (*OPTIONS, ("grpc.enable_http_proxy", 0)) if leads_to_loopback(address) else OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                 "with the call",
                 reason="STREAM_STALLED",
             ) from None
-        if request is aio.EOF:
+        if request is aio.EOF:  # type: ignore[attr-defined]  # missing stub
             raise InvalidArgument(
                 "request: the call has no message; send one of its type, which may be empty",
                 reason="NO_MESSAGE",
@@ -251,6 +251,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         except asyncio.CancelledError:
             outcome = "CANCELLED"
             raise
+        except aio.InternalError:  # what was to be sent does not reach the client, who has gone
+            outcome = "CANCELLED"
+            raise asyncio.CancelledError from None
         except aio.AbortError:  # a servicer of grpc's own (health) has sent its status
             outcome = getattr(context.code(), "name", "UNKNOWN")
             raise
@@ -281,7 +284,11 @@ async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
     elif error.retry_after is not None or isinstance(error, ResourceExhausted):
         # A client's retry policy is not to try again: the call would end by its deadline instead.
         trailing += ((PUSHBACK, "-1"),)
-    return await context.abort(status.code, status.details, trailing)
+    try:
+        return await context.abort(status.code, status.details, trailing)
+    except aio.InternalError:
+        log.info("the client had gone before it could be told: %s %s", error.code, error.reason)
+        raise asyncio.CancelledError from None  # or grpc would log a fault
 
 
 def status_of(error: MoraError) -> status_pb2.Status:

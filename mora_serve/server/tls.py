@@ -46,7 +46,9 @@ def credentials(
             )
     certificates = Certificates(config, clock)
     return grpc.dynamic_ssl_server_credentials(
-        certificates.current, certificates.newer, bool(config.tls_client_ca)
+        certificates.current,
+        certificates.newer,  # type: ignore[arg-type]  # the stub knows no None, "no change"
+        bool(config.tls_client_ca),
     )
 
 
