@@ -149,6 +149,7 @@ def test_when_the_flood_has_gone_all_is_free(server: Running, flood: Caller) -> 
     assert flood.ask().code == "RESOURCE_EXHAUSTED"
     for stream in flood.streams:
         stream.cancel()
+    wait_for(lambda: not engine(server).admission.waiting)
     with server.client("flood") as client:
         answer = client.generate("hello", base=True, max_tokens=4, ignore_eos=True)
         assert len(answer.tokens) == 4
