@@ -92,11 +92,14 @@ def run(
         timeout=timeout,
     )
     result = json.loads(done.stdout.splitlines()[-1])
-    answers = {
-        name: [Answer(*row[:5], *refusal(*row[5:])) for row in rows]
-        for name, rows in result["answers"].items()
-    }
+    answers = {name: [_answer(*row) for row in rows] for name, rows in result["answers"].items()}
     return answers, result["cpu_seconds"]
+
+
+def _answer(
+    due: float, sent: float, first: float, ended: float, code: str, details: str, pushback: str
+) -> Answer:
+    return Answer(due, sent, first, ended, code, *refusal(details, pushback))
 
 
 def refusal(details: str, pushback: str) -> tuple[str, str]:

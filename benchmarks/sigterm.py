@@ -79,7 +79,8 @@ def main() -> None:
             "clients": args.clients,
             "grace_seconds": GRACE,
             "under_way_at_the_signal": sum(r["under_way"] for r in rounds),
-            "ended": dict(ended),
+            "these_ended": dict(sum((Counter(r["across"]) for r in rounds), Counter())),
+            "all_ended": dict(ended),
             "wrong": sum(n for how, n in ended.items() if how not in right),
             "unread": dict(sum((Counter(r["unread"]) for r in rounds), Counter())),
             "statuses": [r["status"] for r in rounds],
@@ -115,6 +116,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.ended: Counter[str] = Counter()
+        self.across: Counter[str] = Counter()  # of those, under way at the signal
         self.unread: Counter[str] = Counter()
         self.open = 0
         self.signalled = math.inf
@@ -123,23 +125,26 @@ class Calls:
     def one(self, kind: str) -> Iterator[None]:
         """A call's time; what its block raises is how it ended."""
         self.open += 1
-        began = time.monotonic() - self.signalled
+        began = time.monotonic()
+        how = ""
         try:
             yield
+            how = "whole"
         except aio.AioRpcError as e:
-            self.ended[e.code().name] += 1
+            how = e.code().name
             if e.code() is not grpc.StatusCode.UNAVAILABLE:
-                ended = time.monotonic() - self.signalled
-                report.log(f"{kind}, {began:.2f} to {ended:.2f} s after the signal: {e}")
-        except _Cut:
-            self.ended["cut short"] += 1
-        else:
-            self.ended["whole"] += 1
+                times = (f"{t - self.signalled:.2f}" for t in (began, time.monotonic()))
+                report.log(f"{kind}, {' to '.join(times)} s after the signal: {e}")
+        except CutShort:
+            how = "cut short"
         finally:
             self.open -= 1
+            if how:
+                self.ended[how] += 1
+                self.across[how] += began < self.signalled <= time.monotonic()
 
 
-class _Cut(Exception):
+class CutShort(Exception):
     """An answer that ended well, but without all of its tokens."""
 
 
@@ -164,6 +169,7 @@ async def load(process: ServerProcess, clients: int, rng: random.Random) -> dict
         "under_way": under_way,
         "seconds": round(seconds, 2),
         "ended": dict(calls.ended),
+        "across": {how: n for how, n in calls.across.items() if n},
         "unread": dict(calls.unread),
     }
 
@@ -211,7 +217,7 @@ async def stream(channel: aio.Channel, rng: random.Random, name: str) -> None:
         tokens += len(part.delta.tokens)
         finished = part.WhichOneof("event") == "finished"
     if not finished or tokens != message.sampling.max_tokens:
-        raise _Cut
+        raise CutShort
 
 
 async def generate(channel: aio.Channel, rng: random.Random, name: str) -> None:
@@ -220,7 +226,7 @@ async def generate(channel: aio.Channel, rng: random.Random, name: str) -> None:
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     answer = await stub.Generate(message, timeout=WAIT)
     if len(answer.tokens) != message.sampling.max_tokens:
-        raise _Cut
+        raise CutShort
 
 
 async def route(channel: aio.Channel, rng: random.Random, name: str) -> None:

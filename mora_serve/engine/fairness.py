@@ -122,6 +122,10 @@ class FairQueue:
         self._tenants.charge(tenant, cost)
         self._sets[tenant].charge(sequence.digests, cost)
 
+    def served(self, tenant: str) -> float:
+        """The service that a tenant has received, as far as it counts against others'."""
+        return self._tenants[tenant]
+
     def rank(self, sequence: Sequence) -> tuple[float, bool, float]:
         """Its place in line: the service of its tenant, then what speaks for its adapter set.
 

@@ -2,7 +2,8 @@
 
 A step has a budget of tokens. Every running request that decodes gets one; the rest, as far as
 the streams' pace allows (see pace.py), goes to prompts, running or waiting, always to the least
-served tenant next (see fairness.py).
+served tenant next (see fairness.py). A tenant with few places beside another's many goes first: it
+waits neither for a place nor for the pace of the other's streams.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Chunk:
 Batch = tuple[Chunk, ...]
 
 PATIENCE = 3  # of a tenant with many adapters, every one in demand has a place in 4
+WIDE = 4  # times the limit of prompt tokens, for a tenant whose own streams are few
+BURST = 4  # times a step's tokens, by which such a tenant may be served more than another
 LINE = 16  # requests next in line whose adapters are loaded ahead
 
 
@@ -85,6 +88,7 @@ class Scheduler:
         self.started: list[Sequence] = []  # by the last schedule(), for the first time
         self.short = False  # the next in line found too few pages in it
         self._places: Counter[str] = Counter()  # tenant -> running requests
+        self._largest: str | None = None  # the tenant with most of them when the step began
         self._orders = 0
         self._claimant: Sequence | None = None  # the next free slots are its
         self._held: dict[str, Counter[str]] = {}  # tenant -> adapter -> running requests
@@ -144,6 +148,7 @@ class Scheduler:
         ``spent`` tokens of its budget are used up, but never those of decodes, nor more than half.
         """
         self.started = []
+        self._largest = max(self._places, key=self._places.__getitem__, default=None)
         guest = self._make_way()
         decodes: list[Chunk] = []
         most = self._limits.step_tokens
@@ -158,7 +163,8 @@ class Scheduler:
             else:
                 short = True
         paced = self._paced(budget, len(decodes), spent)
-        chunks = self._prompts(paced, now, admit=not short, guest=guest)
+        wide = min(budget, WIDE * paced)
+        chunks = self._prompts(paced, wide, now, admit=not short, guest=guest)
         self._prefetch()
         return tuple(sorted(decodes + chunks, key=lambda chunk: chunk.length > 1))
 
@@ -209,30 +215,44 @@ class Scheduler:
         limit = self._pace.limit(decodes, prompts)
         return min(budget, max(limit - spent, min(limit, MIN_TOKENS)))
 
-    def _prompts(self, budget: int, now: float, admit: bool, guest: Sequence | None) -> list[Chunk]:
+    def _prompts(
+        self, budget: int, wide: int, now: float, admit: bool, guest: Sequence | None
+    ) -> list[Chunk]:
         """Chunks for unfinished prompts and admissions, the least served tenant first.
 
-        A ``guest`` is let in before all others: somebody has made way for it.
+        A ``guest`` is let in before all others: somebody has made way for it. Of ``wide`` tokens,
+        those beyond the budget are for tenants that others' streams outnumber.
         """
         chunks: list[Chunk] = []
         heap = [self._entry(s) for s in self._running if s.pending > 1]
         round_ = _Round(open=admit, tries=4 * self._limits.max_batch)
-        if admit and budget and len(self._running) < self._limits.max_batch:
-            claimant = self._claimant
-            if claimant is not None and self._admit(claimant, round_, now):
-                chunks.append(self._plan(claimant, min(claimant.pending, budget)))
-                budget -= chunks[-1].length
-            if guest is not None and budget and self._admit(guest, round_, now):
-                chunks.append(self._plan(guest, min(guest.pending, budget)))
-                budget -= chunks[-1].length
+
+        def few(sequence: Sequence) -> bool:
+            return self._few(sequence.request.tenant)
+
+        def room(sequence: Sequence) -> int:
+            return min(sequence.pending, wide if few(sequence) else min(budget, wide))
+
+        def plan(sequence: Sequence) -> None:
+            nonlocal budget, wide
+            chunks.append(self._plan(sequence, room(sequence)))
+            budget = max(0, budget - chunks[-1].length)
+            wide -= chunks[-1].length
+
+        if admit and wide and len(self._running) < self._limits.max_batch:
+            for first in (self._claimant, guest):
+                if first is not None and room(first) and self._admit(first, round_, now):
+                    plan(first)
             heap += [self._entry(s) for s in self._queue.heads() if s is not self._claimant]
         heapq.heapify(heap)
-        while heap and budget:
+        while heap and wide:
             entry = heapq.heappop(heap)
             sequence = entry[-1]
             fresh = self._entry(sequence)
             if fresh != entry:  # its tenant was served meanwhile
                 heapq.heappush(heap, fresh)
+                continue
+            if not room(sequence):
                 continue
             if sequence not in self._running:
                 if not self._admit(sequence, round_, now):
@@ -240,30 +260,39 @@ class Scheduler:
                 follower = self._queue.head(sequence)
                 if follower is not None:
                     heapq.heappush(heap, self._entry(follower))
-            chunks.append(self._plan(sequence, min(sequence.pending, budget)))
-            budget -= chunks[-1].length
+            plan(sequence)
         self.short = not round_.open and admit
         return chunks
+
+    def _few(self, tenant: str) -> bool:
+        """Whether a tenant has few places beside the one with most, and no more service.
+
+        But for a burst: who comes back from idle starts level, and has a prompt to be read.
+        """
+        largest = self._largest
+        if largest is None or 2 * self._places[tenant] > self._places[largest]:
+            return False
+        burst = BURST * self._limits.step_tokens
+        return self._queue.served(tenant) <= self._queue.served(largest) + burst
 
     def _make_way(self) -> Sequence | None:
         """Send a request of the tenant with most places back in line for one that has few.
 
-        That is one of a tenant served less, who even then has at most half as many: whoever makes
-        way never comes back this way. Returns whom for; its adapters are in their slots.
+        That is one that even then has at most half as many (see _few): whoever makes way never
+        comes back this way. Returns whom for; its adapters are in their slots.
         """
         full = len(self._running) >= self._limits.max_batch
-        if not (full or self.short) or self._claimant is not None or not self._places:
+        tenant = self._largest
+        if not (full or self.short) or self._claimant is not None or tenant is None:
             return None
-        tenant, most = max(self._places.items(), key=lambda item: item[1])
-        if most < 2:
-            return None
+        most = self._places[tenant]
         heads = self._queue.heads()
         guest = min(heads, key=self._entry, default=None)
         if guest is None or 2 * (self._places[guest.request.tenant] + 1) > most:
             return None
-        victim = max((s for s in self._running if s.request.tenant == tenant), key=_order)
-        if self._queue.rank(guest)[0] >= self._queue.rank(victim)[0]:
+        if not self._few(guest.request.tenant):
             return None
+        victim = max((s for s in self._running if s.request.tenant == tenant), key=_order)
         if guest.digests:
             if not self._residency.hold(guest.digests):
                 return None
@@ -285,7 +314,8 @@ class Scheduler:
     def _entry(self, sequence: Sequence) -> _Entry:
         tenant, in_time, since = self._queue.rank(sequence)
         waiting = sequence not in self._running
-        return tenant, waiting, in_time, since, sequence.order, sequence
+        late = not self._few(sequence.request.tenant)
+        return late, tenant, waiting, in_time, since, sequence.order, sequence
 
     def _plan(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + length
@@ -401,8 +431,9 @@ class Scheduler:
                 del self._held[sequence.request.tenant]
 
 
-# (service of the tenant, waiting, what speaks for its adapter set: see FairQueue.rank, order, who)
-_Entry = tuple[float, bool, bool, float, int, Sequence]
+# (whether its tenant has places enough, service of the tenant, waiting, what speaks for its adapter
+# set: see FairQueue.rank, order, who)
+_Entry = tuple[bool, float, bool, bool, float, int, Sequence]
 
 
 @dataclass(slots=True)

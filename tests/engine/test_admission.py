@@ -36,8 +36,11 @@ def admit(
 
 
 def busy(limits: EngineConfig = LIMITS) -> Admission:
-    """All places taken by tenant t, steps measured."""
+    """All places taken by tenant t, steps measured, one answer ended that was all that it may."""
     admission = make(limits)
+    admit(admission, "before")
+    admission.started("before", 0, now=0.0)
+    admission.ended("before", OUTPUT, by_itself=True)
     for i in range(limits.max_batch):
         admit(admission, f"running-{i}")
         admission.started(f"running-{i}", 0, now=0.0)
@@ -199,3 +202,16 @@ def test_the_books_agree_with_what_happened(
     assert not admission._lines
     assert not admission._waiting_output
     assert not admission._running_output
+
+
+def test_before_an_answer_has_ended_no_deadline_is_out_of_reach() -> None:
+    """How much of what requests may make they do make is not known yet: it may be very little."""
+    admission = make()
+    for i in range(LIMITS.max_batch):
+        admit(admission, f"running-{i}")
+        admission.started(f"running-{i}", 0, now=0.0)
+    for _ in range(50):
+        admission.stepped(LIMITS.max_batch, 0, 0, STEP, short=False)
+    late = request("late", deadline=2 * STEP)
+    admission.admit(late, OUTPUT, now=0.0)
+    assert admission.hopeless([late], now=STEP) == []

@@ -658,3 +658,23 @@ def test_a_flood_that_holds_the_pages_makes_way_too() -> None:
     assert quiet.output
     assert len(engine.done) - before <= 1
     engine.drain()
+
+
+def test_few_streams_prompts_are_not_held_up_by_anothers_many() -> None:
+    """The pace of a flood's streams limits its own prompts more than a quiet tenant's."""
+
+    def steps(tenant: str) -> int:
+        engine = Engine(pages=900, max_batch=9, step_tokens=1000, pace=2.0)
+        for i in range(8):
+            engine.add(f"a{i}", max_tokens=90, tenant="a")
+        for _ in range(30):
+            engine.step()
+        long = engine.add("long", tuple(range(400)), max_tokens=2, tenant=tenant)
+        count = 0
+        while not long.output:
+            batch = engine.step()
+            assert sum(c.length == 1 for c in batch) >= 8
+            count += 1
+        return count
+
+    assert 2 * steps("b") <= steps("a")

@@ -117,13 +117,13 @@ def test_an_engine_that_hangs_takes_in_nothing_more(make_engine, caplog):
 
 def test_an_engine_at_work_is_not_taken_for_stuck(make_engine):
     """Many steps, each shorter than the limit, are longer than it together."""
-    local = make_engine(step_seconds=1.0)
+    local = make_engine(step_seconds=3.0)
     failed, ended = threading.Event(), threading.Event()
     local.engine.start(
         lambda events: ended.set() if any(getattr(e, "finish", None) for e in events) else None,
         failed.set,
     )
-    FaultyForward(local.engine, before=lambda batch: time.sleep(0.15))
+    FaultyForward(local.engine, before=lambda batch: time.sleep(0.3))
     local.engine.submit(local.request((PROMPT, {}, GREEDY)))
     assert ended.wait(60)
     assert not failed.is_set()

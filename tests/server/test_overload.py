@@ -31,6 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     families.make_base("llama3", root / "base", max_position_embeddings=LONG + 384)
     limits = {"max_queue": LINE, "max_batch": 1, "max_tokens": LONG}
     with running(configuration(Path(root), engine=limits, adapters={"root": ""})) as serving:
+        with serving.client() as client:  # how much of what they may answers make is known then
+            client.generate("hello", base=True, max_tokens=8, ignore_eos=True)
         yield serving
 
 
@@ -147,6 +149,7 @@ def test_when_the_flood_has_gone_all_is_free(server: Running, flood: Caller) -> 
     assert flood.ask().code == "RESOURCE_EXHAUSTED"
     for stream in flood.streams:
         stream.cancel()
+    wait_for(lambda: not engine(server).admission.waiting)
     with server.client("flood") as client:
         answer = client.generate("hello", base=True, max_tokens=4, ignore_eos=True)
         assert len(answer.tokens) == 4
