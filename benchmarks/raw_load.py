@@ -93,7 +93,10 @@ def run(
     )
     result = json.loads(done.stdout.splitlines()[-1])
     answers = {
-        name: [Answer(*row[:5], *refusal(*row[5:])) for row in rows]
+        name: [
+            Answer(due, sent, first, ended, code, *refusal(details, pushback))
+            for due, sent, first, ended, code, details, pushback in rows
+        ]
         for name, rows in result["answers"].items()
     }
     return answers, result["cpu_seconds"]
