@@ -25,11 +25,14 @@ from benchmarks.served import Served
 from benchmarks.watch import Watch
 from benchmarks.workload import Workload
 from mora_serve.client import Client
+from mora_serve.router.features import Features, NGrams
 from mora_serve.v1 import generation_pb2 as pb
 from router_training.demo.loaded import ROUTER_FILE
 from router_training.demo.routing import RouterRecipe, fit_demo_router
 from router_training.demo.tasks import TASKS
+from router_training.router import FitOptions
 
+ROUTER = FitOptions(Features(NGrams(dim=512)), 64, strengths=(1.0,), blends=(0.33,))  # in a second
 KINDS = ("base", "adapter", "routed")
 QUIET, LOUD = "quiet", "loud"
 NAMES = tuple(TASKS)[:4]  # of each tenant's adapters: the tasks that its prompts ask for
@@ -122,7 +125,7 @@ def prepare(address: str, paths: Sequence[str], root: Path) -> None:
     """Give each tenant its adapters, and the server a router for their tasks."""
     with Client(address) as client:
         fingerprint = client.server_info().base.fingerprint
-        fit_demo_router(fingerprint, RouterRecipe(16), root)
+        fit_demo_router(fingerprint, RouterRecipe(16, ROUTER), root)
         client.load_router(data=(root / ROUTER_FILE).read_bytes())
     for i, tenant in enumerate((QUIET, LOUD)):
         with Client(address, tenant=tenant) as client:

@@ -92,14 +92,14 @@ def run(
         timeout=timeout,
     )
     result = json.loads(done.stdout.splitlines()[-1])
-    answers = {name: [_answer(*row) for row in rows] for name, rows in result["answers"].items()}
+    answers = {
+        name: [
+            Answer(due, sent, first, ended, code, *refusal(details, pushback))
+            for due, sent, first, ended, code, details, pushback in rows
+        ]
+        for name, rows in result["answers"].items()
+    }
     return answers, result["cpu_seconds"]
-
-
-def _answer(
-    due: float, sent: float, first: float, ended: float, code: str, details: str, pushback: str
-) -> Answer:
-    return Answer(due, sent, first, ended, code, *refusal(details, pushback))
 
 
 def refusal(details: str, pushback: str) -> tuple[str, str]:

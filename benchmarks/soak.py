@@ -36,6 +36,7 @@ TENANTS = ("default", "soak-a", "soak-b")
 PATHS = ("reverse", "uppercase", "caesar", "double", "roman")
 CHURNED = 6  # names whose adapters come and go, a tenant
 FULL = "RESOURCE_EXHAUSTED"  # a refusal under load is right for any call
+KV_BYTES = 16 << 20  # memory of pages is taken as they are first used: few are soon used up
 IDLE_SECONDS = 60.0  # until nothing may be left of the calls
 GAUGES = {
     "mora_num_requests_running": 0.0,
@@ -209,6 +210,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     flags = {
         "adapters.root": bundle_path() / "adapters",
         "server.metrics_port": metrics_port,
+        "engine.kv_bytes": KV_BYTES,
     }
     with ServerProcess(flags) as process, Client(process.address) as client:
         process.wait_until_ready(client)

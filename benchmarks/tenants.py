@@ -108,7 +108,7 @@ async def set_up(tenant: Tenant, folder: Path) -> None:
         for path in source.iterdir():
             if path.suffix != ".safetensors":
                 (directory / path.name).write_bytes(path.read_bytes())
-        factor = 0.5 + 0.1 * len(tenant.name) + 0.05 * i
+        factor = 0.9 + 0.33 * (tenant.name == "globex") + 0.05 * i
         tensors = load_file(source / "adapter_model.safetensors")
         save_file(
             {k: (v.astype(np.float32) * factor).astype(v.dtype) for k, v in tensors.items()},

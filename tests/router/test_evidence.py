@@ -80,7 +80,7 @@ def test_whoever_the_rest_is_for_is_found_though_the_whole_prompt_does_not_show_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(evidence_module, "FOUND", 1)
-    monkeypatch.setattr(index_module.Index.candidates, "__defaults__", (None, 1))
+    monkeypatch.setattr(index_module.Index.candidates, "__defaults__", (None, 1, frozenset()))
     assert set(seen(PAIR).names) == {"reverse", "json"}
 
 
@@ -91,7 +91,7 @@ def test_the_best_stays_first_wherever_those_found_later_are_registered(
     names = list(TASKS)[::turn]
     best = seen(PAIR, *names).names[0]
     monkeypatch.setattr(evidence_module, "FOUND", 1)
-    monkeypatch.setattr(index_module.Index.candidates, "__defaults__", (None, 1))
+    monkeypatch.setattr(index_module.Index.candidates, "__defaults__", (None, 1, frozenset()))
     assert seen(PAIR, *names).names[0] == best
 
 
