@@ -51,7 +51,22 @@ def load(settings: TuneSettings, directory: Path) -> Any:
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.device())
         options["device_map"] = {"": ranks.device()}
-    return AutoModelForCausalLM.from_pretrained(str(directory), **options)
+    model = AutoModelForCausalLM.from_pretrained(str(directory), **options)
+    _keep_layout(model)
+    return model
+
+
+def _keep_layout(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew where a CPU has AVX512-BF16.
+
+    It does so in place, in the first pass in eval mode. Packed ones compute in bfloat16 whatever
+    was asked for and let no gradient through: after an evaluation, training would go wrong.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def peft_config(settings: TuneSettings, shape: ModelShape, steps: int) -> Any:

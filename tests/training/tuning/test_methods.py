@@ -124,3 +124,21 @@ def test_what_was_trained_is_served_as_peft_has_it(make, values: dict[str, Any])
         ours = local.generate([(asked, {"made": 1.0}, sampling)])[0]
     assert ours == theirs[: len(ours)]
     assert len(ours) == len(theirs) or theirs[len(ours)] in base.tokenizer.eos_ids
+
+
+def test_a_model_that_was_evaluated_trains_as_before(make) -> None:
+    """Also where bitsandbytes would pack weights anew, without a gradient, in eval mode."""
+    settings = make()
+    base = read_base("demo")
+    model = with_adapter(settings, load(settings, base.directory), base.shape, 4, ())
+    ids = torch.tensor([base.tokenizer.plain(base.tokenizer.render([("user", PROMPT)]))])
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for n, p in model.named_parameters() if "lora_B" in n]
+
+    before = gradients()
+    logits(model.eval())
+    assert all(map(torch.equal, before, gradients()))
+    assert before[0].any()  # of the first layer, through all the others
