@@ -1,10 +1,11 @@
 """A quiet tenant beside one that floods the server: how long its first tokens take.
 
-A Llama of 100M parameters in NF4 (or another size by flags) with adapters of each tenant and a
-router, in a process of its own. Both tenants send prompts alike, in turn to the base, to an
-adapter, and to the router; all answers are streams. The quiet one's Poisson arrivals are a part of
-what the server can serve. They are measured alone and beside the other's, which are several times
-what the server can serve, in turns. The first token counts from when its request was due.
+A small Llama in NF4 (another size by flags) with adapters of each tenant and a router, in a process
+of its own, whose engine computes on one thread. Both tenants send prompts alike, in turn to the
+base, to an adapter, and to the router; all answers are streams. The quiet one's Poisson arrivals
+are a part of what the server can serve. They are measured alone and beside the other's, which are
+several times what the server can serve, in turns. The first token counts from when its request was
+due.
 
     python -m benchmarks.noisy_neighbour --json
 """
@@ -48,10 +49,12 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.2, help="of the capacity, as load")
     parser.add_argument("--loud", type=float, default=5.0, help="times the capacity, as load")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0: all cores")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; 0: all cores")
     parser.add_argument("--seed", type=int, default=0)
     Workload.add_arguments(parser)
-    parser.set_defaults(tokens=64, prompt=256)
+    parser.set_defaults(
+        hidden=512, intermediate=1408, layers=6, vocabulary=4096, tokens=64, prompt=128
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), args)

@@ -1,12 +1,13 @@
 """Ten times the load that a server can serve, for a minute: what gets through, and what is refused.
 
-A Llama of 100M parameters in NF4 (or another size by flags) in a process of its own. First as many
-callers as its batch has places, and as many again in line, ask one after another: the capacity.
-Then Poisson arrivals at ten times that rate, each with a deadline of so many times what an answer
-takes in a full batch. Goodput counts whole answers within their deadline, from when they were due;
-the beginning, in which no answer can have ended, is left out of both rates. The load generator is
-another process on the same cores: its processor time is given. Meanwhile the server is asked for
-its health twenty times a second.
+A small Llama in NF4 (another size by flags) in a process of its own, whose engine computes on one
+thread: gRPC and the load generator have the other core of two. First as many callers as its batch
+has places, and as many again in line, ask one after another: the capacity. Then Poisson arrivals at
+ten times that rate, each with a deadline of so many times what an answer takes in a full batch.
+Goodput counts whole answers within their deadline, from when they were due; the beginning, in which
+no answer can have ended, is left out of both rates. The load generator is another process on the
+same cores: its processor time is given. Meanwhile the server is asked for its health twenty times a
+second.
 
     python -m benchmarks.overload --json
 """
@@ -39,10 +40,10 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0, help="the capacity, as load")
     parser.add_argument("--deadline", type=float, default=3.0, help="in times of an answer")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0: all cores")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; 0: all cores")
     parser.add_argument("--seed", type=int, default=0)
     Workload.add_arguments(parser)
-    parser.set_defaults(tokens=128)
+    parser.set_defaults(hidden=512, intermediate=1408, layers=6, vocabulary=4096, tokens=128)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), args)

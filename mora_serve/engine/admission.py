@@ -22,6 +22,7 @@ from mora_serve.places import most, retry_after
 
 MARGIN = 1.1  # a deadline has to lie this many times the expected time away
 HOPE = 0.8  # who waits is let go when even so much of the expected service no longer fits
+DRAINED = 0.25  # of a full line, when those who found it full come back
 
 
 @dataclass(slots=True)
@@ -151,7 +152,7 @@ class Admission:
     def retry_after(self, tenant: str) -> float:
         """When a tenant who is refused for want of room may try again, in seconds."""
         with self._lock:
-            return self._retry_after(self._expected(tenant, 0, 0))
+            return self._retry_after(DRAINED * self._expected(tenant, 0, 0).place)
 
     def _check_line(self, tenant: str, prompt: int, output: int) -> None:
         limits, own = self._limits, self._tenants[tenant]
@@ -169,7 +170,7 @@ class Admission:
         raise ResourceExhausted(
             f"queue: {text}{wait}; retry later",
             reason=reason,
-            retry_after=self._retry_after(expected),
+            retry_after=self._retry_after(DRAINED * expected.place),
         )
 
     def _check_deadline(self, tenant: str, prompt: int, output: int, left: float) -> None:
@@ -185,7 +186,7 @@ class Admission:
             f"{expected.end - expected.place:.1f} s; retry later, allow more time or lower "
             "max_tokens",
             reason="DEADLINE_UNREACHABLE",
-            retry_after=self._retry_after(expected),
+            retry_after=self._retry_after(expected.place),
         )
 
     def _expected(self, tenant: str, prompt: int, output: int) -> Expected:
@@ -206,8 +207,8 @@ class Admission:
             ahead=ahead,
         )
 
-    def _retry_after(self, expected: Expected) -> float:
-        return retry_after(expected.place if self._forecast.known else None, self._rng)
+    def _retry_after(self, wait: float) -> float:
+        return retry_after(wait if self._forecast.known else None, self._rng)
 
     def _leave_line(self, entry: _Open) -> None:
         self._join(entry.tenant, -1)

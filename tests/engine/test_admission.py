@@ -62,9 +62,9 @@ def test_a_full_line_refuses_and_says_how_long_it_takes() -> None:
     error = refused(admission, "more")
     assert error.reason == "QUEUE_FULL"
     assert "the wait is about" in error.message
-    # Eight answers of 50 steps, four at a time, behind those that run.
+    # Eight answers of 50 steps, four at a time, behind those that run: a quarter of that.
     assert error.retry_after is not None
-    assert 1.0 <= error.retry_after <= 3.0
+    assert 0.25 <= error.retry_after <= 0.75
 
 
 def test_the_longer_the_wait_the_later_the_retry() -> None:

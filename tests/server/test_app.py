@@ -146,7 +146,7 @@ def test_a_full_queue_says_when_to_come_back(full):
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         prompt = generation_pb2.Prompt(text="x")
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(generation_pb2.GenerateRequest(prompt=prompt), timeout=120)
+            stub.Generate(generation_pb2.GenerateRequest(prompt=prompt), timeout=3600)
     error = connection.error_of(caught.value, "")
     assert isinstance(error, errors.ResourceExhausted)
     assert error.reason == "QUEUE_FULL"
