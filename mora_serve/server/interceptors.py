@@ -21,11 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc import aio
-from grpc_status import rpc_status
 
 from mora_serve.access.audit import Audit
 from mora_serve.access.door import HEALTH, Caller, Denied, Door
@@ -44,15 +41,9 @@ from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server import logs
 from mora_serve.server.gate import Gate, State
-
-DOMAIN = "mora-serve"
-PUSHBACK = "grpc-retry-pushback-ms"
-_LONGEST_MESSAGE = 1000  # characters; all metadata of an answer shares 8 KiB
+from mora_serve.server.status import Context, Metadata, abort
 
 log = logging.getLogger(__name__)
-
-_Metadata = tuple[tuple[str, str], ...]
-_Context = aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -145,11 +136,11 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     def _refusing(self, method: str, request_id: str, error: MoraError) -> Any:
         """A handler that answers with an error. Of this kind, it reads nothing of the request."""
 
-        async def refuse(_: Any, context: _Context) -> None:
+        async def refuse(_: Any, context: Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
             if self._log_calls:
                 logs.ended(method, error.code, 0.0, request_id)
-            await _abort(context, error, ((calls.REQUEST_ID, request_id),))
+            await abort(context, error, ((calls.REQUEST_ID, request_id),))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -159,8 +150,8 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             (handler.stream_unary, self._all) if many else (handler.unary_unary, self._only)
         )
 
-        async def behaviour(requests: Any, context: _Context) -> Any:
-            async def run(echo: _Metadata) -> Any:
+        async def behaviour(requests: Any, context: Context) -> Any:
+            async def run(echo: Metadata) -> Any:
                 response = await inner(await take(requests, context), context)
                 await context.send_initial_metadata(echo)
                 return response
@@ -177,8 +168,8 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             (handler.stream_stream, self._all) if many else (handler.unary_stream, self._only)
         )
 
-        async def behaviour(requests: Any, context: _Context) -> None:
-            async def run(echo: _Metadata) -> None:
+        async def behaviour(requests: Any, context: Context) -> None:
+            async def run(echo: Metadata) -> None:
                 answer = inner(await take(requests, context), context)
                 if not hasattr(answer, "__aiter__"):  # it writes to the context itself
                     await answer
@@ -197,7 +188,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
-    async def _only(self, requests: Any, context: _Context) -> Any:
+    async def _only(self, requests: Any, context: Context) -> Any:
         """The only message of a call; those after it are not read."""
         try:
             async with asyncio.timeout(self._stall_seconds):
@@ -215,11 +206,11 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             )
         return _checked(request)
 
-    async def _all(self, requests: Any, context: _Context) -> AsyncIterator[Any]:
+    async def _all(self, requests: Any, context: Context) -> AsyncIterator[Any]:
         """The messages of a call that takes many."""
         return _each_checked(requests)
 
-    async def _write(self, context: _Context, message: Any) -> None:
+    async def _write(self, context: Context, message: Any) -> None:
         try:
             async with asyncio.timeout(self._stall_seconds):
                 await context.write(message)
@@ -233,9 +224,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     async def _guard(
         self,
         method: str,
-        context: _Context,
+        context: Context,
         call: calls.Call,
-        run: Callable[[_Metadata], Awaitable[Any]],
+        run: Callable[[Metadata], Awaitable[Any]],
     ) -> Any:
         """Run a call under its identity; end it with a status when it fails."""
         start = time.monotonic()
@@ -272,44 +263,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             self._metrics.rpc(method, outcome, seconds)
             if self._log_calls:
                 logs.ended(method, outcome, seconds, request_id)
-        return await _abort(context, error, echo)
-
-
-async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
-    status = rpc_status.to_status(status_of(error))
-    trailing = (*status.trailing_metadata, *echo)
-    left = context.time_remaining()
-    if error.retry_after is not None and (left is None or error.retry_after < left):
-        trailing += ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    elif error.retry_after is not None or isinstance(error, ResourceExhausted):
-        # A client's retry policy is not to try again: the call would end by its deadline instead.
-        trailing += ((PUSHBACK, "-1"),)
-    try:
-        return await context.abort(status.code, status.details, trailing)
-    except aio.InternalError:
-        log.info("the client had gone before it could be told: %s %s", error.code, error.reason)
-        raise asyncio.CancelledError from None  # or grpc would log a fault
-
-
-def status_of(error: MoraError) -> status_pb2.Status:
-    """The rich status of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-    message = error.message
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + "…"
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=message
-        )
-        details.append(error_details_pb2.BadRequest(field_violations=(violation,)))
-    if error.retry_after is not None:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
-    for detail in details:
-        status.details.add().Pack(detail)
-    return status
+        return await abort(context, error, echo)
 
 
 async def _nothing(requests: Any, context: Any) -> None:

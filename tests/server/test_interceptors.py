@@ -22,7 +22,8 @@ from mora_serve.config import AccessConfig
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor, Entrance
+from mora_serve.server.interceptors import CallInterceptor, Entrance
+from mora_serve.server.status import DOMAIN, PUSHBACK
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 ERRORS = [
