@@ -1,7 +1,7 @@
 """The outermost layer of every call: its identity, its errors, its duration.
 
-Here, and nowhere else, an exception becomes a gRPC status. A ``MoraError`` is sent as it is,
-with machine-readable details; anything else is logged, and the client learns the request id.
+A ``MoraError`` becomes its status (see ``status.py``); anything else is logged, and the client
+learns the request id.
 
 An answer carries the request id in its initial metadata, an error in its trailing metadata:
 initial metadata sent ahead of an error would commit the call, and no client would retry it.
@@ -16,8 +16,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -27,6 +27,7 @@ from grpc import aio
 from mora_serve.access.audit import Audit
 from mora_serve.access.door import HEALTH, Caller, Denied, Door
 from mora_serve.access.limits import Meter
+from mora_serve.access.roles import ALLOWED
 from mora_serve.errors import (
     Internal,
     InvalidArgument,
@@ -42,6 +43,7 @@ from mora_serve.server import call as calls
 from mora_serve.server import logs
 from mora_serve.server.gate import Gate, State
 from mora_serve.server.status import Context, Metadata, abort
+from mora_serve.server.strangers import REQUEST_SECONDS, Strangers
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Entrance:
     gate: Gate
     meter: Meter
     audit: Audit
+    strangers: Strangers = field(default_factory=Strangers)
 
 
 class _Malformed:
@@ -61,12 +64,12 @@ class _Malformed:
 
 
 class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
-    """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
+    """Wraps every method, of every kind; ``stall_seconds`` bounds one write, or one read.
 
     A call is let in by its metadata alone: one that is not is answered before a byte of its request
-    is read. grpc's own services (health, reflection) pass whatever the gate's state, and health
-    needs no key. ``apart``: administrators' calls are served on another address. ``log_calls`` logs
-    a line for each call that ends.
+    is read. grpc's own services (health, reflection) pass whatever the gate's state. Health needs
+    no key; how many ask for it is bounded instead. ``apart``: administrators' calls are served on
+    another address. ``log_calls`` logs a line for each call that ends.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         self._gate = entrance.gate
         self._meter = entrance.meter
         self._audit = entrance.audit
+        self._strangers = entrance.strangers
         self._stall_seconds = stall_seconds
         self._apart = apart
 
@@ -123,15 +127,17 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         try:
             return self._door.admit(method, metadata, self._apart)
         except (Unauthenticated, PermissionDenied) as e:
-            known = e.caller if isinstance(e, Denied) else Caller("")
-            self._audit.denied(
-                request_id=request_id,
-                tenant=known.tenant,
-                key=known.key,
-                method=method,
-                reason=e.reason,
-            )
+            self._denied(method, request_id, e.caller if isinstance(e, Denied) else Caller(""), e)
             raise
+
+    def _denied(self, method: str, request_id: str, caller: Caller, error: MoraError) -> None:
+        self._audit.denied(
+            request_id=request_id,
+            tenant=caller.tenant,
+            key=caller.key,
+            method=method if method in ALLOWED else "unknown",
+            reason=error.reason,
+        )
 
     def _refusing(self, method: str, request_id: str, error: MoraError) -> Any:
         """A handler that answers with an error. Of this kind, it reads nothing of the request."""
@@ -139,7 +145,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         async def refuse(_: Any, context: Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
             if self._log_calls:
-                logs.ended(method, error.code, 0.0, request_id)
+                # What strangers send does not fill the log.
+                quiet = self._door.locked and not isinstance(error, Denied)
+                logs.ended(method, error.code, 0.0, request_id, quiet=quiet)
             await abort(context, error, ((calls.REQUEST_ID, request_id),))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -147,7 +155,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     def _unary(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
-            (handler.stream_unary, self._all) if many else (handler.unary_unary, self._only)
+            (handler.stream_unary, self._all) if many else (handler.unary_unary, self._one(method))
         )
 
         async def behaviour(requests: Any, context: Context) -> Any:
@@ -165,7 +173,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     def _streaming(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
-            (handler.stream_stream, self._all) if many else (handler.unary_stream, self._only)
+            (handler.stream_stream, self._all)
+            if many
+            else (handler.unary_stream, self._one(method))
         )
 
         async def behaviour(requests: Any, context: Context) -> None:
@@ -188,15 +198,25 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
+    def _one(self, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        return self._of_stranger if method.startswith(HEALTH) else self._only
+
+    async def _of_stranger(self, requests: Any, context: Context) -> Any:
+        """The only message of a call that needs no key."""
+        with self._strangers.sending(context):
+            return await self._received(context, min(REQUEST_SECONDS, self._stall_seconds))
+
     async def _only(self, requests: Any, context: Context) -> Any:
         """The only message of a call; those after it are not read."""
+        return await self._received(context, self._stall_seconds)
+
+    async def _received(self, context: Context, seconds: float) -> Any:
         try:
-            async with asyncio.timeout(self._stall_seconds):
+            async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
             raise ResourceExhausted(
-                f"request: nothing came for {self._stall_seconds:g} seconds; send the message "
-                "with the call",
+                f"request: nothing came for {seconds:g} seconds; send the message with the call",
                 reason="STREAM_STALLED",
             ) from None
         if request is aio.EOF:  # type: ignore[attr-defined]  # missing stub
@@ -208,7 +228,22 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
     async def _all(self, requests: Any, context: Context) -> AsyncIterator[Any]:
         """The messages of a call that takes many."""
-        return _each_checked(requests)
+        return self._each(requests)
+
+    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        while True:
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    request = await anext(requests)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ResourceExhausted(
+                    f"stream: nothing came for {self._stall_seconds:g} seconds; send the messages "
+                    "one after another, from the start",
+                    reason="STREAM_STALLED",
+                ) from None
+            yield _checked(request)
 
     async def _write(self, context: Context, message: Any) -> None:
         try:
@@ -235,9 +270,13 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         outcome = "OK"
         try:
             calls.enter(call)
-            if method.startswith("/grpc."):
-                return await run(echo)
-            with self._gate.passing(), self._meter.passing(caller.tenant, caller.limits):
+            with ExitStack() as inside:
+                if method.startswith(HEALTH):
+                    inside.enter_context(self._strangers.calling(context))
+                else:
+                    if not method.startswith("/grpc."):
+                        inside.enter_context(self._gate.passing())
+                    inside.enter_context(self._meter.passing(caller.tenant, caller.limits))
                 return await run(echo)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
@@ -251,6 +290,8 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         except MoraError as e:
             error = e
             outcome = e.code
+            if isinstance(e, PermissionDenied):
+                self._denied(method, request_id, caller, e)
         except NotImplementedError:  # of the base of a generated servicer
             error = Unimplemented(f"method: {method} is none of this server's; see its reflection")
             outcome = error.code
@@ -290,8 +331,3 @@ def _checked(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidArgument("request: its bytes are not a message of this call's type")
     return request
-
-
-async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
