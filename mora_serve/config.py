@@ -129,7 +129,9 @@ class ServerConfig:
         "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
     )
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
-    max_message_bytes: int = _doc(64 << 20, "largest gRPC message")
+    max_message_bytes: int = _doc(
+        16 << 20, "largest gRPC message to the server; a larger router is loaded by its path"
+    )
     admin_host: str = _doc("127.0.0.1", "address for administrators")
     admin_port: int = _doc(
         -1,
@@ -137,7 +139,14 @@ class ServerConfig:
         "free one, -1 serves them on server.port",
     )
     drain_seconds: float = _doc(
-        30.0, "time to stop in: running requests have most of it to finish, then they are ended"
+        30.0,
+        "time to stop in: running requests have most of it to finish, then they are ended; what "
+        "hangs besides may hold the process for 2 seconds, however small this is",
+    )
+    drain_wait_seconds: float = _doc(
+        0.5,
+        "of that, time in which calls are still taken although the health says NOT_SERVING; at "
+        "most a tenth",
     )
     log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
     log_calls: bool = _doc(True, "log a line for each call that ends")

@@ -1,7 +1,7 @@
 """Every error a caller can see: a gRPC code by name, a machine-readable reason, a message.
 
 A message names the field, the value and the remedy, and never a path, an address or a
-traceback. The one place that turns these into a gRPC status is ``server/interceptors.py``.
+traceback. The one place that turns these into a gRPC status is ``server/status.py``.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from mora_serve.core import (
     TokenOut,
     Usage,
 )
-from mora_serve.server.interceptors import status_of
+from mora_serve.server.status import status_of
 from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
 
 g = generation_pb2

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from mora_serve.access.file import read_rules
 from mora_serve.access.keys import new_secret, sha256_of
 from mora_serve.access.roles import Role
 from mora_serve.adapters.untrusted import check_name
-from mora_serve.errors import AlreadyExists, InvalidArgument
+from mora_serve.errors import AlreadyExists, ConfigError, InvalidArgument
 
 EPILOG = """\
 examples:
@@ -86,29 +89,72 @@ def entry(key_id: str, tenant: str, roles: list[str], sha256: str, days: int = 0
 
 
 def append(path: Path, key_id: str, text: str) -> None:
-    """Append an entry, in one step for whoever reads the file.
+    """Append an entry, in one step for whoever reads the file, after others who append.
 
-    Raises AlreadyExists for an id that is in use, InvalidArgument for a file that cannot be
-    read or written, and ConfigError for one that is no access file.
+    A link stays one, and so do the file's owner and its mode. Raises AlreadyExists for an id that
+    is in use, InvalidArgument for a file that cannot be read or written or takes no entry, and
+    ConfigError for one that is no access file.
     """
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        if before and any(key.id == key_id for key in read_rules(path).keys):
-            raise AlreadyExists(
-                f"id: the file has a key {key_id!r}; choose another id, or delete its entry"
-            )
-        separator = "\n" if before.strip() else ""
-        new = path.with_name(f".{path.name}.new")
-        new.unlink(missing_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(before.rstrip("\n") + ("\n" if before.strip() else "") + separator + text)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.chmod(new, path.stat().st_mode & 0o777)
-        os.replace(new, path)
+        path = Path(os.path.realpath(path))
+        with _alone(path):
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            if before and any(key.id == key_id for key in read_rules(path).keys):
+                raise AlreadyExists(
+                    f"id: the file has a key {key_id!r}; choose another id, or delete its entry"
+                )
+            separator = "\n" if before.strip() else ""
+            _replace(path, key_id, before.rstrip("\n") + separator * 2 + text)
     except OSError as e:
         raise InvalidArgument(
             f"file: it cannot be read and written ({e.strerror}); give another"
         ) from None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """The time in which nobody else appends to the file: it is replaced, its directory stays."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _replace(path: Path, key_id: str, content: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            status = path.stat()
+            if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
+                for owner in (-1, status.st_uid):  # its group can be given by whoever is in it
+                    with contextlib.suppress(PermissionError):
+                        os.chown(new, owner, status.st_gid)
+            os.chmod(new, status.st_mode & 0o777)
+        _check(new, key_id)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _check(new: Path, key_id: str) -> None:
+    """Raises InvalidArgument where what was good before is not with the entry."""
+    try:
+        found = any(key.id == key_id for key in read_rules(new).keys)
+    except ConfigError as e:
+        reason = e.message.removeprefix("access.file: ")
+    else:
+        if found:
+            return
+        reason = "the entry is not found in it"
+    raise InvalidArgument(
+        f"file: an entry cannot be appended to it ({reason}); write its keys as [[keys]] tables, "
+        "not as keys = [...], and after everything else"
+    )

@@ -23,7 +23,7 @@ from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
 from mora_serve.config import Config
 from mora_serve.core import SHARED_TENANT
-from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.errors import InvalidArgument, MoraError
 from mora_serve.model.shape import ModelShape
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
@@ -75,7 +75,6 @@ class AdapterServicer(AdapterServiceServicer):
         self._resident = resident
         self._config = config
         self._limits = config.adapters
-        self._stall_seconds = config.engine.stall_seconds
         self._shape = shape
         self._fingerprint = fingerprint
         self._executor = executor
@@ -110,7 +109,7 @@ class AdapterServicer(AdapterServiceServicer):
         with self._uploads.taken(calls.current().tenant):
             header, stated, upload = None, "", Upload(self._limits)
             with upload:
-                async for message in self._steadily(request_iterator):
+                async for message in request_iterator:
                     kind = message.WhichOneof("kind")
                     if kind == "chunk" and header is not None:
                         await self._run(upload.write, message.chunk.file, message.chunk.data)
@@ -279,24 +278,6 @@ class AdapterServicer(AdapterServiceServicer):
         except InvalidArgument as e:
             raise e.at(f"{field}.{e.field}") from None
         return card
-
-    async def _steadily(
-        self, messages: AsyncIterator[pb.UploadAdapterRequest]
-    ) -> AsyncIterator[pb.UploadAdapterRequest]:
-        """The messages; ResourceExhausted where the next one does not come in time."""
-        while True:
-            try:
-                async with asyncio.timeout(self._stall_seconds):
-                    message = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise ResourceExhausted(
-                    f"upload: nothing came for {self._stall_seconds:g} seconds; send the "
-                    "messages one after another, from the start",
-                    reason="STREAM_STALLED",
-                ) from None
-            yield message
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         """Run ``work`` on a thread for the disk, as a part of this call."""

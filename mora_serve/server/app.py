@@ -22,9 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
-import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
@@ -36,7 +35,7 @@ from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import ending, lag, tls
+from mora_serve.server import ending, health, lag, tls
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
     from mora_serve.server.assembly import Assembly
 
 log = logging.getLogger(__name__)
+
+_MOST_STREAMS = 4096  # calls at the same time on one connection; a client's others wait in it
+_LARGEST_ANSWER = 64 << 20  # bytes: what answers are made of has limits of its own
 
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 60_000),  # finds clients that vanished without a word
@@ -78,7 +80,7 @@ class MoraServer:
         self._gate = Gate()
         audit = Audit(Path(config.access.audit) if config.access.audit else None)
         self._entrance = Entrance(Door(config.access), self._gate, Meter(), audit)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing stub
+        self._health = health.HealthServicer(SERVICES)
         self._services = LateServices()
         self._servers: list[aio.Server] = []
         self._exposition: Any = None
@@ -119,7 +121,6 @@ class MoraServer:
 
         Raises ConfigError for a configuration that cannot be served.
         """
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._run(lag.watch(self.metrics))
         self._listen()
         for server in self._servers:
@@ -139,7 +140,7 @@ class MoraServer:
         )
         assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
         self._gate.state = State.SERVING
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(serving=True)
         log.info("serving on %s", self.address)
 
     async def stop(self, drain_seconds: float | None = None, *, hang_up: bool = True) -> None:
@@ -151,9 +152,13 @@ class MoraServer:
         """
         seconds = self.config.server.drain_seconds if drain_seconds is None else drain_seconds
         times = ending.Times.of(seconds)
+        self._health.end()
         if self._gate.state is State.SERVING:
             log.info("draining, at most %g s", seconds)
-        await self._health.enter_graceful_shutdown()
+            # Whoever watches the health has heard it, and what it has sent already is taken.
+            await asyncio.sleep(
+                min(self.config.server.drain_wait_seconds, ending.WAITING * seconds)
+            )
         if not await self._gate.drain(ending.left(times.finishing)):
             log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
             await self._gate.empty(ending.left(times.writing))
@@ -198,7 +203,7 @@ class MoraServer:
         log.critical("the engine has failed: calls are ended, and the server is to be restarted")
         self.failed.set()
         self._gate.fail()
-        self._run(self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
+        self._health.end()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work`` beside the calls, until the server stops at the latest."""
@@ -220,27 +225,27 @@ class MoraServer:
             ),
             options=(
                 ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", size),
+                ("grpc.max_send_message_length", max(size, _LARGEST_ANSWER)),
+                ("grpc.max_concurrent_streams", _MOST_STREAMS),
                 ("grpc.so_reuseport", 0),  # a port in use is an error
                 *_KEEPALIVE,
             ),
         )
         server.add_generic_rpc_handlers((self._services,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*SERVICES, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
 
     def _listen(self) -> None:
         config = self.config.server
-        secure, apart = tls.credentials(config), config.admin_port >= 0
-        self.port = self._bind(self._make(apart=apart), config.host, config.port, secure)
+        apart = config.admin_port >= 0
+        self.port = self._bind(self._make(apart=apart), config.host, config.port)
         if apart:
             self.admin_port = self._bind(
                 self._make(apart=False),
                 config.admin_host,
                 config.admin_port,
-                secure,
                 "server.admin_",
             )
         if config.metrics_port < 0:
@@ -268,7 +273,6 @@ class MoraServer:
         server: aio.Server,
         host: str,
         port: int,
-        secure: grpc.ServerCredentials | None,
         prefix: str = "server.",
     ) -> int:
         """Listen with a server from now on; the real port."""
@@ -281,7 +285,9 @@ class MoraServer:
                 "access.allow_anonymous = true where a proxy decides who comes this far",
                 field=f"{prefix}host",
             )
-        bound = tls.add_port(server, host, port, self.config.server, secure, prefix)
+        config = self.config.server
+        # Each port has credentials of its own: grpc takes those whose files may change once.
+        bound = tls.add_port(server, host, port, config, tls.credentials(config), prefix)
         self._servers.append(server)
         return bound
 
@@ -289,10 +295,6 @@ class MoraServer:
         from mora_serve.server.assembly import assemble  # imports torch: a second or more
 
         return assemble(self.config)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
 
 
 def serve(config: Config) -> NoReturn:
@@ -326,7 +328,7 @@ async def _serve(config: Config) -> NoReturn:
     failing = asyncio.ensure_future(server.failed.wait())
     tasks = (starting, waiting, failing)
     try:
-        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             _settle()

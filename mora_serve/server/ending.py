@@ -18,6 +18,7 @@ from typing import NoReturn
 
 # Of the time to stop: to finish; to tell those that could not; for the last bytes of calls.
 FINISHING, WRITING, LAST = 0.7, 0.1, 0.1
+WAITING = 0.1  # at most, of the time to finish, in which new calls are still taken
 LEAST, MOST_LAST = 0.2, 2.0  # seconds of a part, however short or long the whole
 CLOSING = 10.0  # seconds for files and threads, where the process does not end before
 FAILED_SECONDS = 5.0  # to end a process whose engine has failed

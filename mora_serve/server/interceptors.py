@@ -1,7 +1,7 @@
 """The outermost layer of every call: its identity, its errors, its duration.
 
-Here, and nowhere else, an exception becomes a gRPC status. A ``MoraError`` is sent as it is,
-with machine-readable details; anything else is logged, and the client learns the request id.
+A ``MoraError`` becomes its status (see ``status.py``); anything else is logged, and the client
+learns the request id.
 
 An answer carries the request id in its initial metadata, an error in its trailing metadata:
 initial metadata sent ahead of an error would commit the call, and no client would retry it.
@@ -16,20 +16,18 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc import aio
-from grpc_status import rpc_status
 
 from mora_serve.access.audit import Audit
 from mora_serve.access.door import HEALTH, Caller, Denied, Door
 from mora_serve.access.limits import Meter
+from mora_serve.access.roles import ALLOWED
 from mora_serve.errors import (
     Internal,
     InvalidArgument,
@@ -44,15 +42,10 @@ from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server import logs
 from mora_serve.server.gate import Gate, State
-
-DOMAIN = "mora-serve"
-PUSHBACK = "grpc-retry-pushback-ms"
-_LONGEST_MESSAGE = 1000  # characters; all metadata of an answer shares 8 KiB
+from mora_serve.server.status import Context, Metadata, abort
+from mora_serve.server.strangers import REQUEST_SECONDS, Strangers
 
 log = logging.getLogger(__name__)
-
-_Metadata = tuple[tuple[str, str], ...]
-_Context = aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ class Entrance:
     gate: Gate
     meter: Meter
     audit: Audit
+    strangers: Strangers = field(default_factory=Strangers)
 
 
 class _Malformed:
@@ -70,12 +64,12 @@ class _Malformed:
 
 
 class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in stubs only
-    """Wraps every method, of every kind; ``stall_seconds`` bounds one write to a client.
+    """Wraps every method, of every kind; ``stall_seconds`` bounds one write, or one read.
 
     A call is let in by its metadata alone: one that is not is answered before a byte of its request
-    is read. grpc's own services (health, reflection) pass whatever the gate's state, and health
-    needs no key. ``apart``: administrators' calls are served on another address. ``log_calls`` logs
-    a line for each call that ends.
+    is read. grpc's own services (health, reflection) pass whatever the gate's state. Health needs
+    no key; how many ask for it is bounded instead. ``apart``: administrators' calls are served on
+    another address. ``log_calls`` logs a line for each call that ends.
     """
 
     def __init__(
@@ -93,6 +87,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         self._gate = entrance.gate
         self._meter = entrance.meter
         self._audit = entrance.audit
+        self._strangers = entrance.strangers
         self._stall_seconds = stall_seconds
         self._apart = apart
 
@@ -132,35 +127,39 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         try:
             return self._door.admit(method, metadata, self._apart)
         except (Unauthenticated, PermissionDenied) as e:
-            known = e.caller if isinstance(e, Denied) else Caller("")
-            self._audit.denied(
-                request_id=request_id,
-                tenant=known.tenant,
-                key=known.key,
-                method=method,
-                reason=e.reason,
-            )
+            self._denied(method, request_id, e.caller if isinstance(e, Denied) else Caller(""), e)
             raise
+
+    def _denied(self, method: str, request_id: str, caller: Caller, error: MoraError) -> None:
+        self._audit.denied(
+            request_id=request_id,
+            tenant=caller.tenant,
+            key=caller.key,
+            method=method if method in ALLOWED else "unknown",
+            reason=error.reason,
+        )
 
     def _refusing(self, method: str, request_id: str, error: MoraError) -> Any:
         """A handler that answers with an error. Of this kind, it reads nothing of the request."""
 
-        async def refuse(_: Any, context: _Context) -> None:
+        async def refuse(_: Any, context: Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
             if self._log_calls:
-                logs.ended(method, error.code, 0.0, request_id)
-            await _abort(context, error, ((calls.REQUEST_ID, request_id),))
+                # What strangers send does not fill the log.
+                quiet = self._door.locked and not isinstance(error, Denied)
+                logs.ended(method, error.code, 0.0, request_id, quiet=quiet)
+            await abort(context, error, ((calls.REQUEST_ID, request_id),))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _unary(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
-            (handler.stream_unary, self._all) if many else (handler.unary_unary, self._only)
+            (handler.stream_unary, self._all) if many else (handler.unary_unary, self._one(method))
         )
 
-        async def behaviour(requests: Any, context: _Context) -> Any:
-            async def run(echo: _Metadata) -> Any:
+        async def behaviour(requests: Any, context: Context) -> Any:
+            async def run(echo: Metadata) -> Any:
                 response = await inner(await take(requests, context), context)
                 await context.send_initial_metadata(echo)
                 return response
@@ -174,11 +173,13 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     def _streaming(self, method: str, handler: Any, call: calls.Call) -> Any:
         many = handler.request_streaming
         inner, take = (
-            (handler.stream_stream, self._all) if many else (handler.unary_stream, self._only)
+            (handler.stream_stream, self._all)
+            if many
+            else (handler.unary_stream, self._one(method))
         )
 
-        async def behaviour(requests: Any, context: _Context) -> None:
-            async def run(echo: _Metadata) -> None:
+        async def behaviour(requests: Any, context: Context) -> None:
+            async def run(echo: Metadata) -> None:
                 answer = inner(await take(requests, context), context)
                 if not hasattr(answer, "__aiter__"):  # it writes to the context itself
                     await answer
@@ -197,15 +198,25 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             behaviour, _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
-    async def _only(self, requests: Any, context: _Context) -> Any:
+    def _one(self, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        return self._of_stranger if method.startswith(HEALTH) else self._only
+
+    async def _of_stranger(self, requests: Any, context: Context) -> Any:
+        """The only message of a call that needs no key."""
+        with self._strangers.sending(context):
+            return await self._received(context, min(REQUEST_SECONDS, self._stall_seconds))
+
+    async def _only(self, requests: Any, context: Context) -> Any:
         """The only message of a call; those after it are not read."""
+        return await self._received(context, self._stall_seconds)
+
+    async def _received(self, context: Context, seconds: float) -> Any:
         try:
-            async with asyncio.timeout(self._stall_seconds):
+            async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
             raise ResourceExhausted(
-                f"request: nothing came for {self._stall_seconds:g} seconds; send the message "
-                "with the call",
+                f"request: nothing came for {seconds:g} seconds; send the message with the call",
                 reason="STREAM_STALLED",
             ) from None
         if request is aio.EOF:  # type: ignore[attr-defined]  # missing stub
@@ -215,11 +226,26 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             )
         return _checked(request)
 
-    async def _all(self, requests: Any, context: _Context) -> AsyncIterator[Any]:
+    async def _all(self, requests: Any, context: Context) -> AsyncIterator[Any]:
         """The messages of a call that takes many."""
-        return _each_checked(requests)
+        return self._each(requests)
 
-    async def _write(self, context: _Context, message: Any) -> None:
+    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        while True:
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    request = await anext(requests)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ResourceExhausted(
+                    f"stream: nothing came for {self._stall_seconds:g} seconds; send the messages "
+                    "one after another, from the start",
+                    reason="STREAM_STALLED",
+                ) from None
+            yield _checked(request)
+
+    async def _write(self, context: Context, message: Any) -> None:
         try:
             async with asyncio.timeout(self._stall_seconds):
                 await context.write(message)
@@ -233,9 +259,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     async def _guard(
         self,
         method: str,
-        context: _Context,
+        context: Context,
         call: calls.Call,
-        run: Callable[[_Metadata], Awaitable[Any]],
+        run: Callable[[Metadata], Awaitable[Any]],
     ) -> Any:
         """Run a call under its identity; end it with a status when it fails."""
         start = time.monotonic()
@@ -244,9 +270,13 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         outcome = "OK"
         try:
             calls.enter(call)
-            if method.startswith("/grpc."):
-                return await run(echo)
-            with self._gate.passing(), self._meter.passing(caller.tenant, caller.limits):
+            with ExitStack() as inside:
+                if method.startswith(HEALTH):
+                    inside.enter_context(self._strangers.calling(context))
+                else:
+                    if not method.startswith("/grpc."):
+                        inside.enter_context(self._gate.passing())
+                    inside.enter_context(self._meter.passing(caller.tenant, caller.limits))
                 return await run(echo)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
@@ -260,6 +290,8 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         except MoraError as e:
             error = e
             outcome = e.code
+            if isinstance(e, PermissionDenied):
+                self._denied(method, request_id, caller, e)
         except NotImplementedError:  # of the base of a generated servicer
             error = Unimplemented(f"method: {method} is none of this server's; see its reflection")
             outcome = error.code
@@ -272,44 +304,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             self._metrics.rpc(method, outcome, seconds)
             if self._log_calls:
                 logs.ended(method, outcome, seconds, request_id)
-        return await _abort(context, error, echo)
-
-
-async def _abort(context: _Context, error: MoraError, echo: _Metadata) -> Any:
-    status = rpc_status.to_status(status_of(error))
-    trailing = (*status.trailing_metadata, *echo)
-    left = context.time_remaining()
-    if error.retry_after is not None and (left is None or error.retry_after < left):
-        trailing += ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    elif error.retry_after is not None or isinstance(error, ResourceExhausted):
-        # A client's retry policy is not to try again: the call would end by its deadline instead.
-        trailing += ((PUSHBACK, "-1"),)
-    try:
-        return await context.abort(status.code, status.details, trailing)
-    except aio.InternalError:
-        log.info("the client had gone before it could be told: %s %s", error.code, error.reason)
-        raise asyncio.CancelledError from None  # or grpc would log a fault
-
-
-def status_of(error: MoraError) -> status_pb2.Status:
-    """The rich status of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-    message = error.message
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + "…"
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=message
-        )
-        details.append(error_details_pb2.BadRequest(field_violations=(violation,)))
-    if error.retry_after is not None:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
-    for detail in details:
-        status.details.add().Pack(detail)
-    return status
+        return await abort(context, error, echo)
 
 
 async def _nothing(requests: Any, context: Any) -> None:
@@ -336,8 +331,3 @@ def _checked(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidArgument("request: its bytes are not a message of this call's type")
     return request
-
-
-async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)

@@ -12,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from mora_serve.access.audit import LOGGER as AUDIT
 from mora_serve.server import call as calls
 
 _calls = logging.getLogger("mora_serve.calls")
@@ -23,11 +24,12 @@ def configure(level: str, form: str, stream: TextIO | None = None) -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.getLogger(AUDIT).setLevel(logging.INFO)  # who did what is no question of the level
 
 
-def ended(method: str, code: str, seconds: float, request_id: str) -> None:
-    """Log a call that has ended, at INFO; those of grpc's own services, like health, at DEBUG."""
-    level = logging.DEBUG if method.startswith("/grpc.") else logging.INFO
+def ended(method: str, code: str, seconds: float, request_id: str, *, quiet: bool = False) -> None:
+    """Log a call that has ended, at INFO; where ``quiet``, and of grpc's own services, at DEBUG."""
+    level = logging.DEBUG if quiet or method.startswith("/grpc.") else logging.INFO
     if not _calls.isEnabledFor(level):
         return
     call = calls.found()

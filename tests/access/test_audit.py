@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,18 +57,86 @@ def test_without_a_file_the_lines_are_in_the_servers_log(caplog: pytest.LogCaptu
     assert json.loads(caplog.records[-1].getMessage())["event"] == "router.loaded"
 
 
-def test_a_flood_of_denials_is_counted_instead_of_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 5.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that budgets go by."""
+    now = [5.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def denials(path: Path, key: str) -> list[dict[str, object]]:
+    return [line for line in lines(path) if line["key"] == key]
+
+
+def test_a_flood_of_denials_is_counted_instead_of_written(tmp_path: Path, now: list[float]) -> None:
     audit = Audit(tmp_path / "audit")
     for _ in range(1000):
         audit.denied(**WHO, method="/m", reason="NO_KEY")
-    assert len(lines(tmp_path / "audit")) == MOST_DENIALS
-    now = 6.0
+    now[0] += 1
     audit.denied(**WHO, method="/m", reason="NO_KEY")
-    assert lines(tmp_path / "audit")[-1]["dropped"] == 1000 - MOST_DENIALS
+    audit.close()
+    written = lines(tmp_path / "audit")
+    assert len(written) == MOST_DENIALS + 1
+    assert written[-1]["dropped"] == 1000 - MOST_DENIALS
+
+
+def test_a_flood_of_strangers_hides_no_denial_of_a_key(tmp_path: Path, now: list[float]) -> None:
+    audit, stranger = Audit(tmp_path / "audit"), WHO | {"tenant": "", "key": ""}
+    for _ in range(1000):
+        audit.denied(**stranger, method="/m", reason="NO_KEY")
+    for key in ("a", "b"):
+        audit.denied(**WHO | {"key": key}, method="/m", reason="WRONG_ROLE")
+    audit.close()
+    assert len(denials(tmp_path / "audit", "")) == MOST_DENIALS
+    for key in ("a", "b"):
+        (line,) = denials(tmp_path / "audit", key)
+        assert "dropped" not in line
+
+
+def test_a_disk_that_hangs_holds_up_nobody_who_denies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit, go_on = Audit(tmp_path / "audit"), threading.Event()
+    write, done = os.write, threading.Event()
+    monkeypatch.setattr(module.os, "write", lambda *args: go_on.wait(60) and write(*args))
+
+    def deny() -> None:
+        for i in range(3 * module._WAITING):
+            audit.denied(**WHO | {"key": f"k{i}"}, method="/m", reason="WRONG_ROLE")
+        done.set()
+
+    threading.Thread(target=deny, daemon=True).start()
+    assert done.wait(60)
+    go_on.set()
+    audit.close()
+    assert module._WAITING <= len(lines(tmp_path / "audit")) <= module._WAITING + 1
+
+
+def test_a_torn_line_does_not_swallow_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills in the middle of a line, and one that did before this start."""
+    path, write = tmp_path / "audit", os.write
+    path.write_text('{"event": "of before')
+    audit = Audit(path)
+    audit.record("one", **WHO)
+
+    def full(file: int, data: bytes) -> int:
+        if data.startswith(b'{"time"'):
+            return write(file, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "write", full)
+        audit.record("two", **WHO)
+    assert audit.failed == 1
+    for event in ("three", "four"):
+        audit.record(event, **WHO)
+    of_before, one, two, three, four = path.read_text().splitlines()
+    assert of_before == '{"event": "of before'
+    assert two == '{"time": "'
+    assert [json.loads(line)["event"] for line in (one, three, four)] == ["one", "three", "four"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -14,7 +14,7 @@ from benchmarks.leaks import leaks
 from benchmarks.wire_cases import Cases, WireCase
 from mora_serve import errors
 from mora_serve.demo.bundle import bundle_path
-from mora_serve.server.interceptors import status_of
+from mora_serve.server.status import status_of
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def configuration(root: Path, **sections: dict[str, Any]) -> Config:
         },
         "engine": {"max_tokens": LONGEST, "max_batch": 16, "max_stop": 4},
         "adapters": {"root": str(root / "adapters"), "slots": 8},
-        "server": {"port": 0, "metrics_port": 0, "drain_seconds": 30.0},
+        "server": {"port": 0, "metrics_port": 0, "drain_seconds": 30.0, "drain_wait_seconds": 0.0},
     }
     flags = {
         f"{section}.{key}": value

@@ -5,6 +5,7 @@ Everything is the real server's, but for one method that a fault wraps.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from mora_serve.cli import main
 from mora_serve.engine.engine import Engine
 from mora_serve.model.tokenizer import Tokenizer
+from mora_serve.server.app import MoraServer
 from mora_serve.server.assembly import Assembly
 
 TOKENS = 3  # of a request, when the engine's fault happens
@@ -52,9 +54,22 @@ def slow_close() -> None:
     Assembly.close = lambda self: stand_still()  # type: ignore[method-assign]
 
 
+def dies_early() -> None:
+    """The engine fails before the server's start has come to its end."""
+    start = MoraServer.start
+
+    async def faulty(self: MoraServer) -> None:
+        await start(self)
+        self._fail()
+        await asyncio.sleep(600)
+
+    MoraServer.start = faulty  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], object]] = {
     "raises": lambda: engine_fault(lambda: 1 / 0),
     "hangs": lambda: engine_fault(stand_still),
+    "dies-early": dies_early,
     "slow-tokenizer": slow_tokenizer,
     "slow-close": slow_close,
 }

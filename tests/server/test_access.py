@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks import refusals
 from benchmarks.rpcs import Rpc, call, reason_of, rpcs
@@ -157,6 +160,53 @@ def test_unknown_methods_are_denied_too(guarded: Guarded) -> None:
     assert (outcome.code.name, outcome.reason) == ("PERMISSION_DENIED", "WRONG_ROLE")
 
 
+def test_a_methods_name_is_no_way_to_write_to_the_audit_log(guarded: Guarded) -> None:
+    """What a caller makes up is not in it; a call of this server's is named."""
+    secret = guarded.key("acme", ["generate"]).secret
+    before = len(guarded.events("denied"))
+    admin = Rpc("/mora_serve.v1.RouterService/LoadRouter", False, False)
+    for rpc in (Rpc("/forged/" + "x" * 1000, False, False), admin):
+        call(guarded.channel, rpc, metadata=make.authorization(secret))
+    wait_for(lambda: len(guarded.events("denied")) >= before + 2)
+    assert [e["method"] for e in guarded.events("denied")[-2:]] == ["unknown", admin.method]
+
+
+def test_strangers_do_not_fill_the_log(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal without a key is told to those who look for it; one of a key's, to all."""
+    secret = guarded.key("acme", ["generate"]).secret
+    rpc = Rpc("/mora_serve.v1.RouterService/LoadRouter", False, False)
+    with caplog.at_level(logging.DEBUG, "mora_serve.calls"):
+        for secret_of in ("mora_none", secret):
+            call(guarded.channel, rpc, metadata=make.authorization(secret_of))
+        told = lambda: [  # noqa: E731
+            r.levelname for r in list(caplog.records) if rpc.method in r.getMessage()
+        ]
+        wait_for(lambda: len(told()) == 2)
+    assert told() == ["DEBUG", "INFO"]
+
+
+def test_reflection_is_metered_as_other_calls_are(guarded: Guarded) -> None:
+    with guarded.file.open("a") as file:
+        file.write("\n[tenants.reflective]\nconcurrency = 1\n")
+    metadata = make.authorization(make.key(guarded.file, "reflective", "reflective", ROLES))
+    wait_for(lambda: call(guarded.channel, INFO_RPC, metadata=metadata).reason != "BAD_KEY")
+    over = threading.Event()
+
+    def messages() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        over.wait(60)
+
+    stub = reflection_pb2_grpc.ServerReflectionStub(guarded.channel)
+    answers = stub.ServerReflectionInfo(messages(), metadata=metadata, timeout=60)
+    try:
+        assert next(answers).list_services_response.service
+        assert call(guarded.channel, INFO_RPC, metadata=metadata).reason == "TENANT_CONCURRENCY"
+    finally:
+        over.set()
+    assert list(answers) == []
+    wait_for(lambda: call(guarded.channel, INFO_RPC, metadata=metadata).code.name == "OK")
+
+
 def test_health_needs_no_key(guarded: Guarded) -> None:
     for channel in (guarded.channel, guarded.admin):
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -201,6 +251,10 @@ def test_tenants_see_their_own_and_what_is_shared_and_nothing_else(guarded: Guar
         "PERMISSION_DENIED",
         "SHARED_ADAPTER",
     )
+    wait_for(lambda: guarded.events("denied")[-1]["reason"] == "SHARED_ADAPTER")
+    denied = guarded.events("denied")[-1]
+    assert denied["method"] == "/mora_serve.v1.AdapterService/UnregisterAdapter"
+    assert denied["tenant"] == "acme"
     shared.adapters.UnregisterAdapter(remove)
     for caller, name in ((acme, "mine"), (globex, "theirs")):
         caller.adapters.UnregisterAdapter(adapters_pb2.UnregisterAdapterRequest(name=name))

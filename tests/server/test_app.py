@@ -187,6 +187,16 @@ class TestStopping:
             assert text == whole
             stopping.result(20)
 
+    def test_calls_are_taken_for_a_moment_after_the_health_has_said_no(self, configure):
+        """Those that were sent before their clients could know."""
+        config = configure(server={"drain_wait_seconds": 2.0})
+        with running(config) as serving, serving.client() as client:
+            client.generate("hello", base=True, max_tokens=1)
+            stopping = asyncio.run_coroutine_threadsafe(serving.server.stop(), serving.loop)
+            wait_for(lambda: health(client) == NOT_SERVING)
+            assert client.generate("hello", base=True, max_tokens=1, timeout=20).tokens
+            stopping.result(60)
+
     def test_what_does_not_end_in_time_is_ended(self, configure):
         """Its client learns why."""
         config = configure(server={"drain_seconds": 0.05})

@@ -70,6 +70,12 @@ def test_whoever_watches_the_health_is_told(configure):
         watching.cancel()
 
 
+def test_one_that_fails_during_the_start_ends_the_process(root):
+    with server_process(root, "dies-early") as (process, _):
+        assert process.wait(120) == ENGINE_FAILED
+    assert "the engine has failed" in process.stderr.read().decode()
+
+
 @pytest.mark.parametrize(
     ("fault", "flags", "logged"),
     [

@@ -22,7 +22,8 @@ from mora_serve.config import AccessConfig
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Gate, State
-from mora_serve.server.interceptors import DOMAIN, PUSHBACK, CallInterceptor, Entrance
+from mora_serve.server.interceptors import CallInterceptor, Entrance
+from mora_serve.server.status import DOMAIN, PUSHBACK
 
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 ERRORS = [
@@ -48,7 +49,7 @@ class Server:
         self.gate = Gate()
         self.gate.state = State.SERVING
         entrance = Entrance(Door(AccessConfig()), self.gate, Meter(), Audit(None))
-        interceptor = CallInterceptor(self.metrics, entrance, stall_seconds=0.3)
+        interceptor = CallInterceptor(self.metrics, entrance, stall_seconds=1.0)
         self.server = aio.server(interceptors=(interceptor,))
         codec = {
             "request_deserializer": StringValue.FromString,
@@ -305,6 +306,16 @@ async def test_draining_waits_for_those_inside(server):
     await call.done_writing()
     assert await drained
     assert await call.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
+async def test_a_client_that_stops_sending_is_given_up(server, kind):
+    """Whichever call of many messages it has opened."""
+    call = getattr(server.channel, kind)(f"/test.Service/{kind}")(timeout=20)
+    await call.write(StringValue(value="a").SerializeToString())
+    with pytest.raises(aio.AioRpcError) as caught:
+        await (rest(call) if hasattr(call, "read") else call)
+    assert details(caught.value)["ErrorInfo"].reason == "STREAM_STALLED"
 
 
 @pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mora_serve import errors
+from mora_serve.access.audit import LOGGER, Audit
 from mora_serve.access.door import Caller
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess
@@ -164,6 +165,23 @@ def test_the_process_logs_json_and_no_prompt(root):
     assert all(json.loads(line)["level"] for line in lines)
     assert [line for line in lines if json.loads(line).get("request_id") == "six"]
     assert "secret word" not in "".join(lines)
+
+
+def test_the_audit_log_does_not_depend_on_the_level():
+    root, audit = logging.getLogger(), logging.getLogger(LOGGER)
+    before = root.handlers[:], root.level, audit.level
+    stream = io.StringIO()
+    try:
+        logs.configure("error", "text", stream)
+        Audit(None).record("router.loaded", request_id="r", tenant="t", key="k")
+        Audit(None).denied(request_id="r", tenant="t", key="k", method="m", reason="WRONG_ROLE")
+        logging.getLogger("mora_serve.y").warning("unseen")
+        registered, denied = stream.getvalue().splitlines()
+        assert "router.loaded" in registered
+        assert "WRONG_ROLE" in denied
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:], root.level, audit.level = before
 
 
 def test_configure_writes_one_form_to_one_stream():

@@ -317,6 +317,20 @@ class TestServer:
         with pytest.raises(errors.ConfigError, match=field), running(config):
             pass
 
+    def test_administrators_have_an_address_with_tls_of_their_own(self, configure, trusted):
+        """Both ports take what the one took alone."""
+        cert, key = trusted.issue("both")
+        files = {"tls_cert": str(cert), "tls_key": str(key)}
+        with running(configure(server=files | {"admin_port": 0})) as serving:
+            server, secure = serving.server, trusted.client(own=False)
+            with Client(server.address, tls=secure) as client:
+                assert client.generate("hello", base=True, max_tokens=1).tokens
+                client.register_adapter("rev", "rev")
+                with pytest.raises(errors.PermissionDenied):
+                    client.pin_adapter("rev")
+            with Client(f"127.0.0.1:{server.admin_port}", tls=secure) as client:
+                assert client.pin_adapter("rev").pinned
+
     def test_metrics_stay_on_loopback(self, configure):
         """Wherever the calls come in: they have neither TLS nor keys."""
         config = configure(server={"host": "127.0.0.2"})
