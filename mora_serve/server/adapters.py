@@ -23,14 +23,14 @@ from mora_serve.adapters.untrusted import check_name
 from mora_serve.adapters.validate import ValidatedAdapter, read_directory, read_upload
 from mora_serve.config import Config
 from mora_serve.core import SHARED_TENANT
-from mora_serve.errors import InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.errors import InvalidArgument, MoraError
 from mora_serve.model.shape import ModelShape
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.follow import Pins
 from mora_serve.server.gate import Places
-from mora_serve.server.upload import Upload
+from mora_serve.server.upload import Upload, steadily
 from mora_serve.v1 import adapters_pb2 as pb
 from mora_serve.v1.adapters_pb2_grpc import AdapterServiceServicer
 
@@ -110,7 +110,7 @@ class AdapterServicer(AdapterServiceServicer):
         with self._uploads.taken(calls.current().tenant):
             header, stated, upload = None, "", Upload(self._limits)
             with upload:
-                async for message in self._steadily(request_iterator):
+                async for message in steadily(request_iterator, self._stall_seconds):
                     kind = message.WhichOneof("kind")
                     if kind == "chunk" and header is not None:
                         await self._run(upload.write, message.chunk.file, message.chunk.data)
@@ -279,24 +279,6 @@ class AdapterServicer(AdapterServiceServicer):
         except InvalidArgument as e:
             raise e.at(f"{field}.{e.field}") from None
         return card
-
-    async def _steadily(
-        self, messages: AsyncIterator[pb.UploadAdapterRequest]
-    ) -> AsyncIterator[pb.UploadAdapterRequest]:
-        """The messages; ResourceExhausted where the next one does not come in time."""
-        while True:
-            try:
-                async with asyncio.timeout(self._stall_seconds):
-                    message = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise ResourceExhausted(
-                    f"upload: nothing came for {self._stall_seconds:g} seconds; send the "
-                    "messages one after another, from the start",
-                    reason="STREAM_STALLED",
-                ) from None
-            yield message
 
     async def _run(self, work: Callable[..., T], *args: Any) -> T:
         """Run ``work`` on a thread for the disk, as a part of this call."""
