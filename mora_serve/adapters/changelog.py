@@ -104,10 +104,12 @@ class ChangeLog:
         """Record the state after change ``number`` and remove what it makes superfluous.
 
         The snapshot before and the changes since stay, for this one may be damaged some day.
-        Does nothing while another process appends.
+        Does nothing while another process appends, and where there is one as new.
         """
         with contextlib.suppress(BlockingIOError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
             before = self._newest_snapshot()
+            if before >= number:
+                return  # another process was quicker
             self._create(self._snapshots, number, state)
             for directory, end in ((self._log, before + 1), (self._snapshots, before)):
                 for old in _numbers(directory):

@@ -199,7 +199,8 @@ def _vouched(directory: os.stat_result, file: os.stat_result) -> bool:
     Who may write to a directory may, on some systems, link there what only the server can read.
     Where nobody but the file's owner may, the other names are harmless: installers link files.
     """
-    return directory.st_uid == file.st_uid and not directory.st_mode & stat.S_IWOTH
+    private = not directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return directory.st_uid == file.st_uid and private
 
 
 def _written(status: os.stat_result) -> tuple[int, int]:

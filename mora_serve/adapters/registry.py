@@ -8,7 +8,6 @@ What the disk has damaged since is set aside when it is found, and the rest is s
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Self
 
+from mora_serve.adapters import lookup
 from mora_serve.adapters.blobs import Buffer, sync_directory
 from mora_serve.adapters.card import RoutingCard, check_card
 from mora_serve.adapters.changelog import ChangeLog
@@ -31,14 +31,12 @@ from mora_serve.adapters.record import AdapterRecord, Change, Quota, RouterRecor
 from mora_serve.adapters.untrusted import check_name, quoted
 from mora_serve.adapters.validate import ValidatedAdapter, read_stored
 from mora_serve.config import AdaptersConfig
-from mora_serve.core import SHARED_TENANT
 from mora_serve.errors import (
     AlreadyExists,
     ConfigError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    PermissionDenied,
     ResourceExhausted,
 )
 from mora_serve.model.shape import ModelShape
@@ -49,7 +47,6 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_EVERY = 256  # changes
 CHECKED_AT_START = 4 << 30  # bytes whose sums are formed at the start; the others' when used
-_COMPARED = 1000  # names among which the nearest are sought
 
 
 class Registry:
@@ -123,7 +120,7 @@ class Registry:
         state = self._state
         record = state.find(tenant, name)
         if record is None:
-            raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
+            raise lookup.unknown("adapter", name, (r.name for r in state.visible(tenant)))
         if digest and digest != record.digest:
             raise NotFound(
                 f"digest: adapter {quoted(name)} has no version {quoted(digest)}; its version is "
@@ -192,7 +189,7 @@ class Registry:
         """
         found = tuple(filter(self._offered, self._state.visible_for(tenant, task)))
         if not found:
-            raise _unknown("task", task, self.tasks(tenant))
+            raise lookup.unknown("task", task, self.tasks(tenant))
         return found
 
     # Content
@@ -204,16 +201,16 @@ class Registry:
         damaged, and FailedPrecondition for one that this base or these limits cannot serve.
         """
         if not self._whole(digest):
-            raise _gone(digest)
+            raise lookup.gone(digest)
         hold = self._blobs.hold(digest)
         if hold is None:
-            raise _gone(digest)
+            raise lookup.gone(digest)
         with hold:
             try:
                 config = self._blobs.read(digest, CONFIG)
                 weights = self._blobs.map(digest, WEIGHTS)
             except FileNotFoundError:
-                raise _gone(digest) from None
+                raise lookup.gone(digest) from None
         if digest in self._unremoved:  # its removal met this hold
             self._remove_unreferenced([])
         try:
@@ -232,7 +229,7 @@ class Registry:
         """
         if not self._blobs.retain(digest):
             self._whole(digest)
-            raise _gone(digest)
+            raise lookup.gone(digest)
 
     def release(self, digest: str) -> None:
         """Undo one ``retain``; a content that nothing refers to any more is removed."""
@@ -351,11 +348,11 @@ class Registry:
 
     def unregister(self, tenant: str, name: str) -> AdapterRecord:
         """Remove an adapter; what is retained stays readable. Raises NotFound."""
-        removed = _known(self._state, tenant, name)
+        removed = lookup.own(self._state, tenant, name)
 
         def change(state: State) -> Change:
             nonlocal removed
-            removed = _known(state, tenant, name)
+            removed = lookup.own(state, tenant, name)
             return Change(state.revision + 1, removed)
 
         with disk_errors():
@@ -397,7 +394,7 @@ class Registry:
                 with hold:
                     return {name: self._blobs.read(router.digest, name) for name in router.files}
             if self._state.router == router:
-                raise _gone(router.digest)
+                raise lookup.gone(router.digest)
         return None
 
     def subscribe(self, callback: Callable[[Change], None]) -> tuple[AdapterRecord, ...]:
@@ -420,7 +417,7 @@ class Registry:
         self, tenant: str, name: str, edit: Callable[[AdapterRecord], AdapterRecord]
     ) -> AdapterRecord:
         def change(state: State) -> Change | None:
-            before = _known(state, tenant, name)
+            before = lookup.own(state, tenant, name)
             after = edit(before)
             return None if after == before else Change(state.revision + 1, before, after)
 
@@ -517,39 +514,3 @@ def _make_directories(root: Path) -> None:
 
 def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:
     return card if tasks is None else replaced(card, tasks=tuple(tasks))
-
-
-def _known(state: State, tenant: str, name: str) -> AdapterRecord:
-    """The tenant's own adapter of a name, to be changed."""
-    record = state.adapters.get((tenant, name))
-    if record is not None:
-        return record
-    if state.find(tenant, name) is not None:
-        raise PermissionDenied(
-            f"adapter: {quoted(name)} is shared; only tenant {SHARED_TENANT!r} can change it, "
-            "register one of your own under another name",
-            field="adapter",
-            reason="SHARED_ADAPTER",
-        )
-    raise _unknown("adapter", name, (r.name for r in state.visible(tenant)))
-
-
-def _unknown(kind: str, name: str, known: Iterable[str]) -> NotFound:
-    # The likeliest first: comparing takes time, so not all of very many are compared.
-    likely = sorted(known, key=lambda other: (other[:1] != name[:1], other))[:_COMPARED]
-    near = difflib.get_close_matches(name[:64], likely, 3)
-    remedy = f"did you mean {', '.join(near)}?" if near else f"list the known {kind}s"
-    return NotFound(
-        f"{kind}: {quoted(name)} is not registered; {remedy}",
-        field=kind,
-        reason=f"{kind.upper()}_NOT_FOUND",
-    )
-
-
-def _gone(digest: str) -> NotFound:
-    return NotFound(
-        f"digest: the content {quoted(digest)} is not stored (any more); register the adapter "
-        "again, or use its present version",
-        field="digest",
-        reason="VERSION_NOT_FOUND",
-    )

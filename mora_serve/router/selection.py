@@ -159,7 +159,7 @@ class Selector:
             names = list(records)
             if len(names) > 1:
                 routed = self._routing.route(tenant, text, names, 1, state)
-                ranked = routed.choice.candidates
+                ranked = [c for c in routed.choice.candidates if c.adapter in records]
                 candidates |= set(ranked)
                 digest = routed.router_digest
                 names = [c.adapter for c in ranked] or names

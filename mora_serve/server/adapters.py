@@ -30,7 +30,7 @@ from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
 from mora_serve.server.follow import Pins
 from mora_serve.server.gate import Places
-from mora_serve.server.upload import Upload
+from mora_serve.server.upload import Upload, steadily
 from mora_serve.v1 import adapters_pb2 as pb
 from mora_serve.v1.adapters_pb2_grpc import AdapterServiceServicer
 
@@ -75,6 +75,7 @@ class AdapterServicer(AdapterServiceServicer):
         self._resident = resident
         self._config = config
         self._limits = config.adapters
+        self._stall_seconds = config.engine.stall_seconds
         self._shape = shape
         self._fingerprint = fingerprint
         self._executor = executor
@@ -109,7 +110,7 @@ class AdapterServicer(AdapterServiceServicer):
         with self._uploads.taken(calls.current().tenant):
             header, stated, upload = None, "", Upload(self._limits)
             with upload:
-                async for message in request_iterator:
+                async for message in steadily(request_iterator, self._stall_seconds):
                     kind = message.WhichOneof("kind")
                     if kind == "chunk" and header is not None:
                         await self._run(upload.write, message.chunk.file, message.chunk.data)

@@ -16,7 +16,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -88,12 +87,7 @@ class MoraServer:
         self._bridge: Bridge | None = None
         self._feedback: FeedbackRecorder | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads = Threads(
-            ThreadPoolExecutor(2, thread_name_prefix="tokenize"),
-            ThreadPoolExecutor(2, thread_name_prefix="route"),
-            ThreadPoolExecutor(2, thread_name_prefix="registry"),
-            ThreadPoolExecutor(1, thread_name_prefix="load"),
-        )
+        self._threads = Threads()
 
     async def __aenter__(self) -> Self:
         try:

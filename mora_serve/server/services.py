@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,6 +20,7 @@ from mora_serve.server.generation import GenerationServicer
 from mora_serve.server.info import ServerServicer, describe
 from mora_serve.server.prompts import Prompts
 from mora_serve.server.router import RouterServicer
+from mora_serve.server.turns import TurnExecutor
 from mora_serve.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -64,14 +65,14 @@ class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic
 class Threads:
     """Threads for what would block the event loop, by kind, so that none waits for another.
 
-    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk, ``load``
-    for new routers.
+    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk: these
+    serve tenants in turn. ``load`` is for new routers.
     """
 
-    tokenize: ThreadPoolExecutor
-    route: ThreadPoolExecutor
-    registry: ThreadPoolExecutor
-    load: ThreadPoolExecutor
+    tokenize: Executor = field(default_factory=lambda: TurnExecutor(2, "tokenize"))
+    route: Executor = field(default_factory=lambda: TurnExecutor(2, "route"))
+    registry: Executor = field(default_factory=lambda: TurnExecutor(2, "registry"))
+    load: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "load"))
 
     def shutdown(self) -> None:
         """Drop what waits; what runs goes on to its end."""

@@ -72,6 +72,22 @@ def test_a_number_that_a_snapshot_covers_is_taken(directory: Path) -> None:
     assert log.since_snapshot(4) == 1
 
 
+@pytest.mark.parametrize("late", [4, 3])
+def test_a_snapshot_that_comes_late_takes_none_away(directory: Path, late: int) -> None:
+    """Two processes that make one at the same change, or one that made its own meanwhile."""
+    log = changelog(directory)
+    for number in range(1, 6):
+        log.append(number, number)
+        if number in (2, 4):
+            log.snapshot(number, list(range(1, number + 1)))
+    before = {d: sorted(os.listdir(directory / d)) for d in ("log", "snapshots")}
+    changelog(directory).snapshot(late, list(range(1, late + 1)))
+    assert {d: sorted(os.listdir(directory / d)) for d in before} == before
+    file = change_file(directory, 4, "snapshots")
+    file.write_bytes(damaged(file.read_bytes(), "torn"))
+    assert changelog(directory).read(0) == (2, [1, 2], [(3, 3), (4, 4), (5, 5)])
+
+
 def test_a_reader_that_a_compaction_overtakes_starts_again(directory: Path) -> None:
     """What looks like the log's end may be a hole that a compaction has made."""
     other = changelog(directory)

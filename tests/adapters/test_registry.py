@@ -416,19 +416,6 @@ def test_a_registry_without_a_directory_is_gone_with_its_run() -> None:
     assert opened == adapter(1)
 
 
-def test_the_nearest_names_are_sought_among_so_many(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that begin alike come first."""
-    monkeypatch.setattr("mora_serve.adapters.registry._COMPARED", 2)
-    for name in ("aevers", "aeverse", "reverse"):
-        registry.register("default", name, adapter(1))
-    with pytest.raises(NotFound, match=r"did you mean reverse, aevers\?"):
-        registry.get("default", "revers")
-    with pytest.raises(NotFound, match="did you mean"):
-        registry.get("default", "severse")
-
-
 def test_a_content_that_is_being_opened_when_it_is_removed_goes_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

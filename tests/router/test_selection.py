@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import AdaptersConfig, Config, RouterConfig
-from mora_serve.core import AdapterWeight, Mixture, Source
+from mora_serve.core import AdapterWeight, Candidate, Mixture, Source
 from mora_serve.errors import FailedPrecondition, InvalidArgument, MoraError, NotFound
-from mora_serve.router.routing import Routing
+from mora_serve.router.decide import Choice
+from mora_serve.router.routing import Routed, Routing
 from mora_serve.router.selection import AutoRoute, BaseOnly, Selector, TaskHint
 from tests.adapters.make import LIMITS, SHAPE, adapter
 from tests.router.conftest import ADAPTERS
@@ -224,6 +226,48 @@ def test_only_candidates_that_are_named_are_considered(
     )
     assert "roman" in message
     refused(selector, AutoRoute(candidates=("theirs",)), NotFound, "auto.candidates[0]")
+
+
+def picking(registry: Registry, picked: tuple[str, ...]) -> Callable[..., Routed]:
+    """Routing that picks these; ``uppercase`` is removed while it does."""
+
+    def route(*_: object) -> Routed:
+        if "uppercase" in picked:
+            registry.unregister("default", "uppercase")
+        return Routed(Choice(picked, tuple(Candidate(name, 0.9, 0.9) for name in picked)), "router")
+
+    return route
+
+
+@pytest.mark.parametrize("bad", ["theirs", "uppercase"])
+@pytest.mark.parametrize(
+    "selection",
+    [AutoRoute(), AutoRoute(candidates=("reverse",)), TaskHint(("both",)), TaskHint(("x",), True)],
+    ids=["auto", "candidates", "task", "fallback"],
+)
+def test_what_the_router_picked_is_used_only_if_the_tenant_may(
+    registry: Registry, routing: Routing, monkeypatch: pytest.MonkeyPatch, selection, bad: str
+) -> None:
+    """ecosystem.md's precedent "After routing, check that the tenant may use what the router
+    picked": an index that is wrong or behind gives away neither an adapter nor its name.
+    """
+    for name in ("json", "reverse"):
+        registry.update("default", name, tasks=["both"])
+    monkeypatch.setattr(routing, "route", picking(registry, (bad, "reverse")))
+    decision = Selector(registry, routing, Config()).decide("default", selection, REVERSE)
+    assert decision.router_digest == "router"  # it was asked
+    assert [a.adapter for a in decision.mixture.adapters] == ["reverse"]
+    assert [c.adapter for c in decision.candidates] == ["reverse"]
+
+
+@pytest.mark.parametrize("bad", ["theirs", "uppercase"])
+def test_where_the_router_picked_nothing_that_the_tenant_may_use_the_base_answers(
+    registry: Registry, routing: Routing, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    monkeypatch.setattr(routing, "route", picking(registry, (bad,)))
+    decision = Selector(registry, routing, Config()).decide("default", AutoRoute(), REVERSE)
+    assert (decision.mixture, decision.source) == (Mixture(), Source.ABSTAINED)
+    assert decision.candidates == ()
 
 
 def test_a_prompt_that_asks_for_two_gets_two_of_different_groups(registry: Registry) -> None:

@@ -273,3 +273,20 @@ def test_an_upload_that_falls_silent_is_ended(configure):
             client._run(client.adapters.UploadAdapter, messages(), {})
         assert caught.value.reason == "STREAM_STALLED"
         end.set()
+
+
+def test_an_upload_that_trickles_is_ended(configure):
+    """Though something comes all the time; so a place in line is not held for ever."""
+    with running(configure(engine={"stall_seconds": 2.0})) as serving, serving.client() as client:
+        end = threading.Event()
+
+        def messages():
+            yield HEADER
+            while not end.wait(0.01):
+                yield chunk("adapter_model.safetensors", b"x")
+
+        with pytest.raises(errors.ResourceExhausted, match="send it over a faster") as caught:
+            client._run(client.adapters.UploadAdapter, messages(), {})
+        end.set()
+        assert caught.value.reason == "UPLOAD_TOO_SLOW"
+        assert caught.value.field == ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import given
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 
 from mora_serve.adapters.files import CARD, CONFIG, WEIGHTS
 from mora_serve.config import AdaptersConfig
-from mora_serve.errors import InvalidArgument
-from mora_serve.server.upload import Upload
+from mora_serve.errors import InvalidArgument, ResourceExhausted
+from mora_serve.server.upload import Upload, steadily
+from mora_serve.v1 import adapters_pb2 as pb
 
 LIMITS = AdaptersConfig(max_bytes=100)
 
@@ -66,12 +69,52 @@ def test_chunks_of_a_file_come_in_a_row():
             upload.write(CONFIG, b"c")
 
 
+@pytest.mark.parametrize("before", [b"", b"x"])
+def test_a_chunk_without_data_is_refused(before):
+    """Any number of them would make no file larger, and so meet no limit."""
+    with Upload(LIMITS) as upload:
+        if before:
+            upload.write(WEIGHTS, before)
+        with pytest.raises(InvalidArgument, match=r"^chunk\.data: it is empty; send") as caught:
+            upload.write(WEIGHTS, b"")
+        assert (caught.value.field, caught.value.reason) == ("chunk.data", "EMPTY_CHUNK")
+
+
+async def arrived(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, size: int, count: int, work: float = 0
+) -> int:
+    """How many chunks of ``size`` get through that come every so many ``seconds`` of a clock."""
+    clock, got = 100.0, 0
+    monkeypatch.setattr("mora_serve.server.upload.time.monotonic", lambda: clock)
+
+    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
+        nonlocal clock
+        for _ in range(count):
+            clock += seconds
+            yield pb.UploadAdapterRequest(chunk=pb.FileChunk(file=WEIGHTS, data=b"x" * size))
+
+    with contextlib.suppress(ResourceExhausted):
+        async for _ in steadily(messages(), 60.0, 1000):
+            got += 1
+            clock += work
+    return got
+
+
+async def test_an_upload_has_to_bring_so_many_bytes_a_second_in_the_mean(monkeypatch):
+    """A byte every 59 s would hold a place for as long as the largest adapter has bytes."""
+    assert await arrived(monkeypatch, seconds=59, size=1, count=1000) == 3
+    assert await arrived(monkeypatch, seconds=1, size=500, count=1000) == 240
+    assert await arrived(monkeypatch, seconds=1, size=1000, count=1000) == 1000
+    assert await arrived(monkeypatch, seconds=59, size=59_000, count=1000) == 1000
+
+
+async def test_an_upload_is_not_blamed_for_the_time_that_the_server_takes(monkeypatch):
+    assert await arrived(monkeypatch, seconds=0.1, size=100, count=1000, work=30) == 1000
+
+
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
-@pytest.mark.parametrize("empty", [True, False])
-def test_both_files_are_needed(missing, empty):
+def test_both_files_are_needed(missing):
     with Upload(dataclasses.replace(LIMITS)) as upload:
         upload.write(CONFIG if missing == WEIGHTS else WEIGHTS, b"{}")
-        if empty:
-            upload.write(missing, b"")
         with pytest.raises(InvalidArgument, match=missing):
             upload.files()
