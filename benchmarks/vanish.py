@@ -220,7 +220,8 @@ async def ask(
                 if vanish and job.kind == "reads nothing":
                     await over.wait()
                     await asyncio.sleep(2 * STALL_SECONDS)
-                    how[job.kind] += await left_unread(stream)
+                    given_up = await is_given_up(stream)
+                    how[job.kind] += given_up
                     return tokens
                 async for delta in stream:
                     tokens += [t.id for t in delta.tokens]
@@ -232,13 +233,13 @@ async def ask(
     return tokens
 
 
-async def left_unread(stream: AsyncStream) -> bool:
+async def is_given_up(stream: AsyncStream) -> bool:
     """Whether the server has given up a stream, told by what is read of it in the end."""
     try:
         async for _ in stream:
             pass
-    except MoraError:
-        return True
+    except MoraError as e:
+        return e.reason == "STREAM_STALLED"
     return False
 
 
