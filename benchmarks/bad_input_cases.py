@@ -23,9 +23,10 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from benchmarks.leaks import leaks
+from benchmarks.rpcs import METHODS, path_of, raw
 from mora_serve.client import Client, connection
 from mora_serve.errors import MoraError
-from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
+from mora_serve.v1 import adapters_pb2, generation_pb2
 
 Case = tuple[dict[str, Any], str, str, str]
 
@@ -36,13 +37,6 @@ LIMITS: dict[str, dict[str, Any]] = {
     "server": {"max_message_bytes": MESSAGE_BYTES},
 }
 g, a = generation_pb2, adapters_pb2
-FILES = [m.DESCRIPTOR for m in (generation_pb2, adapters_pb2, router_pb2, server_pb2)]
-METHODS = {
-    method.name: method
-    for file in FILES
-    for service in file.services_by_name.values()
-    for method in service.methods
-}
 LONG = "x" * 257
 FIRST, SECOND = (f"selection.mixture.adapters[{i}]" for i in range(2))
 
@@ -336,14 +330,11 @@ def failure(
     client: Client, method: MethodDescriptor, request: Message | bytes, **options: Any
 ) -> MoraError | None:
     """Make a call of any kind to its end: what it fails with, None when it does not."""
-    service = method.containing_service.full_name
-    path = f"/{service}/{method.name}"
-    kinds = {True: "stream", False: "unary"}
     streams = method.client_streaming, method.server_streaming
-    make = getattr(client.channel, "_".join(kinds[s] for s in streams))
+    make = raw(client.channel, path_of(method), streams)
     data = request if isinstance(request, bytes) else request.SerializeToString()
     try:
-        answer = make(path)(iter([data]) if streams[0] else data, timeout=20, **options)
+        answer = make(iter([data]) if streams[0] else data, timeout=20, **options)
         if streams[1]:
             list(answer)
     except grpc.RpcError as e:

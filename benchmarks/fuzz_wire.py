@@ -1,10 +1,13 @@
 """Mutated calls of every RPC over gRPC to a server in a process of its own.
 
 Each call is made from its method's descriptor (``wire_cases``): plausible, wild or spoilt bytes,
-metadata, deadlines and kinds. Whatever comes back has to be an answer of the method's type or a
-documented, typed status that gives nothing away. Beside them, one connection for every 50 calls
+metadata, deadlines and kinds. The server has an access file; most calls have a whole key, some one
+for less, one that is over or never was, or none (``wire_keys``). Whatever comes back has to be an
+answer of the method's type or a documented, typed status that gives nothing away; UNAUTHENTICATED
+or PERMISSION_DENIED where the key is no better. Beside them, one connection for every 50 calls
 speaks HTTP/2 as no client of grpc's would (``wire_garbage``). At the end the server has to answer
-known prompts, of a tenant that no case names, with the same tokens as before.
+known prompts, of a tenant that no case names, with the same tokens as before. Then its log (JSON,
+with a line for each call) and its audit log are read line by line.
 
     python -m benchmarks.fuzz_wire --json
     python -m benchmarks.fuzz_wire --requests 3000 --seconds 120 --json
@@ -18,13 +21,11 @@ import collections
 import contextlib
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,16 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import message_factory
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import report
-from benchmarks.leaks import leaks
-from benchmarks.wire_cases import NAMES, TENANT, Cases, WireCase
+from benchmarks import metrics, report, wire_keys, written
+from benchmarks.rich_status import reason_in
+from benchmarks.wire_cases import NAMES, Cases, WireCase
 from benchmarks.wire_garbage import garbage, strike
-from mora_serve import errors
+from benchmarks.wire_verdict import Outcome, make, spoken, wrong
 from mora_serve.client import Client
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.demo.process import ServerProcess, free_port
@@ -50,25 +47,6 @@ PATIENCE = 60.0  # a call that takes longer hangs
 AT_ONCE = 32
 GARBAGE_EVERY = 50
 CHANNELS = 4
-KEEPER = "keeper"  # the tenant that no case names
-# What every one of these says has been written by hand; UNKNOWN and INTERNAL are nobody's.
-DOCUMENTED = {e.code for e in errors.MoraError.__subclasses__()} - {"UNKNOWN", "INTERNAL"}
-# grpc's own answers to what it does not let through.
-_OWN = {
-    "RESOURCE_EXHAUSTED": r".*[Mm]essage larger than max|received .*metadata size exceeds",
-    "UNIMPLEMENTED": r"Method not found!$",
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended: a status, and the messages that came before it."""
-
-    code: str
-    message: str = ""
-    rich: bytes | None = None
-    trailing: tuple[tuple[str, str | bytes], ...] = ()
-    answers: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -90,7 +68,7 @@ class Found:
         self.requests += 1
         self.methods[case.path if case.method else "none"] += 1
         self.codes[outcome.code] += 1
-        self.reasons[reason_of(outcome)] += 1
+        self.reasons[reason_in(outcome.rich)] += 1
         self.slowest = max(self.slowest, seconds)
         if what:
             self.wrong[number] = what
@@ -116,15 +94,16 @@ def main() -> None:
 def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -> dict[str, Any]:
     """Start the server, make the calls, ask the known prompts before and after."""
     end = time.monotonic() + seconds
-    adapters = root / "adapters"
-    adapters.mkdir()
+    adapters = directory(root)
+    adapters.mkdir(parents=True)
     for name in NAMES[:3]:
         shutil.copytree(bundle_path() / "adapters" / name, adapters / name)
     shutil.copytree(bundle_path() / "router", adapters / "router")
     (adapters / "link").symlink_to(adapters / "reverse")
-    metrics = free_port()
+    file, audit, port = root / "access.toml", root / "audit", free_port()
+    wire_keys.write(file, seed)
     flags: dict[str, object] = {
-        "adapters.root": adapters,
+        "adapters.root": adapters.parent,
         "adapters.max_adapters": 40,
         "adapters.max_bytes": 1 << 20,
         "engine.max_tokens": 8,  # a mutated limit must not become work
@@ -132,25 +111,34 @@ def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -
         "router.feedback_bytes": 1 << 20,
         "server.state": root / "state",
         "server.max_message_bytes": 4 << 20,
-        "server.metrics_port": metrics,
-        "server.log_calls": "false",
+        "server.metrics_port": port,
+        "server.log_calls": "true",
+        "server.log_format": "json",
+        "access.file": file,
+        "access.audit": audit,
     }
     cases = Cases(bundle_path(), seed, PATIENCE)
     secrets = [str(root), str(report.ROOT), sys.prefix, str(Path.home())]
-    with ServerProcess(flags) as server, Client(server.address, tenant=KEEPER) as keeper:
+    key = wire_keys.secret(seed, wire_keys.KEEPER)
+    with ServerProcess(flags) as server, Client(server.address, api_key=key) as keeper:
         server.wait_until_ready(keeper)
-        prepare(server.address, keeper, root)
+        prepare(server.address, keeper, root, wire_keys.secret(seed, wire_keys.WHOLE))
         before = answers(keeper, root)
         started, own = time.monotonic(), time.process_time()
         found = run(server.address, cases, numbers, secrets, end, tell)
         took, own = time.monotonic() - started, time.process_time() - own
-        running = wait_until_idle(metrics)
-        untyped = untyped_calls(metrics)
+        running = wait_until_idle(port)
+        # Faults of the server's own, as it counts, seen by clients or not.
+        untyped = metrics.ended(port, "INTERNAL", "UNKNOWN")
         after = answers(keeper, root)
         cpu = cpu_seconds(server.pid)
         status = server.stop()
-        faults = re.findall(r"Traceback.*?(?=\n\S)", server.whole_log, re.DOTALL)
-    wrong = len(found.wrong) + untyped + running + len(faults) + (status != 0)
+        log = written.read(server.whole_log, ("time", "level", "message"), keys(seed))
+    audited = written.read(audit.read_text(), ("time", "event", "request_id", "key"), keys(seed))
+    wrong_lines = log.wrong + audited.wrong
+    wrong = len(found.wrong) + untyped + running + len(wrong_lines) + (status != 0)
+    for line in wrong_lines[:20]:
+        report.log(line)
     for number, what in list(found.wrong.items())[:20]:
         report.log(f"case {number}: {cases.case(number).path}: {'; '.join(what)}")
     return {
@@ -162,8 +150,13 @@ def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -
         "untyped_by_server": untyped,
         "left_running": running,
         "exit_status": status,
-        "tracebacks_in_log": len(faults),
-        "tracebacks": faults[:5],
+        "wrong_lines": len(wrong_lines),
+        "what_wrong_lines": wrong_lines[:5],
+        "log_lines": len(log.lines),
+        "log_lines_of_calls": sum("method" in line for line in log.lines),
+        "log_lines_of_the_library": log.library,
+        "audit_lines": len(audited.lines),
+        "audit_events": dict(collections.Counter(line["event"] for line in audited.lines)),
         "same_answers": int(before == after),
         "codes": dict(found.codes.most_common()),
         "reasons": dict(found.reasons.most_common()),
@@ -176,17 +169,28 @@ def fuzz(root: Path, numbers: range, seed: int, seconds: float, *, tell: bool) -
     }
 
 
-def prepare(address: str, keeper: Client, root: Path) -> None:
-    """Adapters for the keeper and for the tenant that the cases name."""
-    keeper.upload_adapter("kept", root / "adapters" / "reverse")
-    with Client(address, tenant=TENANT) as fuzzed:
+def keys(seed: int) -> list[str]:
+    """Those that no log may tell."""
+    kinds = (*wire_keys.OFTEN, wire_keys.KEEPER)
+    return [wire_keys.secret(seed, kind) for kind in kinds]
+
+
+def directory(root: Path) -> Path:
+    """From which the cases' tenant may register."""
+    return root / "adapters" / wire_keys.TENANT
+
+
+def prepare(address: str, keeper: Client, root: Path, key: str) -> None:
+    """Adapters for the keeper and for the tenant whose calls the cases are."""
+    keeper.upload_adapter("kept", directory(root) / "reverse")
+    with Client(address, api_key=key) as fuzzed:
         for name in NAMES[:3]:
             fuzzed.register_adapter(name, name)
 
 
 def answers(keeper: Client, root: Path) -> list[Any]:
     """What known prompts give, greedily, and what the router of the bundle decides."""
-    for file in sorted((root / "adapters" / "router").iterdir()):
+    for file in sorted((directory(root) / "router").iterdir()):
         keeper.load_router(data=file.read_bytes())
     options: list[dict[str, Any]] = [
         {"prompt": "reverse 'stone'", "adapters": {"kept": 1.0}},
@@ -241,130 +245,11 @@ def run(
     return found
 
 
-def spoken(heard: str, secrets: Sequence[str]) -> list[str]:
-    """What a connection gave away; in bytes that are no text, all may look like a path."""
-    told = leaks(heard, b"", secrets)
-    return [t for t in told if t.startswith(("traceback", "source", "exception", "secret"))]
-
-
-def make(channel: grpc.Channel, case: WireCase) -> Outcome:
-    """Make a call; how it ends."""
-    kind = "_".join("stream" if s else "unary" for s in case.streams)
-    method: Any = getattr(channel, kind)(case.path)
-    sent: Any = iter(case.messages) if case.streams[0] else case.messages[0]
-    options: dict[str, Any] = {
-        "timeout": case.timeout,
-        "metadata": case.metadata,
-        "compression": grpc.Compression.Gzip if case.compressed else None,
-    }
-    received: list[bytes] = []
-    try:
-        if case.streams[1]:
-            call = method(sent, **options)
-            if case.reads == 0:
-                call.cancel()
-            for message in call:
-                received.append(message)
-                if len(received) == case.reads:
-                    call.cancel()
-        else:
-            answer, call = method.with_call(sent, **options)
-            received.append(answer)
-    except grpc.RpcError as e:
-        call = e
-    pairs = tuple((m.key, m.value) for m in call.trailing_metadata() or ())
-    rich = dict(pairs).get("grpc-status-details-bin")
-    return Outcome(call.code().name, call.details() or "", rich, pairs, tuple(received))
-
-
-def reason_of(outcome: Outcome) -> str:
-    """The reason that the status gives; empty where it gives none."""
-    info = _info(_status(outcome))
-    return info.reason if info is not None else ""
-
-
-def wrong(case: WireCase, outcome: Outcome, secrets: Sequence[str] = ()) -> list[str]:
-    """What is not as it should be about how a call ended."""
-    found = [f"gives away {leak}" for leak in leaks(_told(outcome), case.sent, secrets)]
-    if case.method is not None and case.as_declared:
-        kind = message_factory.GetMessageClass(case.method.output_type)
-        for answer in outcome.answers:
-            try:
-                kind.FromString(answer)
-            except DecodeError:
-                found.append("an answer is no message of its type")
-    if outcome.code == "OK":
-        return found
-    if outcome.code == "CANCELLED":
-        return found if case.reads is not None else [*found, f"was cancelled: {outcome.message}"]
-    if outcome.code == "DEADLINE_EXCEEDED":
-        return found if case.hurried else [*found, "took too long"]
-    if outcome.rich is None:
-        own = re.compile(_OWN.get(outcome.code, "(?!)"))
-        health = case.path.startswith("/grpc.health") and outcome.code == "NOT_FOUND"
-        if not health and not own.match(outcome.message):
-            found.append(f"untyped {outcome.code}: {outcome.message}")
-        return found
-    if outcome.code not in DOCUMENTED:
-        found.append(f"undocumented {outcome.code}: {outcome.message}")
-    status = _status(outcome)
-    info = _info(status)
-    reason = "" if info is None or info.domain != "mora-serve" else info.reason
-    if not re.fullmatch("[A-Z][A-Z0-9_]*", reason):
-        found.append(f"{outcome.code} without a reason: {outcome.message}")
-    if status is not None and status.message != outcome.message:
-        found.append("its two messages differ")
-    return found
-
-
-def _status(outcome: Outcome) -> Any:
-    if outcome.rich is None:
-        return None
-    try:
-        return status_pb2.Status.FromString(outcome.rich)
-    except DecodeError:
-        return None
-
-
-def _info(status: Any) -> Any:
-    info = error_details_pb2.ErrorInfo()
-    return info if status and any(d.Unpack(info) for d in status.details) else None
-
-
-def _told(outcome: Outcome) -> str:
-    """All text that the status carries."""
-    texts = [outcome.message]
-    violation, status = error_details_pb2.BadRequest(), _status(outcome)
-    for detail in status.details if status else ():
-        if detail.Unpack(violation):
-            texts += [v.description for v in violation.field_violations]
-    texts += [f"{k}={v}" for k, v in outcome.trailing if isinstance(v, str)]
-    return "\n".join(texts)
-
-
-def samples(port: int) -> list[Any]:
-    """The server's metrics."""
-    url = f"http://127.0.0.1:{port}/metrics"
-    text = urllib.request.urlopen(url, timeout=30).read().decode()
-    return [s for family in text_string_to_metric_families(text) for s in family.samples]
-
-
-def untyped_calls(port: int) -> int:
-    """Calls that ended in a fault of the server's own, as it counts, seen by clients or not."""
-    return int(
-        sum(
-            s.value
-            for s in samples(port)
-            if s.name == "mora_grpc_requests_total" and s.labels["code"] in ("INTERNAL", "UNKNOWN")
-        )
-    )
-
-
 def wait_until_idle(port: int, seconds: float = 60.0) -> int:
     """How many requests the engine still has when nobody waits for any; 0 as a rule."""
     names = ("mora_num_requests_running", "mora_num_requests_waiting")
     end = time.monotonic() + seconds
-    while (left := int(sum(s.value for s in samples(port) if s.name in names))) > 0:
+    while (left := int(sum(s.value for s in metrics.samples(port) if s.name in names))) > 0:
         if time.monotonic() > end:
             break
         time.sleep(0.5)

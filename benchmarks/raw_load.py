@@ -21,24 +21,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc import aio
 
+from benchmarks.keys import bearer
 from benchmarks.report import ROOT
+from benchmarks.rich_status import DETAILS, reason_in
 
 GENERATE, STREAM, ROUTE = (
     "/mora_serve.v1.GenerationService/Generate",
     "/mora_serve.v1.GenerationService/GenerateStream",
     "/mora_serve.v1.RouterService/Route",
 )
-PUSHBACK, DETAILS = "grpc-retry-pushback-ms", "grpc-status-details-bin"
+PUSHBACK = "grpc-retry-pushback-ms"
 
 
 @dataclass(frozen=True)
 class Flow:
     """Calls of one tenant: ``payloads`` in turn, as serialised messages in base64.
 
+    The tenant is that of the ``key``, or, on a server without keys, the one that is named.
     ``due`` are the times at which requests are sent, in seconds; without them ``callers`` ask one
     after another for ``seconds``. ``deadline`` is what each call is given, 0 for none. At
     ``until``, unless 0, the caller leaves all calls that have not ended.
@@ -48,6 +49,7 @@ class Flow:
     payloads: tuple[str, ...]
     method: str = GENERATE
     tenant: str = ""
+    key: str = ""
     due: tuple[float, ...] = ()
     callers: int = 0
     seconds: float = 0.0
@@ -94,23 +96,12 @@ def run(
     result = json.loads(done.stdout.splitlines()[-1])
     answers = {
         name: [
-            Answer(due, sent, first, ended, code, *refusal(details, pushback))
+            Answer(due, sent, first, ended, code, reason_in(base64.b64decode(details)), pushback)
             for due, sent, first, ended, code, details, pushback in rows
         ]
         for name, rows in result["answers"].items()
     }
     return answers, result["cpu_seconds"]
-
-
-def refusal(details: str, pushback: str) -> tuple[str, str]:
-    """The reason in a status's details (base64) and its pushback."""
-    status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
-    try:
-        status.ParseFromString(base64.b64decode(details))
-    except DecodeError:
-        return "", pushback
-    reason = next((info.reason for detail in status.details if detail.Unpack(info)), "")
-    return reason, pushback
 
 
 def untyped(answers: Iterable[Answer]) -> list[str]:
@@ -172,14 +163,15 @@ async def _flow(
     streams = flow.method == STREAM
     make: Any = channel.unary_stream if streams else channel.unary_unary
     call = make(flow.method, request_serializer=None, response_deserializer=None)
-    metadata = (("mora-tenant", flow.tenant),) if flow.tenant else ()
+    metadata = [("mora-tenant", flow.tenant)] if flow.tenant else []
+    metadata += bearer(flow.key) if flow.key else ()
     payloads = itertools.cycle([base64.b64decode(text) for text in flow.payloads])
 
     async def ask(due: float) -> None:
         sent = time.perf_counter() - start
         timeout = max(1e-3, flow.deadline - (sent - due)) if flow.deadline else None
         first, code, details, pushback = 0.0, "OK", "", ""
-        asked = call(next(payloads), timeout=timeout, metadata=metadata)
+        asked = call(next(payloads), timeout=timeout, metadata=tuple(metadata))
         if flow.until:
             asyncio.get_running_loop().call_later(flow.until - sent, asked.cancel)
         try:

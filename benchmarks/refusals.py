@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from benchmarks import report
+from benchmarks.keys import OVER, add_key, bearer
 from benchmarks.rpcs import Rpc, call, rpcs
 from mora_serve.access.keys import new_secret, sha256_of
 from mora_serve.access.roles import ADMINISTRATIVE, ALLOWED, Role
-from mora_serve.cli.key import append, entry
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess, free_port
 
@@ -51,10 +51,8 @@ def main() -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Start a server with keys and try every call."""
     file, admin_port = folder / "access.toml", free_port()
-    secrets = {role: add(file, f"only-{role.value}", [role]) for role in Role}
-    over = new_secret()
-    text = entry("over", "acme", [role.value for role in Role], sha256_of(over))
-    append(file, "over", text + "expires = 2020-01-01T00:00:00Z\n")
+    secrets = {role: add_key(file, f"only-{role.value}", "acme", [role]) for role in Role}
+    over = add_key(file, "over", "acme", more=OVER)
     flags = {
         "access.file": file,
         "access.audit": folder / "audit",
@@ -64,13 +62,6 @@ def measure(folder: Path) -> dict[str, Any]:
         server.wait_until_ready(client)
         with grpc.insecure_channel(f"127.0.0.1:{admin_port}") as admin:
             return tried(client.channel, admin, secrets, over)
-
-
-def add(file: Path, key_id: str, roles: Sequence[Role]) -> str:
-    """A new key of tenant acme in the file; the secret."""
-    secret = new_secret()
-    append(file, key_id, entry(key_id, "acme", [role.value for role in roles], sha256_of(secret)))
-    return secret
 
 
 def tried(
@@ -123,11 +114,6 @@ def ways(
         yield f"as {role.value}", bearer(secrets[role]), DENIED, ("WRONG_ROLE",)
     other = (*bearer(right), ("mora-tenant", "other"))
     yield "for another tenant", other, DENIED, ("WRONG_TENANT",)
-
-
-def bearer(secret: str) -> Metadata:
-    """A call's metadata with a key."""
-    return (("authorization", f"Bearer {secret}"),)
 
 
 if __name__ == "__main__":

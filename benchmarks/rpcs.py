@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from grpc_reflection.v1alpha import reflection_pb2
-from grpc_status import rpc_status
 
+from benchmarks.rich_status import reason_of
 from mora_serve.v1 import adapters_pb2, generation_pb2, router_pb2, server_pb2
 
-MODULES = (generation_pb2, adapters_pb2, router_pb2, server_pb2)
+
+def methods_of(*modules: Any) -> Iterator[MethodDescriptor]:
+    """The methods of generated modules."""
+    for module in modules:
+        for service in module.DESCRIPTOR.services_by_name.values():
+            yield from service.methods
+
+
+# mora-serve's own, by name.
+METHODS = {m.name: m for m in methods_of(generation_pb2, adapters_pb2, router_pb2, server_pb2)}
+
+
+def path_of(method: MethodDescriptor) -> str:
+    """The full method name that a channel takes."""
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+def raw(channel: grpc.Channel, path: str, streams: tuple[bool, bool]) -> Any:
+    """A call of this path with bytes; ``streams``: many requests, many answers."""
+    kind = "_".join("stream" if many else "unary" for many in streams)
+    return getattr(channel, kind)(path)
 
 
 @dataclass(frozen=True)
@@ -35,15 +57,9 @@ class Outcome:
 
 def rpcs(*, reflection: bool = True) -> Iterator[Rpc]:
     """All of mora-serve's calls, and that of reflection; health is open to all."""
-    modules = (*MODULES, reflection_pb2) if reflection else MODULES
-    for module in modules:
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                yield Rpc(
-                    f"/{service.full_name}/{method.name}",
-                    method.client_streaming,
-                    method.server_streaming,
-                )
+    others = methods_of(reflection_pb2) if reflection else ()
+    for method in (*METHODS.values(), *others):
+        yield Rpc(path_of(method), method.client_streaming, method.server_streaming)
 
 
 def call(
@@ -54,11 +70,7 @@ def call(
     timeout: float = 20.0,
 ) -> Outcome:
     """Make a call to its end."""
-    kind = "{}_{}".format(
-        "stream" if rpc.request_streaming else "unary",
-        "stream" if rpc.response_streaming else "unary",
-    )
-    method = getattr(channel, kind)(rpc.method)
+    method = raw(channel, rpc.method, (rpc.request_streaming, rpc.response_streaming))
     request = iter(requests) if rpc.request_streaming else requests[0]
     answers: tuple[bytes, ...] = ()
     try:
@@ -67,15 +79,3 @@ def call(
     except grpc.RpcError as e:
         return Outcome(e.code(), e.details() or "", reason_of(e), answers)
     return Outcome(grpc.StatusCode.OK, "", "", answers)
-
-
-def reason_of(error: grpc.RpcError) -> str:
-    """The reason in the rich status of an error; empty where there is none."""
-    from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return str(info.reason)
-    return ""

@@ -44,7 +44,7 @@ def of_server(folder: Path, cycles: int, seconds: float, seed: int) -> dict[str,
                 if found not in allowed:
                     wrong.append(f"cycle {cycle}: {allowed[0].difference(found)}")
                 wrong += [f"cycle {cycle}: {text}" for text in unserved(client, found)]
-                if "registry:" in process.log:
+                if "registry:" in process.whole_log:
                     wrong.append(f"cycle {cycle}: its log tells of damage")
                 model = found
                 if cycle == cycles:

@@ -4,7 +4,8 @@ Each round starts a real server, lets clients stream, generate, route and regist
 and sends SIGTERM at a random moment. A fifth of the answers is too long to finish in the time to
 stop; two clients do not read theirs. The clients do not repeat calls: what they get is what the
 server, or its absence, answers. A call counts as right when its answer is whole or its status is
-UNAVAILABLE.
+UNAVAILABLE. Of those under way at the signal, short ones have to end whole, and endless ones with
+the server's reason, not grpc's word that the connection is gone.
 
     python -m benchmarks.sigterm --json
     python -m benchmarks.sigterm --rounds 3 --json
@@ -24,7 +25,8 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ import grpc
 from grpc import aio
 
 from benchmarks import families, oracle, report
+from benchmarks.rich_status import reason_of
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess
 from mora_serve.v1 import (
@@ -48,6 +51,8 @@ GRACE = 5.0  # seconds: server.drain_seconds
 CLIENTS = 32
 LOAD_SECONDS = (0.5, 3.0)  # before the signal
 SHORT, ENDLESS = (8, 64), 900  # tokens of an answer
+AT_THE_DOOR = 2.0  # seconds: far less than what calls that are let in get to finish
+DRAINING, REFUSED = "DRAINING", "refused at the door"
 WAIT = 60.0  # at most, for a process to end
 
 
@@ -72,6 +77,7 @@ def main() -> None:
     ended: Counter[str] = Counter()
     for r in rounds:
         ended.update(r["ended"])
+    across = dict(sum((Counter(r["across"]) for r in rounds), Counter()))
     right = ("whole", "UNAVAILABLE")
     report.emit(
         {
@@ -79,7 +85,8 @@ def main() -> None:
             "clients": args.clients,
             "grace_seconds": GRACE,
             "under_way_at_the_signal": sum(r["under_way"] for r in rounds),
-            "these_ended": dict(sum((Counter(r["across"]) for r in rounds), Counter())),
+            "these_ended": across,
+            **judged(across),
             "all_ended": dict(ended),
             "wrong": sum(n for how, n in ended.items() if how not in right),
             "unread": dict(sum((Counter(r["unread"]) for r in rounds), Counter())),
@@ -90,6 +97,25 @@ def main() -> None:
             "environment": report.environment(),
         }
     )
+
+
+def judged(across: Mapping[str, int]) -> dict[str, int]:
+    """Those under way at the signal: short ones that ended whole, or not; endless ones told why.
+
+    A short one that came to the server after the signal is refused at the door.
+    """
+    found = dict.fromkeys(
+        ("short_whole", "short_refused", "short_cut", "endless_told", "endless_not_told"), 0
+    )
+    for what, count in across.items():
+        kind, _, how = what.partition(": ")
+        if kind.startswith("short"):
+            ends = {"whole": "short_whole", REFUSED: "short_refused"}
+            found[ends.get(how, "short_cut")] += count
+        elif how != "whole":
+            told = how in (DRAINING, REFUSED)
+            found["endless_told" if told else "endless_not_told"] += count
+    return found
 
 
 def play(root: Path, clients: int, rng: random.Random) -> dict[str, Any]:
@@ -116,22 +142,23 @@ class Calls:
 
     def __init__(self) -> None:
         self.ended: Counter[str] = Counter()
-        self.across: Counter[str] = Counter()  # of those, under way at the signal
+        self.across: Counter[str] = Counter()  # of those, under way at the signal: kind and end
         self.unread: Counter[str] = Counter()
         self.open = 0
         self.signalled = math.inf
 
     @contextlib.contextmanager
-    def one(self, kind: str) -> Iterator[None]:
+    def one(self, kind: str) -> Iterator[Call]:
         """A call's time; what its block raises is how it ended."""
         self.open += 1
+        call = Call(kind)
         began = time.monotonic()
-        how = ""
+        how = reason = ""
         try:
-            yield
+            yield call
             how = "whole"
         except aio.AioRpcError as e:
-            how = e.code().name
+            how, reason = e.code().name, reason_of(e)
             if e.code() is not grpc.StatusCode.UNAVAILABLE:
                 times = (f"{t - self.signalled:.2f}" for t in (began, time.monotonic()))
                 report.log(f"{kind}, {' to '.join(times)} s after the signal: {e}")
@@ -140,8 +167,25 @@ class Calls:
         finally:
             self.open -= 1
             if how:
+                now = time.monotonic()
                 self.ended[how] += 1
-                self.across[how] += began < self.signalled <= time.monotonic()
+                if began < self.signalled <= now:
+                    early = now - self.signalled < AT_THE_DOOR and not call.begun
+                    if reason == DRAINING and early:
+                        how = REFUSED
+                    elif reason:
+                        how = reason
+                    length = "endless" if call.endless else "short"
+                    self.across[f"{length} {kind}: {how}"] += 1
+
+
+@dataclass
+class Call:
+    """One call: whether its answer is too long to finish, and whether it has begun."""
+
+    kind: str
+    endless: bool = False
+    begun: bool = False
 
 
 class CutShort(Exception):
@@ -190,15 +234,16 @@ async def client(
         if over.is_set():
             return
         kind = kinds[(number + i) % len(kinds)] if number % 4 == 0 else rng.choice(kinds[:2])
-        with calls.one(kind.__name__):
-            await kind(channel, rng, f"{number}-{i}")
+        with calls.one(kind.__name__) as call:
+            await kind(channel, rng, f"{number}-{i}", call)
         if calls.ended["UNAVAILABLE"]:  # one that is told so goes elsewhere, and comes back later
             await asyncio.sleep(rng.uniform(0.02, 0.2))
 
 
-def request(kind: Any, rng: random.Random) -> Any:
+def request(kind: Any, rng: random.Random, call: Call) -> Any:
     """A request for so many tokens."""
-    tokens = ENDLESS if rng.random() < 0.2 else rng.randint(*SHORT)
+    call.endless = rng.random() < 0.2
+    tokens = ENDLESS if call.endless else rng.randint(*SHORT)
     name = rng.choice((*ADAPTERS, ""))
     weight = [generation_pb2.AdapterWeight(adapter=name, weight=1.0)] if name else []
     return kind(
@@ -208,35 +253,36 @@ def request(kind: Any, rng: random.Random) -> Any:
     )
 
 
-async def stream(channel: aio.Channel, rng: random.Random, name: str) -> None:
+async def stream(channel: aio.Channel, rng: random.Random, name: str, call: Call) -> None:
     """A stream, read to its end."""
-    message = request(generation_pb2.GenerateStreamRequest, rng)
+    message = request(generation_pb2.GenerateStreamRequest, rng, call)
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     tokens, finished = 0, False
     async for part in stub.GenerateStream(message, timeout=WAIT):
+        call.begun = True
         tokens += len(part.delta.tokens)
         finished = part.WhichOneof("event") == "finished"
     if not finished or tokens != message.sampling.max_tokens:
         raise CutShort
 
 
-async def generate(channel: aio.Channel, rng: random.Random, name: str) -> None:
+async def generate(channel: aio.Channel, rng: random.Random, name: str, call: Call) -> None:
     """A whole answer."""
-    message = request(generation_pb2.GenerateRequest, rng)
+    message = request(generation_pb2.GenerateRequest, rng, call)
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     answer = await stub.Generate(message, timeout=WAIT)
     if len(answer.tokens) != message.sampling.max_tokens:
         raise CutShort
 
 
-async def route(channel: aio.Channel, rng: random.Random, name: str) -> None:
+async def route(channel: aio.Channel, rng: random.Random, name: str, call: Call) -> None:
     """A decision."""
     stub: Any = router_pb2_grpc.RouterServiceStub(channel)  # type: ignore[no-untyped-call]
     prompt = generation_pb2.Prompt(text=f"please {name}")
     await stub.Route(router_pb2.RouteRequest(prompt=prompt), timeout=WAIT)
 
 
-async def register(channel: aio.Channel, rng: random.Random, name: str) -> None:
+async def register(channel: aio.Channel, rng: random.Random, name: str, call: Call) -> None:
     """A registration under a new name."""
     stub: Any = adapters_pb2_grpc.AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
     message = adapters_pb2.RegisterAdapterRequest(name=f"new-{name}", path=rng.choice(ADAPTERS))

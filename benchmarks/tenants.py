@@ -30,9 +30,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report
-from mora_serve.access.keys import new_secret, sha256_of
-from mora_serve.access.roles import Role
-from mora_serve.cli.key import append, entry
+from benchmarks.keys import add_key
 from mora_serve.client import AsyncClient, Client
 from mora_serve.core import SHARED_TENANT, Decision
 from mora_serve.demo.bundle import bundle_path
@@ -77,7 +75,7 @@ def main() -> None:
 async def measure(folder: Path, requests: int, seconds: float, seed: int) -> dict[str, Any]:
     """Set both tenants up, ask everything alone, then all at once."""
     file, names = folder / "access.toml", ("acme", "globex")
-    secrets = {name: add_key(file, name) for name in names}
+    secrets = {name: add_key(file, name, name) for name in names}
     flags = {"access.file": file, "access.audit": folder / "audit", "server.log_calls": False}
     with ServerProcess(flags) as server:
         with Client(server.address) as client:
@@ -90,13 +88,6 @@ async def measure(folder: Path, requests: int, seconds: float, seed: int) -> dic
             for tenant in tenants:
                 await set_up(tenant, folder)
             return await hammer(tenants, requests, seconds, random.Random(seed))
-
-
-def add_key(file: Path, tenant: str) -> str:
-    """A key of the tenant with all roles; the secret."""
-    secret = new_secret()
-    append(file, tenant, entry(tenant, tenant, [r.value for r in Role], sha256_of(secret)))
-    return secret
 
 
 async def set_up(tenant: Tenant, folder: Path) -> None:

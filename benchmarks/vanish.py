@@ -23,17 +23,16 @@ import random
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpc import aio
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import families, oracle, report
+from benchmarks import families, metrics, oracle, report
 from mora_serve.client import AsyncClient, Client, connection
+from mora_serve.client.asynchronous import AsyncStream
 from mora_serve.client.connection import Stubs
 from mora_serve.demo.process import ServerProcess, free_port
 from mora_serve.errors import MoraError
@@ -52,7 +51,7 @@ OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 16 << 10),
 )
-STALLED = "stalled streams"
+GIVEN_UP = "RESOURCE_EXHAUSTED"  # how a stream ends that nobody reads
 CHECKS = "mora_engine_integrity_checks_total"
 HELD = (
     *("mora_kv_cache_pages_used", "mora_adapter_slots_used"),
@@ -119,7 +118,7 @@ def draw(clients: int, rng: random.Random) -> list[Job]:
 
 def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     """Both runs on one server."""
-    metrics = free_port()
+    port = free_port()
     flags = {
         "base.model": root / "base",
         "base.quantization": "none",
@@ -128,7 +127,7 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         "adapters.root": root / "adapters",
         "adapters.slots": 4,
         "engine.stall_seconds": STALL_SECONDS,
-        "server.metrics_port": metrics,
+        "server.metrics_port": port,
     }
     with ServerProcess(flags) as process, Client(process.address) as client:
         process.wait_until_ready(client)
@@ -137,18 +136,21 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         started = time.monotonic()
         want, _ = asyncio.run(run(process.address, jobs, vanish=False))
         report.log(f"undisturbed: {time.monotonic() - started:.1f} s")
-        free(metrics)
-        before = sample(metrics)
+        free(port)
+        before = metrics.ended(port, GIVEN_UP)
         started = time.monotonic()
         got, how = asyncio.run(run(process.address, jobs, vanish=True))
         ended = time.monotonic()
         report.log(f"disturbed: {ended - started:.1f} s; {how}")
-        seconds = free(metrics)
-        after = sample(metrics)
+        seconds = free(port)
+        given_up = metrics.ended(port, GIVEN_UP) - before
+        after = metrics.totals(port)
         # One request more, after which the engine is idle and looks at its books again.
         last = client.generate(**{**jobs[0].options, "max_tokens": SHORT})
         deadline = time.monotonic() + 30
-        while (books := sample(metrics))[CHECKS] <= after[CHECKS] and time.monotonic() < deadline:
+        while (books := metrics.totals(port))[CHECKS] <= after[
+            CHECKS
+        ] and time.monotonic() < deadline:
             time.sleep(0.2)
     stay = [i for i, job in enumerate(jobs) if not job.kind]
     different = sum(got[i] != want[i] or len(want[i]) != SHORT for i in stay)
@@ -157,10 +159,11 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         "survivors": len(stay),
         "vanished": {kind: sum(job.kind == kind for job in jobs) for kind in KINDS},
         "in_mid_stream": how,
+        "all_in_mid_stream": sum(how.values()),
         "different": different,
         "held": sum(after[name] for name in HELD),
         "seconds_until_free": seconds,
-        "streams_given_up": after[STALLED] - before[STALLED],
+        "streams_given_up": given_up,
         "integrity_checks": books[CHECKS] - after[CHECKS],
         "integrity_violations": books["mora_engine_integrity_violations_total"],
         "answers_after": len(last.tokens) == SHORT,
@@ -168,24 +171,11 @@ def measure(root: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
-def sample(port: int) -> Counter[str]:
-    """The server's metrics by name, those with labels added up."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(text):
-        for s in family.samples:
-            found[s.name] += s.value  # type: ignore[assignment]  # counts are whole numbers
-            if s.name == "mora_grpc_requests_total" and s.labels["code"] == "RESOURCE_EXHAUSTED":
-                found[STALLED] += int(s.value)
-    return found
-
-
 def free(port: int) -> float:
     """Seconds until the server holds nothing; they are limited."""
     started = time.monotonic()
     while time.monotonic() - started < 60:
-        now = sample(port)
+        now = metrics.totals(port)
         if not any(now[name] for name in HELD):
             break
         time.sleep(0.1)
@@ -210,8 +200,7 @@ async def run(
             else None
             for job in jobs
         ]
-        for process in children:
-            how["is killed"] += await kill(process)
+        how["is killed"] += sum(await asyncio.gather(*map(kill, children)))
         unread = [t for t, j in zip(tasks, jobs, strict=True) if j.kind == "reads nothing"]
         rest = [t for t in tasks if t is not None and not (vanish and t in unread)]
         await asyncio.gather(*rest)
@@ -231,7 +220,8 @@ async def ask(
                 if vanish and job.kind == "reads nothing":
                     await over.wait()
                     await asyncio.sleep(2 * STALL_SECONDS)
-                    how[job.kind] += 1
+                    given_up = await is_given_up(stream)
+                    how[job.kind] += given_up
                     return tokens
                 async for delta in stream:
                     tokens += [t.id for t in delta.tokens]
@@ -241,6 +231,16 @@ async def ask(
         except MoraError as e:
             report.log(f"{job.options['request_id']}: {e.code}: {e.message}")
     return tokens
+
+
+async def is_given_up(stream: AsyncStream) -> bool:
+    """Whether the server has given up a stream, told by what is read of it in the end."""
+    try:
+        async for _ in stream:
+            pass
+    except MoraError as e:
+        return e.reason == "STREAM_STALLED"
+    return False
 
 
 async def begin(stack: contextlib.AsyncExitStack, address: str) -> asyncio.subprocess.Process:
@@ -277,7 +277,7 @@ async def tell(process: asyncio.subprocess.Process, options: Sequence[dict[str, 
 
 
 async def kill(process: asyncio.subprocess.Process) -> int:
-    """Kill a process once half of its streams have tokens; how many streams it had open then."""
+    """Kill a process once all of its streams have begun; how many were in their middle then."""
     line = await heard(process)
     process.kill()
     await process.wait()
@@ -285,7 +285,7 @@ async def kill(process: asyncio.subprocess.Process) -> int:
 
 
 async def child(address: str, options: Sequence[dict[str, Any]]) -> None:
-    """Streams until it is killed; says once that half of them are in their middle."""
+    """Streams until it is killed; once all have tokens it says how many have not ended."""
     begun: set[int] = set()
     ended: set[int] = set()
     said = False
@@ -295,7 +295,7 @@ async def child(address: str, options: Sequence[dict[str, Any]]) -> None:
         async with Lone(address) as client, await client.stream(**options[i]) as stream:
             async for _ in stream:
                 begun.add(i)
-                if not said and 2 * len(begun) >= len(options):
+                if not said and len(begun) == len(options):
                     said = True
                     print(len(options) - len(ended), flush=True)
         ended.add(i)

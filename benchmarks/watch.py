@@ -60,6 +60,11 @@ class Watch:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def now(self) -> float:
+        """Seconds since the start of the watch."""
+        return time.monotonic() - self._start
+
     def resident(self, start: float, end: float) -> float:
         """Resident memory between two times, in the median; negative times count from the end."""
         last = self.samples[-1].at
@@ -92,7 +97,7 @@ class Watch:
     def _look(self) -> None:
         self.samples.append(look(self._pid, 0.0))
         while not self._end.wait(SAMPLE_SECONDS):
-            self.samples.append(look(self._pid, time.monotonic() - self._start))
+            self.samples.append(look(self._pid, self.now))
 
 
 def look(pid: int, at: float) -> Sample:

@@ -12,25 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from benchmarks.bad_input_cases import METHODS
+from benchmarks import wire_keys
+from benchmarks.rpcs import METHODS, methods_of, path_of
 from benchmarks.wire_grammar import Grammar, Vocabulary, mutated
 from mora_serve.v1 import adapters_pb2
 
-TENANT = "fuzz"
 NAMES = ("reverse", "uppercase", "double", "reverse", "uppercase", "spare", "nothing")
 PROMPTS = ("reverse 'stone'", "write 'abc' in upper case", "x", "say 'a' nicely", "1 2 3 " * 20)
 _SHORT = (0.001, 0.005, 0.02, 0.1)  # deadlines that pass
 _HEX = ("", "", "", "", "ab" * 32, "z" * 64)
-_GRPC_OWN = [
-    method
-    for module in (health_pb2, reflection_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-]
+_GRPC_OWN = [*methods_of(health_pb2, reflection_pb2)]
 _UPLOAD = METHODS["UploadAdapter"]
 _CARD = adapters_pb2.DESCRIPTOR.message_types_by_name["RoutingCard"]
 
@@ -39,7 +34,8 @@ _CARD = adapters_pb2.DESCRIPTOR.message_types_by_name["RoutingCard"]
 class WireCase:
     """One call: ``streams`` are whether it is made as one of many requests, and of many answers.
 
-    ``reads`` is after how many messages the client cancels, None for never.
+    ``reads`` is after how many messages the client cancels, None for never. ``key`` is the kind of
+    key that it has, empty on a server without keys.
     """
 
     path: str
@@ -50,6 +46,7 @@ class WireCase:
     timeout: float
     reads: int | None
     compressed: bool
+    key: str = ""
 
     @property
     def sent(self) -> bytes:
@@ -123,7 +120,7 @@ class Cases:
         assert method is not None
         streams = declared = method.client_streaming, method.server_streaming
         messages = tuple(self._messages(method, rng))
-        path = f"/{_service(method).full_name}/{method.name}"
+        path = path_of(method)
         draw = rng.random()
         if draw < 0.02:
             path, method = _elsewhere(path, rng), None
@@ -138,15 +135,17 @@ class Cases:
         # A client that takes one answer where there are more waits to its deadline, and so does one
         # that watches.
         endless = (declared[1] and not streams[1]) or path == "/grpc.health.v1.Health/Watch"
+        key, credentials = wire_keys.draw(rng, self.seed)
         return WireCase(
             path=path,
             method=method,
             streams=streams,
             messages=messages,
-            metadata=_metadata(rng),
+            metadata=(*_metadata(rng), *credentials),
             timeout=rng.choice(_SHORT) if endless or rng.random() < 0.02 else self._patience,
             reads=rng.randrange(3) if streams[1] and rng.random() < 0.1 else None,
             compressed=rng.random() < 0.05,
+            key=key,
         )
 
     def _messages(self, method: MethodDescriptor, rng: random.Random) -> list[bytes]:
@@ -222,10 +221,6 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _service(method: MethodDescriptor) -> ServiceDescriptor:
-    return method.containing_service
-
-
 def _elsewhere(path: str, rng: random.Random) -> str:
     """A path that no method has."""
     return rng.choice(
@@ -241,23 +236,22 @@ def _elsewhere(path: str, rng: random.Random) -> str:
 
 
 def _metadata(rng: random.Random) -> tuple[tuple[str, str | bytes], ...]:
-    """Tenant, request id, key and others: as they should be as a rule."""
+    """Tenant, request id and others: as they should be as a rule."""
     tenants = ("default", "A/../B", "", "fuzz ", "x" * 65, "{}", "fuzz,fuzz")
     out: list[tuple[str, str | bytes]] = []
     if rng.random() < 0.95:
-        out.append(("mora-tenant", rng.choice(tenants) if rng.random() < 0.04 else TENANT))
+        out.append(
+            ("mora-tenant", rng.choice(tenants) if rng.random() < 0.04 else wire_keys.TENANT)
+        )
     if rng.random() < 0.08:
         wild = ("job-7/a", "a" * 128, "a" * 129, "", " ", "%0a%0d", "a b", "../x", "{}", "x" * 3000)
         out.append(("mora-request-id", rng.choice(wild)))
-    if rng.random() < 0.05:
-        keys = ("Bearer x", "Bearer", "", "Basic Og==", "Bearer " + "k" * 2000, "bearer  x")
-        out.append(("authorization", rng.choice(keys)))
     if rng.random() < 0.04:
         out += [(f"x-{i}", "v" * rng.randrange(50)) for i in range(rng.randrange(1, 40))]
     if rng.random() < 0.04:
         out.append((rng.choice(("x-bin", "mora-tenant-bin")), rng.randbytes(rng.randrange(300))))
     if rng.random() < 0.02:
-        out += [out[0]] if out else [("mora-tenant", TENANT)] * 2
+        out += [out[0]] if out else [("mora-tenant", wire_keys.TENANT)] * 2
     if rng.random() < 0.01:
         out.append(("x-large", "v" * rng.choice((4000, 7000, 9000, 20_000))))
     return tuple(out)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from pathlib import Path
 
 import pytest
 
-from benchmarks.bad_input_cases import METHODS
-from benchmarks.fuzz_wire import Outcome, fuzz, wrong
+from benchmarks import wire_keys, written
+from benchmarks.fuzz_wire import fuzz
 from benchmarks.leaks import leaks
+from benchmarks.rpcs import METHODS, path_of
 from benchmarks.wire_cases import Cases, WireCase
+from benchmarks.wire_verdict import Outcome, wrong
 from mora_serve import errors
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.server.status import status_of
@@ -118,10 +121,57 @@ def test_plain_messages_give_nothing_away(text: str) -> None:
     assert leaks(text) == []
 
 
+def keyed(case: WireCase, kind: str, **changes: object) -> WireCase:
+    return dataclasses.replace(case, key=kind, metadata=(), **changes)  # type: ignore[arg-type]
+
+
+NO_KEY = errors.Unauthenticated("authorization: the call has no key", reason="NO_KEY")
+WRONG_ROLE = errors.PermissionDenied("method: key 'a' may not call it", reason="WRONG_ROLE")
+PIN = path_of(METHODS["PinAdapter"])
+
+
+@pytest.mark.parametrize("kind", sorted(wire_keys.OFTEN.keys() - {"whole", "generate"}))
+def test_a_call_whose_key_is_no_better_has_to_be_refused(plain: WireCase, kind: str) -> None:
+    assert wrong(keyed(plain, kind), typed(NO_KEY)) == []
+    for outcome in (Outcome("OK"), typed(NOT_FOUND), typed(WRONG_ROLE)):
+        assert wrong(keyed(plain, kind), outcome)
+
+
+def test_a_key_is_for_its_roles_and_tenant_alone(plain: WireCase) -> None:
+    """And one that is whole is not refused."""
+    assert wrong(keyed(plain, "generate", path=PIN), typed(WRONG_ROLE)) == []
+    assert wrong(keyed(plain, "generate", path=PIN), Outcome("OK"))
+    assert wrong(keyed(plain, "whole", path=PIN), Outcome("OK")) == []
+    assert wrong(keyed(plain, "whole", path=PIN), typed(NO_KEY))
+    other = dataclasses.replace(keyed(plain, "whole"), metadata=(("mora-tenant", "default"),))
+    assert wrong(other, typed(WRONG_ROLE)) == []
+    assert wrong(other, typed(NOT_FOUND))
+
+
+def test_most_cases_have_a_whole_key_and_every_kind_is_there(cases: Cases) -> None:
+    kinds = collections.Counter(cases.case(n).key for n in range(1500))
+    assert kinds.keys() == wire_keys.OFTEN.keys()
+    assert kinds["whole"] > 1200
+
+
+def test_lines_that_are_none_tell_a_key_or_a_fault_are_seen() -> None:
+    good = '{"time": "1", "message": "x"}'
+    library = "E1129 12:00:00.1 7 chttp2_transport.cc:1] x"
+    read = written.read(f"{good}\n{library}\n", ("time",), ["mora_x"])
+    assert (len(read.lines), read.library, read.wrong) == (1, 1, [])
+    for bad in (
+        *("Traceback (most recent call last):", "[1]", '{"message": "x"}', good[:-1]),
+        *('{"time": "1", "message": "mora_x"}', '{"time": "1", "exception": "KeyError"}'),
+    ):
+        assert len(written.read(f"{good}\n{bad}\n{good}", ("time",), ["mora_x"]).wrong) == 1, bad
+
+
 def test_a_short_run_against_a_server_of_its_own(tmp_path: Path) -> None:
     result = fuzz(tmp_path, range(20 * len(METHODS)), seed=11, seconds=200, tell=False)
     assert result["what"] == {}
     assert result["wrong"] == 0
     assert result["same_answers"] == 1
     assert result["requests"] == 20 * len(METHODS)
-    assert {"OK", "INVALID_ARGUMENT"} <= result["codes"].keys()
+    assert {"OK", "INVALID_ARGUMENT", "UNAUTHENTICATED"} <= result["codes"].keys()
+    assert result["log_lines_of_calls"] > result["requests"] / 2
+    assert result["audit_events"]["denied"]

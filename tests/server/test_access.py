@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from benchmarks import refusals
-from benchmarks.rpcs import Rpc, call, reason_of, rpcs
+from benchmarks.rich_status import reason_of
+from benchmarks.rpcs import Rpc, call, rpcs
 from mora_serve.access.roles import Role
 from mora_serve.config import Config
 from mora_serve.server.app import MoraServer

@@ -11,13 +11,13 @@ from benchmarks.bad_input_cases import (
     CASES,
     LIMITS,
     MESSAGE_BYTES,
-    METHODS,
     failure,
     request_of,
     spoil,
     works,
     wrong,
 )
+from benchmarks.rpcs import METHODS
 from mora_serve import errors
 from mora_serve.server.services import SERVICES
 from tests.server.conftest import Running, configuration, running

@@ -12,9 +12,10 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import fuzz_wire
-from benchmarks.bad_input_cases import METHODS, works
+from benchmarks.bad_input_cases import works
+from benchmarks.rpcs import METHODS
 from benchmarks.wire_cases import WireCase
+from benchmarks.wire_verdict import make, wrong
 from tests.server.conftest import Running, configuration, running
 
 FEW = settings(
@@ -86,7 +87,7 @@ def check(fuzzed: Running) -> Iterator[Any]:
             reads=None,
             compressed=False,
         )
-        assert fuzz_wire.wrong(case, fuzz_wire.make(client.channel, case)) == []
+        assert wrong(case, make(client.channel, case)) == []
 
     with fuzzed.client() as client:
         yield check

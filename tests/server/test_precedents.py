@@ -18,8 +18,9 @@ from typing import Any
 import grpc
 import pytest
 
-from benchmarks.bad_input_cases import LIMITS, MESSAGE_BYTES, METHODS, failure, g, request_of, works
+from benchmarks.bad_input_cases import LIMITS, MESSAGE_BYTES, failure, g, request_of, works
 from benchmarks.leaks import leaks
+from benchmarks.rpcs import METHODS
 from mora_serve import errors
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess, free_port
