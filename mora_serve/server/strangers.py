@@ -14,7 +14,7 @@ from mora_serve.server.gate import Places
 from mora_serve.server.status import Context
 
 CALLS = 2048  # at the same time; most of them watch
-REQUESTS = 32  # being received at the same time
+REQUESTS = 16  # being received at the same time
 REQUEST_SECONDS = 5.0  # for a request to come in
 
 

@@ -75,7 +75,7 @@ class TestWatchersThatDoNotRead:
             wait_for(lambda: watching(serving) == 20)
             with channel_to(serving) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
-                heard = stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+                heard = stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
                 assert next(heard).status == SERVING
                 stopping = asyncio.run_coroutine_threadsafe(serving.server.stop(), serving.loop)
                 assert next(heard).status == NOT_SERVING
