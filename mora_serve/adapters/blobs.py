@@ -2,7 +2,8 @@
 
 Processes share a store. A blob that is being registered or used is held by a shared ``flock`` on
 its directory, which ends with its process, however that ends; one that is removed is locked
-exclusively, so that no reference to it can be made meanwhile.
+exclusively, so that no reference to it can be made meanwhile. A damaged one may be moved away
+though others hold it, by whoever holds it and ``damage``, so that it is not one put in its place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 Buffer = bytes | memoryview
@@ -133,6 +134,12 @@ class BlobStore:
 
         Returns whether the blob is gone, by whomever. ``unreferenced`` must not hold blobs.
         """
+        return self.put_away(digest, unreferenced, self._trash)
+
+    def put_away(
+        self, digest: str, unreferenced: Callable[[], bool], take: Callable[[Path], object]
+    ) -> bool:
+        """As ``remove``, but ``take`` is what makes the blob at a path go."""
         found = self._open(digest)
         if found is None:
             return True
@@ -145,10 +152,20 @@ class BlobStore:
                 return True
             if not unreferenced():
                 return False
-            trash = self._temporary / uuid.uuid4().hex  # a new name takes no room, or hardly any
-            os.rename(self._directory / digest, trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            take(self._directory / digest)
             return True
+
+    def _trash(self, path: Path) -> None:
+        trash = self._temporary / uuid.uuid4().hex  # a new name takes no room, or hardly any
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def damage(self) -> Iterator[None]:
+        """Nobody else moves damaged blobs away inside; it waits while somebody does."""
+        with Hold(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+            fcntl.flock(directory.descriptor, fcntl.LOCK_EX)
+            yield
 
     def digests(self) -> list[str]:
         """All blobs."""

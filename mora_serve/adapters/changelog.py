@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import re
@@ -28,14 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mora_serve.adapters.blobs import sync_directory, write_durably
-from mora_serve.adapters.quarantine import Quarantine, means_damage
-from mora_serve.errors import ConfigError
+from mora_serve.adapters.change_file import DamagedError, content_of, is_whole, packed, unreadable
+from mora_serve.adapters.quarantine import Quarantine
 
-_FORMAT = 1
 _DIGITS = 20
-_BLOCK = 4096  # bytes that a disk writes, and loses, together
 _NAME = re.compile(r"00([0-9]{18})\.json")  # some numbers stay free behind any that is found
-_SUMMED = re.compile(rb'\{"format": ([0-9]{1,9}), "sha256": "([0-9a-f]{64})", "content": ')
 _LOST = {"remove": [], "lost": True}  # a change of nothing, in the place of one that is lost
 
 log = logging.getLogger(__name__)
@@ -52,10 +47,6 @@ class News(NamedTuple):
     start: int
     snapshot: Any | None
     changes: list[tuple[int, Any]]
-
-
-class _DamagedError(Exception):
-    pass
 
 
 class ChangeLog:
@@ -127,7 +118,7 @@ class ChangeLog:
         """
         path = _path(self._snapshots if snapshot else self._log, number)
         with contextlib.suppress(OSError):
-            if any(map(_SUMMED.match, _copies(path.read_bytes()))):
+            if is_whole(path.read_bytes()):
                 raise unreadable(number, "it holds what this version does not know")
         self._set_aside(path, number, whole=True)
 
@@ -178,12 +169,8 @@ class ChangeLog:
     def _create(self, directory: Path, number: int, content: Any) -> bool:
         path = _path(directory, number)
         temporary = self._temporary / uuid.uuid4().hex
-        data = _file(content)
-        if directory == self._log:
-            first = data + b"\n"  # a lost block takes no end of line of the other copy with it
-            data = first.ljust(-(-len(first) // _BLOCK) * _BLOCK) + b"\n" + data
         try:
-            write_durably(temporary, data)
+            write_durably(temporary, packed(content, twice=directory == self._log))
             os.link(temporary, path)
         except FileExistsError:
             return False
@@ -208,10 +195,10 @@ class ChangeLog:
         if path in self._passed_over:
             return None
         try:
-            return _content(path, number)
+            return content_of(path, number)
         except FileNotFoundError:
             return None
-        except _DamagedError:
+        except DamagedError:
             return self._set_aside(path, number)
 
     def _set_aside(self, path: Path, number: int, *, whole: bool = False) -> Any | None:
@@ -219,8 +206,8 @@ class ChangeLog:
         kind = "snapshot" if path.parent == self._snapshots else "change"
         with self._locked(fcntl.LOCK_EX):
             if not whole:
-                with contextlib.suppress(_DamagedError, FileNotFoundError):
-                    return _content(path, number)  # another process was quicker
+                with contextlib.suppress(DamagedError, FileNotFoundError):
+                    return content_of(path, number)  # another process was quicker
             if not self._quarantine.take(path, f"registry: {kind} number {number} is damaged"):
                 self._passed_over.add(path)
                 return None
@@ -232,78 +219,6 @@ class ChangeLog:
             except OSError as e:  # a hole is passed over as well
                 log.warning("registry: change number %d stays missing: %s", number, e.strerror)
             return _LOST
-
-
-def unreadable(number: int, why: str) -> ConfigError:
-    """A file of the history that this version cannot read."""
-    return ConfigError(
-        f"server.state: cannot read number {number} of the registry's history: {why}; start with "
-        "the version that wrote it, a backup, or another directory",
-        field="server.state",
-    )
-
-
-def _file(content: Any) -> bytes:
-    """A file of the history: its content, and a sum by which damage to it shows."""
-    body = _encoded(content).encode()
-    return b'{"format": %d, "sha256": "%s", "content": %s}' % (_FORMAT, _sum(_FORMAT, body), body)
-
-
-def _content(path: Path, number: int) -> Any:
-    """What a file says. Raises ConfigError where another version wrote it."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise (_DamagedError if means_damage(e) else e) from None  # FileNotFoundError among them
-    for i, copy in enumerate(_copies(data)):
-        with contextlib.suppress(_DamagedError):
-            content = _content_of(copy, number)
-            if i:
-                log.error("registry: number %d is damaged in part; its copy was read", number)
-            return content
-    raise _DamagedError
-
-
-def _copies(data: bytes) -> list[bytes]:
-    return [copy for line in data.split(b"\n") if (copy := line.strip(b" "))]
-
-
-def _content_of(data: bytes, number: int) -> Any:
-    format_ = _FORMAT
-    if summed := _SUMMED.match(data):
-        format_ = int(summed[1])
-        if summed[2] != _sum(format_, data[summed.end() : -1]) or data[-1:] != b"}":
-            raise _DamagedError
-    try:
-        file = json.loads(data)
-        content = file["content"]
-        if not summed:  # an old file, or one whose beginning is damaged
-            format_ = file["format"]
-            if file.keys() != {"format", "content"} or type(format_) is not int:
-                raise _DamagedError
-        if content is None:
-            raise _DamagedError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise _DamagedError from None
-    if format_ != _FORMAT:
-        raise unreadable(number, f"it has format {format_}, this version reads {_FORMAT}")
-    return content
-
-
-def _sum(format_: int, body: bytes) -> bytes:
-    return hashlib.sha256(b"%d\n%s" % (format_, body)).hexdigest().encode()
-
-
-def _encoded(value: Any) -> str:
-    """JSON, list by list item by item: one call for thousands of records would hold Python's lock,
-    and with it every other thread, for a tenth of a second.
-    """
-    if isinstance(value, dict):
-        parts = (f"{json.dumps(key)}: {_encoded(part)}" for key, part in value.items())
-        return "{" + ", ".join(parts) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(json.dumps, value)) + "]"
-    return json.dumps(value)
 
 
 def _numbers(directory: Path) -> set[int]:

@@ -6,12 +6,13 @@ was found whole is only read again when its files have changed since.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mora_serve.adapters.blobs import BlobStore, Buffer, Hold
@@ -46,35 +47,25 @@ class Contents:
 
         Not ``deep``: only whether its files are there, the weights of ``least`` bytes or more.
         """
-        path = self._directory / digest
-        try:
-            hold = self.blobs.hold(digest)
-            if hold is None:
+        while True:
+            try:
+                hold = self.blobs.hold(digest)
+            except OSError as e:
+                if not means_damage(e):
+                    raise
+                hold = None  # it is there, but not to be opened
+            else:
+                if hold is None:
+                    self._sound.pop(digest, None)
+                    return Health.MISSING
+            with hold or contextlib.nullcontext():
+                health = self._health(digest, hold, least, deep) if hold else Health.DAMAGED
+                if health is not Health.DAMAGED:
+                    return health
                 self._sound.pop(digest, None)
-                return Health.MISSING
-            with hold:
-                stamp = _stamp(hold)
-                if self._sound.get(digest) == stamp:
-                    return Health.SOUND
-                whole = (
-                    _digest(path) == digest
-                    if deep
-                    else sum(size for _, _, size, _ in stamp) > least
-                )
-                if whole:
-                    if deep:
-                        self._sound[digest] = stamp
-                    return Health.SOUND
-                if not self.blobs.same(hold, digest):
-                    return Health.MISSING  # removed while it was read
-        except FileNotFoundError:
-            return Health.MISSING  # removed while it was read
-        except OSError as e:
-            if not means_damage(e):
-                raise
-        self._sound.pop(digest, None)
-        self.set_aside(digest, "does not have its SHA-256" if deep else "is not all there")
-        return Health.DAMAGED
+                if self._set_damaged_aside(digest, hold, deep=deep):
+                    return Health.DAMAGED
+            # Somebody was quicker, and may have put a whole one in its place.
 
     def put(self, digest: str, files: Mapping[str, Buffer]) -> Hold:
         """Store the files in place of a damaged or missing blob; held, durable when it returns."""
@@ -94,8 +85,59 @@ class Contents:
         self._sound.pop(digest, None)
         self._stuck.discard(digest)
 
-    def set_aside(self, digest: str, why: str) -> None:
-        """Move a blob away as it is."""
+    def set_unreferenced_aside(self, digest: str, unreferenced: Callable[[], bool]) -> None:
+        """Move a blob away that nobody holds, if ``unreferenced`` still says so then."""
+
+        def take(_: Path) -> None:
+            self._set_aside(digest, "is not referred to by any change that is left")
+
+        try:
+            self.blobs.put_away(digest, unreferenced, take)
+        except OSError as e:
+            if not means_damage(e):
+                raise
+            self._set_damaged_aside(digest, None, deep=False)
+
+    def _health(self, digest: str, hold: Hold, least: int, deep: bool) -> Health:
+        """What a look at a held content finds."""
+        try:
+            stamp = _stamp(hold)
+            if self._sound.get(digest) == stamp:
+                return Health.SOUND
+            if deep:
+                whole = _digest(self._directory / digest) == digest
+            else:
+                whole = sum(size for _, _, size, _ in stamp) > least
+        except OSError as e:
+            if not (isinstance(e, FileNotFoundError) or means_damage(e)):
+                raise
+            return Health.DAMAGED  # or gone, as shows when it is to be moved away
+        if whole and deep:
+            self._sound[digest] = stamp
+        return Health.SOUND if whole else Health.DAMAGED
+
+    def _set_damaged_aside(self, digest: str, hold: Hold | None, *, deep: bool) -> bool:
+        """Move a blob away that was found damaged, as long as it is there; False if it is not.
+
+        Others may hold it too: they have what they have mapped.
+        """
+        with self.blobs.damage():
+            if hold is None:
+                try:
+                    again = self.blobs.hold(digest)
+                except OSError as e:
+                    if not means_damage(e):
+                        raise
+                else:
+                    if again is not None:
+                        again.close()
+                    return False
+            elif not self.blobs.same(hold, digest):
+                return False
+            self._set_aside(digest, "does not have its SHA-256" if deep else "is not all there")
+            return True
+
+    def _set_aside(self, digest: str, why: str) -> None:
         what = f"registry: content {digest} {why}"
         if not self._quarantine.take(self._directory / digest, what):
             self._stuck.add(digest)

@@ -441,8 +441,10 @@ class Registry:
         if not self._log.lost:
             self._remove_unreferenced(unreferenced)
             return
-        for digest in unreferenced:  # it may belong to a change that is lost
-            self._contents.set_aside(digest, "is not referred to by any change that is left")
+        with self._history.lock:
+            for digest in unreferenced:  # it may belong to a change that is lost
+                check = functools.partial(self._is_unreferenced, digest)
+                self._contents.set_unreferenced_aside(digest, check)
 
     def _whole(self, digest: str) -> bool:
         """Whether a content can be used; a damaged one is not offered any more."""

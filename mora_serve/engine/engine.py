@@ -171,19 +171,25 @@ class Engine:
             self._notify()
 
     def pooled_hidden(
-        self, texts: Seq[str], depth: int, max_tokens: int, *, background: bool = False
+        self,
+        texts: Seq[str],
+        depth: int,
+        max_tokens: int,
+        *,
+        background: bool = False,
+        tenant: str = "",
     ) -> Future[States]:
         """The pooled hidden states [texts, hidden] of the base (see model/pooling.py), in a while.
 
-        Computed between two steps, those in the ``background`` at a slower pace; before ``start``
-        at once, on the caller's thread. Texts are tokenised on the caller's thread. The future
-        fails with Unavailable when the engine stops first, and with Internal.
+        Computed between two steps, tenants in turn, those in the ``background`` at a slower pace;
+        before ``start`` at once, on the caller's thread. Texts are tokenised on the caller's
+        thread. The future fails with Unavailable when the engine stops first, and with Internal.
 
         Raises ResourceExhausted when the queue is full, Unavailable when the engine is stopping.
         """
         tokenizer, vocab_size = self.base.tokenizer, self.base.shape.vocab_size
         tokens = [pool_tokens(tokenizer, text, max_tokens, vocab_size) for text in texts]
-        job = PoolJob(tokens, depth, background)
+        job = PoolJob(tokens, depth, background, tenant)
         if self._thread is None:
             with self._starting:
                 if self._thread is None:

@@ -1,14 +1,15 @@
 """Texts whose hidden states the router waits for: a pass of some of them between two steps.
 
-A pass is small, so that running streams keep their pace, and takes a text of each job in turn,
-so that one adapter's keys do not wait for those of all that a new router needs.
+A pass is small, so that running streams keep their pace, and takes a text of each tenant in turn,
+and of each of its jobs: no tenant's prompts wait for all of another's, and one adapter's keys not
+for those of all that a new router needs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,15 +34,59 @@ BACKGROUND_TIME = 1 / 4
 class PoolJob:
     """Texts as tokens; ``done`` gets their states [texts, hidden] after ``depth`` layers.
 
-    ``background``: no request waits for it.
+    ``background``: no request waits for it. ``tenant``: whose turn it takes.
     """
 
     texts: Sequence[Sequence[int]]
     depth: int
     background: bool = False
+    tenant: str = ""
     done: Future[States] = field(default_factory=Future)
     taken: int = 0  # texts in a pass or behind it
     states: list[States] = field(default_factory=list)
+
+
+class PoolLine:
+    """Jobs in line, those of each tenant in a line of their own; the tenants take turns."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, deque[PoolJob]] = OrderedDict()  # by turn; none is empty
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def append(self, job: PoolJob) -> None:
+        """Put a job at the end of its tenant's line."""
+        self._lines.setdefault(job.tenant, deque()).append(job)
+
+    def popleft(self) -> PoolJob:
+        """The first job of the tenant whose turn it is; its next turn is behind the others'."""
+        tenant, line = self._lines.popitem(last=False)
+        job = line.popleft()
+        if line:
+            self._lines[tenant] = line
+        return job
+
+    def appendleft(self, job: PoolJob) -> None:
+        """Make a job the next one."""
+        self._lines.setdefault(job.tenant, deque()).appendleft(job)
+        self._lines.move_to_end(job.tenant, last=False)
+
+    def pass_over(self, job: PoolJob) -> None:
+        """A job that was taken out is no turn of its tenant's, who is next again."""
+        if job.tenant in self._lines:
+            self._lines.move_to_end(job.tenant, last=False)
+
+    def discard(self, job: PoolJob) -> None:
+        """Take a job out, if it is in line."""
+        line = self._lines.get(job.tenant, deque())
+        if job in line:
+            line.remove(job)
+            if not line:
+                del self._lines[job.tenant]
 
 
 class PoolQueue:
@@ -50,8 +95,8 @@ class PoolQueue:
     def __init__(self, decoder: Decoder, limits: EngineConfig) -> None:
         self._decoder = decoder
         self._step_tokens = limits.step_tokens
-        self._urgent: deque[PoolJob] = deque()
-        self._background: deque[PoolJob] = deque()
+        self._urgent = PoolLine()
+        self._background = PoolLine()
         self._rest_until = 0.0
         self.tokens = 0  # pooled since the start
 
@@ -90,7 +135,7 @@ class PoolQueue:
             while jobs:
                 _end(jobs.popleft(), error)
 
-    def _pass(self, jobs: deque[PoolJob], share: float) -> int:
+    def _pass(self, jobs: PoolLine, share: float) -> int:
         batch = self._take(jobs, share)
         if not batch:
             return 0
@@ -102,8 +147,7 @@ class PoolQueue:
             states = [self._alone(text, depth) for text in texts]
         for (job, _), state in zip(batch, states, strict=True):
             if state is None:
-                if job in jobs:
-                    jobs.remove(job)
+                jobs.discard(job)
                 if not job.done.done():
                     _end(job, _failed())
                 continue
@@ -122,7 +166,7 @@ class PoolQueue:
             return None
         return state
 
-    def _take(self, jobs: deque[PoolJob], share: float) -> list[tuple[PoolJob, Sequence[int]]]:
+    def _take(self, jobs: PoolLine, share: float) -> list[tuple[PoolJob, Sequence[int]]]:
         """Texts of one depth with their jobs: one at least, however long; the rest stay in line."""
         batch: list[tuple[PoolJob, Sequence[int]]] = []
         others: list[PoolJob] = []
@@ -138,13 +182,15 @@ class PoolQueue:
                 jobs.appendleft(job)
                 break
             if not job.taken and not job.done.set_running_or_notify_cancel():
-                continue  # whoever waited has left
+                jobs.pass_over(job)  # whoever waited has left
+                continue
             job.taken += 1
             tokens += len(text)
             batch.append((job, text))
             if job.taken < len(job.texts):
                 jobs.append(job)
-        jobs.extendleft(reversed(others))
+        for job in reversed(others):
+            jobs.appendleft(job)
         return batch
 
 

@@ -155,15 +155,15 @@ class Routing:
         wait(prepared.late)
         return router
 
-    def ask(self, text: str) -> Asked | None:
-        """Ask the base for the state that ``route`` needs of a text; None where it needs none.
+    def ask(self, text: str, tenant: str = "") -> Asked | None:
+        """Ask the base for the state that ``route`` needs of a tenant's text; None where of none.
 
         Raises what ``States.submit`` raises.
         """
         hidden = self.hidden
         if hidden is None:
             return None
-        return Asked(text, hidden, needed(self._states).submit([text], hidden))
+        return Asked(text, hidden, needed(self._states).submit([text], hidden, tenant=tenant))
 
     def states(self, texts: Sequence[str]) -> list[State | None]:
         """What ``route`` needs of texts that nobody waits to have routed, as ``state``.
@@ -199,7 +199,8 @@ class Routing:
             if state is not None and (state.text, state.hidden) == (text, router.hidden):
                 pooled = state.pooled
             else:
-                pooled = needed(self._states).submit([text], router.hidden).result()[0]
+                asked = needed(self._states).submit([text], router.hidden, tenant=tenant)
+                pooled = asked.result()[0]
         hidden = self._registry.own(tenant).keys()
         seen = gather(router, snapshot.index, tenant, text, pooled, names, hidden)
         return Routed(decide(seen, router.calibration, max_adapters), router.digest)

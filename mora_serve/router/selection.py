@@ -76,7 +76,7 @@ class Selector:
         """
         if isinstance(selection, AutoRoute):
             self._check_auto(tenant, selection)
-            return self._routing.ask(selection.text or text)
+            return self._routing.ask(selection.text or text, tenant)
         if not isinstance(selection, TaskHint):
             return None
         self._check_tasks(selection.tasks)
@@ -84,7 +84,7 @@ class Selector:
             ranked = self.ranks(tenant, selection.tasks)
         except NotFound:
             ranked = selection.fallback_to_router
-        return self._routing.ask(text) if ranked else None
+        return self._routing.ask(text, tenant) if ranked else None
 
     def ranks(self, tenant: str, tasks: Iterable[str]) -> bool:
         """Whether one of the tasks has several adapters, so that a hint is not all that decides.

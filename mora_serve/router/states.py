@@ -18,9 +18,16 @@ class States(Protocol):
         """Raise FailedPrecondition where this base has no such state."""
 
     def submit(
-        self, texts: Sequence[str], hidden: PooledHidden, *, background: bool = False
+        self,
+        texts: Sequence[str],
+        hidden: PooledHidden,
+        *,
+        background: bool = False,
+        tenant: str = "",
     ) -> Future[Floats]:
         """The states [texts, hidden.dim] of texts, in a while; in the ``background`` later.
+
+        Tenants take turns.
 
         Raises, at once or by the future, Unavailable where the base stops, ResourceExhausted
         where too many wait, and Internal.

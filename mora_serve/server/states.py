@@ -36,11 +36,16 @@ class EngineStates:
             )
 
     def submit(
-        self, texts: Sequence[str], hidden: PooledHidden, *, background: bool = False
+        self,
+        texts: Sequence[str],
+        hidden: PooledHidden,
+        *,
+        background: bool = False,
+        tenant: str = "",
     ) -> Future[Floats]:
         """The states [texts, hidden.dim]; raises what ``Engine.pooled_hidden`` raises."""
         return self._engine.pooled_hidden(
-            texts, hidden.depth, hidden.max_tokens, background=background
+            texts, hidden.depth, hidden.max_tokens, background=background, tenant=tenant
         )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mora_serve.adapters.contents import Contents
 from mora_serve.adapters.files import CONFIG, WEIGHTS
+from mora_serve.adapters.quarantine import Quarantine
 from mora_serve.adapters.registry import Change, Registry
 from mora_serve.errors import FailedPrecondition, MoraError, NotFound
 from tests.adapters.make import LIMITS, SHAPE, adapter
@@ -252,3 +255,80 @@ def test_a_whole_state_is_opened_without_a_word(
         registry.open(adapter(1).digest)
     assert not caplog.records
     assert not (state / "quarantine").exists()
+
+
+def lost(state: Path) -> None:
+    """Damage a change of the log on the disk, in both places where it stands."""
+    change = sorted((state / "log").iterdir())[-1]
+    change.write_bytes(b"x" * change.stat().st_size)
+
+
+def test_where_changes_are_lost_a_content_that_is_being_registered_stays(state: Path) -> None:
+    """Another process holds it, and is about to refer to it; once nobody does it is set aside."""
+    lost(state)
+    given = adapter(3)
+    with Contents(state, Quarantine(state / "quarantine")).put(
+        given.digest, {CONFIG: given.config, WEIGHTS: given.weights}
+    ):
+        opened(state).close()
+        assert blob(state, 3).is_dir()
+    opened(state).close()
+    assert not blob(state, 3).exists()
+    assert len([n for n in quarantined(state) if given.digest in n]) == 1
+
+
+def test_where_changes_are_lost_a_content_that_was_registered_meanwhile_stays(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for what nothing refers to and its being set aside."""
+    lost(state)
+    left = Contents.left
+    with opened(state) as live:
+
+        def left_before(self: Contents, referenced: frozenset[str]) -> list[str]:
+            live.register("default", "late", adapter(3))
+            return left(self, referenced)
+
+        monkeypatch.setattr(Contents, "left", left_before)
+        with opened(state) as starting:
+            monkeypatch.undo()
+            assert starting.open(adapter(3).digest) == adapter(3)
+            starting.refresh()
+            assert starting.get("default", "late").digest == adapter(3).digest
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "a file for a directory"])
+def test_what_is_put_in_the_place_of_a_damaged_content_is_not_set_aside(
+    state: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """By another process that found the damage too, and registers the content again."""
+    with opened(state) as ours, opened(state) as theirs:
+        DAMAGE[how](blob(state))
+        repair = threading.Thread(target=theirs.register, args=("default", "a", adapter(1)))
+        take = Quarantine.take
+
+        def take_late(self: Quarantine, path: Path, what: str) -> bool:
+            if path == blob(state) and threading.current_thread() is not repair:
+                repair.start()
+                repair.join(1)  # it is done by then, or waits for this
+            return take(self, path, what)
+
+        monkeypatch.setattr(Quarantine, "take", take_late)
+        with pytest.raises(NotFound):
+            ours.open(adapter(1).digest)
+        repair.join(60)
+        assert theirs.open(adapter(1).digest) == adapter(1)
+        assert ours.open(ours.get("default", "a").digest) == adapter(1)
+
+
+def test_damage_is_set_aside_though_a_request_holds_the_content(state: Path) -> None:
+    """So that registering it again helps at once."""
+    with opened(state) as registry:
+        registry.retain(adapter(1).digest)
+        flip(blob(state) / WEIGHTS)
+        with pytest.raises(NotFound):
+            registry.open(adapter(1).digest)
+        registry.register("default", "a", adapter(1))
+        assert registry.open(adapter(1).digest) == adapter(1)
+        registry.release(adapter(1).digest)
+        assert registry.open(adapter(1).digest) == adapter(1)

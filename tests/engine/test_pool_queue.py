@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -33,9 +34,9 @@ def queue(decoder) -> PoolQueue:
     return PoolQueue(decoder, LIMITS)
 
 
-def job(*lengths: int, depth: int = 2, background: bool = False) -> PoolJob:
+def job(*lengths: int, depth: int = 2, background: bool = False, tenant: str = "") -> PoolJob:
     """Texts of these lengths, each of another token."""
-    return PoolJob([[5 + i] * n for i, n in enumerate(lengths)], depth, background)
+    return PoolJob([[5 + i] * n for i, n in enumerate(lengths)], depth, background, tenant)
 
 
 def alone(decoder: Decoder, made: PoolJob) -> list[bytes]:
@@ -48,6 +49,7 @@ jobs = st.builds(
     st.integers(0, 50),
     depth=st.integers(0, 4),
     background=st.booleans(),
+    tenant=st.sampled_from("abc"),
 )
 
 
@@ -100,6 +102,51 @@ def test_jobs_take_turns(queue) -> None:
         queue.run(True)
         assert one.done.done()
         assert not many.done.done()
+
+
+def test_a_tenant_with_one_prompt_waits_for_one_of_each_others(queue) -> None:
+    """However many a neighbour has in line, and though a pass has room for eight of them."""
+    flood = [job(4, tenant="flood") for _ in range(100)]
+    quiet = [job(4, tenant=name) for name in ("one", "two")]
+    for one in (*flood, *quiet):
+        queue.add(one)
+    queue.run(True)
+    assert all(one.done.done() for one in quiet)
+    assert [one.done.done() for one in flood] == [True] * 6 + [False] * 94  # in their order
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40)), max_size=25),
+    st.sets(st.integers(0, 24), max_size=5),
+)
+def test_between_two_prompts_of_a_tenant_each_other_waiting_one_has_one(
+    decoder, monkeypatch, made, left
+) -> None:
+    """Each tenant's own in order; also where a pass ends before a prompt that does not fit."""
+    queue, order = PoolQueue(decoder, LIMITS), []
+    jobs = [job(length, tenant=tenant) for tenant, length in made]
+
+    def seen(_: Decoder, texts: list[list[int]], depth: int) -> np.ndarray:
+        return np.zeros((len(texts), 4), np.float32)
+
+    monkeypatch.setattr(pool_queue, "pool_states", seen)
+    for i, one in enumerate(jobs):
+        queue.add(one)
+        one.done.add_done_callback(lambda future, i=i: future.cancelled() or order.append(i))
+        if i in left:
+            one.done.cancel()
+    while queue:
+        queue.run(True)
+    assert sorted(order) == [i for i in range(len(jobs)) if i not in left]
+    for tenant in {jobs[i].tenant for i in order}:
+        own = [at for at, i in enumerate(order) if jobs[i].tenant == tenant]
+        assert [order[at] for at in own] == sorted(order[at] for at in own)
+        for start, end in itertools.pairwise(own):
+            between = {jobs[i].tenant for i in order[start + 1 : end]}
+            assert {jobs[i].tenant for i in order[end + 1 :]} - {tenant} <= between
 
 
 def test_what_requests_wait_for_and_what_they_do_not_both_progress(queue) -> None:

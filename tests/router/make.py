@@ -55,6 +55,7 @@ class Base:
         self.held = False
         self.error: Exception | None = None
         self.asked: list[tuple[tuple[str, ...], bool]] = []  # texts, background
+        self.tenants: list[str] = []  # of those, whose they are
         self._waiting: list[tuple[Future[Floats], Sequence[str]]] = []
 
     def check(self, hidden: PooledHidden) -> None:
@@ -62,9 +63,15 @@ class Base:
             raise FailedPrecondition("router: another size", field="router.features")
 
     def submit(
-        self, texts: Sequence[str], hidden: PooledHidden, *, background: bool = False
+        self,
+        texts: Sequence[str],
+        hidden: PooledHidden,
+        *,
+        background: bool = False,
+        tenant: str = "",
     ) -> Future[Floats]:
         self.asked.append((tuple(texts), background))
+        self.tenants.append(tenant)
         future: Future[Floats] = Future()
         self._waiting.append((future, texts))
         if not self.held:

@@ -13,9 +13,11 @@ import pytest
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.record import Change
 from mora_serve.adapters.registry import Registry
+from mora_serve.config import Config
 from mora_serve.errors import FailedPrecondition, Internal, Unavailable
 from mora_serve.router.features import PooledHidden
 from mora_serve.router.routing import ROUTER_FILE, Routing
+from mora_serve.router.selection import AutoRoute, Selector, TaskHint
 from mora_serve.router.states import State
 from tests.adapters.make import LIMITS, SHAPE, adapter
 from tests.router.conftest import ADAPTERS
@@ -66,6 +68,24 @@ def test_the_state_that_was_asked_for_is_used(routing: Routing, base: Base) -> N
     assert not base.asked
     assert routed == routing.route("default", REVERSE, None, 2)
     assert base.asked == [((REVERSE,), False)]
+
+
+def test_the_base_is_told_whose_prompt_it_is_asked_about(
+    registry: Registry, routing: Routing, base: Base
+) -> None:
+    """Asked before or while routing, by a hint or without; keys are nobody's, in the background."""
+    for name in ("json", "reverse"):
+        registry.update("default", name, tasks=["both"])
+        registry.register("other", name, adapter(7), card=replace(card(name), tasks=("both",)))
+    selector, hint = Selector(registry, routing, Config()), TaskHint(("both",))
+    keyed(routing, ("other", "reverse"))
+    assert set(base.tenants) == {""}
+    for selection in (AutoRoute(), hint):
+        for tenant in ("default", "other"):
+            for ask in (selector.ask, selector.decide):
+                base.tenants.clear()
+                ask(tenant, selection, REVERSE)
+                assert base.tenants == [tenant]
 
 
 def test_a_state_of_another_text_or_for_another_router_is_not(routing: Routing, base: Base) -> None:

@@ -359,9 +359,9 @@ def test_feedback_is_routed_in_the_background_many_rows_at_once(fit, monkeypatch
         engine, asked = serving.server._assembly.engine, []
         pool = engine.pooled_hidden
 
-        def pooled(texts, *args, background=False):
+        def pooled(texts, *args, background=False, **more):
             asked.append((len(texts), background))
-            return pool(texts, *args, background=background)
+            return pool(texts, *args, background=background, **more)
 
         monkeypatch.setattr(engine, "pooled_hidden", pooled)
         texts = [*prompts("reverse", 86, 5), *prompts("json", 86, 5)]
