@@ -1,7 +1,12 @@
 """A quiet tenant beside one that floods the server: how long its first tokens take.
 
+<<<<<<< HEAD
 A small Llama in NF4 (another size by flags) with adapters of each tenant and a router, in a process
 of its own, whose engine computes on one thread. Both tenants send prompts alike, in turn to the
+=======
+A Llama of 100M parameters in NF4 (or another size by flags) with adapters of each tenant and a
+router, in a process of its own, and a key of each tenant. Both send prompts alike, in turn to the
+>>>>>>> figures
 base, to an adapter, and to the router; all answers are streams. The quiet one's Poisson arrivals
 are a part of what the server can serve. They are measured alone and beside the other's, which are
 several times what the server can serve, in turns. The first token counts from when its request was
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.keys import add_key
 from benchmarks.open_loop import percentiles, poisson
 from benchmarks.raw_load import STREAM, Answer, Flow, counts, payload, run, saturated, untyped
 from benchmarks.served import Served
@@ -66,17 +72,20 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     work, rng = Workload.of(args), random.Random(args.seed)
     work.write_base(root / "base")
     paths = work.write_adapters(root / "adapters", 2 * len(NAMES))
-    flags = {
+    flags: dict[str, object] = {
         "engine.max_batch": args.batch,
         "engine.threads": args.threads,
         "adapters.max_rank": work.rank,
     }
+    flags["access.file"] = file = root / "access.toml"
+    keys = {tenant: add_key(file, tenant, tenant) for tenant in (QUIET, LOUD)}
     with Served(root, (), flags) as served:
-        prepare(served.address, paths, root)
+        prepare(served.address, paths, root, keys)
         payloads = {kind: requests(kind, work, rng) for kind in KINDS}
         every = tuple(p for three in zip(*payloads.values(), strict=True) for p in three)
         closed = Flow(
-            *("closed", every, STREAM, LOUD),
+            *("closed", every, STREAM),
+            key=keys[LOUD],
             callers=2 * args.batch,
             seconds=args.capacity_seconds,
         )
@@ -89,11 +98,14 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
         health: list[float] = []
         for turn in range(args.turns):
             for found, times in ((alone, 0.0), (beside, args.loud)):
-                flows = quiet_flows(payloads, args.quiet * capacity, args.seconds, rng)
+                flows = quiet_flows(payloads, args.quiet * capacity, args.seconds, rng, keys[QUIET])
                 if times:
                     due = poisson(times * capacity, args.seconds, rng)
                     loud = Flow(
-                        *(LOUD, every, STREAM, LOUD), due=tuple(due), until=args.seconds + 2.0
+                        *(LOUD, every, STREAM),
+                        key=keys[LOUD],
+                        due=tuple(due),
+                        until=args.seconds + 2.0,
                     )
                     flows.append(loud)
                 with Watch(served.pid, served.address) as watch:
@@ -124,19 +136,19 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def prepare(address: str, paths: Sequence[str], root: Path) -> None:
+def prepare(address: str, paths: Sequence[str], root: Path, keys: Mapping[str, str]) -> None:
     """Give each tenant its adapters, and the server a router for their tasks."""
-    with Client(address) as client:
+    with Client(address, api_key=keys[QUIET]) as client:
         fingerprint = client.server_info().base.fingerprint
         fit_demo_router(fingerprint, RouterRecipe(16, ROUTER), root)
         client.load_router(data=(root / ROUTER_FILE).read_bytes())
     for i, tenant in enumerate((QUIET, LOUD)):
-        with Client(address, tenant=tenant) as client:
+        with Client(address, api_key=keys[tenant]) as client:
             for j, name in enumerate(NAMES):
                 rng = random.Random(f"{tenant} {name}")
                 prompts = [TASKS[name].example(rng)[0] for _ in range(16)]
-                path = paths[len(NAMES) * i + j]
-                client.register_adapter(name, path, tasks=[name], prompts=prompts)
+                directory = root / "adapters" / paths[len(NAMES) * i + j]
+                client.upload_adapter(name, directory, tasks=[name], prompts=prompts)
 
 
 def requests(kind: str, work: Workload, rng: random.Random) -> tuple[str, ...]:
@@ -163,12 +175,16 @@ def requests(kind: str, work: Workload, rng: random.Random) -> tuple[str, ...]:
 
 
 def quiet_flows(
-    payloads: dict[str, tuple[str, ...]], rate: float, seconds: float, rng: random.Random
+    payloads: Mapping[str, tuple[str, ...]],
+    rate: float,
+    seconds: float,
+    rng: random.Random,
+    key: str,
 ) -> list[Flow]:
     """The quiet tenant's arrivals, each of one of the kinds."""
     due = poisson(rate, seconds, rng)
     return [
-        Flow(kind, payloads[kind], STREAM, QUIET, due=tuple(due[i :: len(KINDS)]))
+        Flow(kind, payloads[kind], STREAM, key=key, due=tuple(due[i :: len(KINDS)]))
         for i, kind in enumerate(KINDS)
     ]
 

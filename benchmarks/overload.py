@@ -1,5 +1,6 @@
 """Ten times the load that a server can serve, for a minute: what gets through, and what is refused.
 
+<<<<<<< HEAD
 A small Llama in NF4 (another size by flags) in a process of its own, whose engine computes on one
 thread: gRPC and the load generator have the other core of two. First as many callers as its batch
 has places, and as many again in line, ask one after another: the capacity. Then Poisson arrivals at
@@ -8,6 +9,15 @@ Goodput counts whole answers within their deadline, from when they were due; the
 no answer can have ended, is left out of both rates. The load generator is another process on the
 same cores: its processor time is given. Meanwhile the server is asked for its health twenty times a
 second.
+=======
+A Llama of 100M parameters in NF4 (or another size by flags) in a process of its own. First as many
+callers as its batch has places, and as many again in line, ask one after another: the capacity.
+Then Poisson arrivals at ten times that rate, each with a deadline of so many times what an answer
+takes in a full batch. Half of all comes with one tenant's key, half with another's. Goodput counts
+whole answers within their deadline, from when they were due; the beginning, in which no answer can
+have ended, is left out of both rates. The load generator is another process on the same cores: its
+processor time is given. Meanwhile the server is asked for its health twenty times a second.
+>>>>>>> figures
 
     python -m benchmarks.overload --json
 """
@@ -17,17 +27,20 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.keys import add_key
 from benchmarks.open_loop import percentiles, poisson
-from benchmarks.raw_load import Flow, counts, payload, run, saturated, steady, untyped
+from benchmarks.raw_load import Answer, Flow, counts, payload, run, saturated, steady, untyped
 from benchmarks.served import Served
 from benchmarks.watch import Watch
 from benchmarks.workload import Workload
 from mora_serve.v1 import generation_pb2 as pb
 
+TENANTS = ("one", "two")  # half of the load is each one's
 OUT_OF_IT = 1.5  # answers' time that no rate counts, at the beginning
 
 
@@ -55,21 +68,33 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     work = Workload.of(args)
     work.write_base(root / "base")
     payloads = tuple(map(payload, requests(work)))
-    flags = {"engine.max_batch": args.batch, "engine.threads": args.threads}
+    file = root / "access.toml"
+    keys = [add_key(file, tenant, tenant) for tenant in TENANTS]
+    flags = {
+        "engine.max_batch": args.batch,
+        "engine.threads": args.threads,
+        "access.file": file,
+    }
     with Served(root, (), flags) as served:
-        callers = 2 * args.batch
-        flow = Flow("closed", payloads, callers=callers, seconds=args.capacity_seconds)
-        asked, _ = run(served.address, [flow])
-        capacity = saturated(asked["closed"], callers, args.capacity_seconds)
+        closed = [
+            Flow(key, payloads, key=key, callers=args.batch, seconds=args.capacity_seconds)
+            for key in keys
+        ]
+        asked, _ = run(served.address, closed)
+        callers = sum(flow.callers for flow in closed)
+        capacity = saturated(_all(asked), callers, args.capacity_seconds)
         answer = args.batch / capacity
         report.log(f"capacity {capacity:.2f} answers/s, {answer:.2f} s each in a full batch")
         deadline = args.deadline * answer
         due = poisson(args.times * capacity, args.seconds, random.Random(args.seed))
-        flood = Flow("flood", payloads, due=tuple(due), deadline=deadline)
+        flood = [
+            Flow(key, payloads, key=key, due=tuple(due[i :: len(keys)]), deadline=deadline)
+            for i, key in enumerate(keys)
+        ]
         with Watch(served.pid, served.address) as watch:
-            asked, generator_cpu = run(served.address, [flood])
-        answers = asked["flood"]
-        after, _ = run(served.address, [Flow("after", payloads, due=(0.0,))])
+            asked, generator_cpu = run(served.address, flood)
+        answers = _all(asked)
+        after, _ = run(served.address, [Flow("after", payloads, key=keys[0], due=(0.0,))])
     goodput = steady(answers, OUT_OF_IT * answer, args.seconds, deadline)
     wrong = untyped(answers)
     health = percentiles([ms / 1e3 for ms in watch.health_ms])
@@ -108,6 +133,10 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
         f"seconds of processor: generator {generator_cpu:.1f}, server {watch.cpu_seconds:.1f}"
     )
     return result
+
+
+def _all(asked: Mapping[str, Sequence[Answer]]) -> list[Answer]:
+    return [answer for answers in asked.values() for answer in answers]
 
 
 def requests(work: Workload) -> list[pb.GenerateRequest]:

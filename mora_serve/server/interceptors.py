@@ -288,7 +288,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             outcome = getattr(context.code(), "name", "UNKNOWN")
             raise
         except MoraError as e:
-            error = e
+            # Its traceback would hold this frame, which holds it: what the call had open would stay
+            # open until the collector comes by.
+            error = e.with_traceback(None)
             outcome = e.code
             if isinstance(e, PermissionDenied):
                 self._denied(method, request_id, caller, e)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import raw_load
+from benchmarks.keys import add_key
 from benchmarks.raw_load import Answer, Flow, payload
 from benchmarks.watch import Watch
 from mora_serve.v1 import generation_pb2 as pb
@@ -58,6 +59,19 @@ def test_answers_refusals_and_their_details_come_back(server: Running) -> None:
     assert watch.samples[-1].descriptors > 3
     assert watch.resident(0.0, -0.1) > 1e6
     assert watch.cpu_seconds > 0
+
+
+def test_a_flow_has_its_key(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "access.toml"
+    key = add_key(file, "one", "acme")
+    with running(configuration(root, access={"file": str(file)})) as server:
+        flows = [
+            Flow("keyed", (request(4),), raw_load.STREAM, key=key, due=(0.0,)),
+            Flow("bare", (request(4),), raw_load.STREAM, due=(0.0,)),
+        ]
+        answers, _ = raw_load.run(server.server.address, flows)
+    assert answers["keyed"][0].code == "OK"
+    assert (answers["bare"][0].code, answers["bare"][0].reason) == ("UNAUTHENTICATED", "NO_KEY")
 
 
 def test_refusals_without_reason_or_pushback_are_told() -> None:

@@ -146,6 +146,16 @@ def configuration(root: Path, **sections: dict[str, Any]) -> Config:
     return load_config(environ={}, flags=flags)
 
 
+@contextlib.contextmanager
+def running_with(config: Config, *adapters: str) -> Iterator[Running]:
+    """Serve inside the context, these adapters registered under their directories' names."""
+    with running(config) as serving:
+        with serving.client() as client:
+            for name in adapters:
+                client.register_adapter(name, name)
+        yield serving
+
+
 @pytest.fixture(scope="session")
 def serving(root: Path) -> Iterator[Running]:
     """One server for the tests that leave it as they found it."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -209,6 +212,30 @@ def test_a_broken_upload_leaves_nothing(client, root):
         client._run(client.adapters.UploadAdapter, part(), {})
     assert client.list_adapters() == []
     client.upload_adapter("up", directory)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what is open by /proc")
+def test_a_refused_upload_holds_its_files_no_longer_than_its_call(client, root):
+    """Without waiting for the collector of garbage: a file may be as large as an adapter."""
+
+    def held():
+        found = []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # one that was closed meanwhile
+                found.append(os.readlink(link))
+        return sum("(deleted)" in name for name in found)
+
+    client.upload_adapter("up", root / "adapters/rev")
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        for _ in range(20):
+            with pytest.raises(errors.AlreadyExists):
+                client.upload_adapter("up", root / "adapters/sum")
+        wait_for(lambda: held() <= before)
+    finally:
+        gc.enable()
 
 
 def test_the_client_says_what_a_directory_lacks(client, tmp_path):

@@ -20,7 +20,7 @@ from benchmarks.bad_input_cases import (
 from benchmarks.rpcs import METHODS
 from mora_serve import errors
 from mora_serve.server.services import SERVICES
-from tests.server.conftest import Running, configuration, running
+from tests.server.conftest import Running, configuration, running_with
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,7 @@ def bad_root(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def strict(bad_root: Path) -> Iterator[Running]:
     """A server with rev and sum, which no case may change."""
-    with running(configuration(bad_root, **LIMITS)) as serving:
-        with serving.client() as client:
-            for name in ("rev", "sum"):
-                client.register_adapter(name, name)
+    with running_with(configuration(bad_root, **LIMITS), "rev", "sum") as serving:
         yield serving
 
 

@@ -16,7 +16,7 @@ from benchmarks.bad_input_cases import works
 from benchmarks.rpcs import METHODS
 from benchmarks.wire_cases import WireCase
 from benchmarks.wire_verdict import make, wrong
-from tests.server.conftest import Running, configuration, running
+from tests.server.conftest import Running, configuration, running_with
 
 FEW = settings(
     max_examples=20,
@@ -64,10 +64,7 @@ def messages(descriptor: Descriptor) -> st.SearchStrategy[Message]:
 def fuzzed(root: Any) -> Iterator[Running]:
     """A server with rev and sum, whose answers are short."""
     config = configuration(root, engine={"max_tokens": 4}, router={"feedback": True})
-    with running(config) as serving:
-        with serving.client() as client:
-            for name in ("rev", "sum"):
-                client.register_adapter(name, name)
+    with running_with(config, "rev", "sum") as serving:
         yield serving
 
 

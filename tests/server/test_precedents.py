@@ -24,7 +24,7 @@ from benchmarks.rpcs import METHODS
 from mora_serve import errors
 from mora_serve.client import Client
 from mora_serve.demo.process import ServerProcess, free_port
-from tests.server.conftest import Running, configuration, running
+from tests.server.conftest import Running, configuration, running_with
 
 GENERATING = ("Generate", "GenerateStream")
 
@@ -32,10 +32,7 @@ GENERATING = ("Generate", "GenerateStream")
 @pytest.fixture(scope="module")
 def small(root: Path) -> Iterator[Running]:
     """A server with rev and sum and the limits of the table of bad input."""
-    with running(configuration(root, **LIMITS)) as serving:
-        with serving.client() as client:
-            for name in ("rev", "sum"):
-                client.register_adapter(name, name)
+    with running_with(configuration(root, **LIMITS), "rev", "sum") as serving:
         yield serving
 
 
