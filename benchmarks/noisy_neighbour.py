@@ -1,16 +1,11 @@
 """A quiet tenant beside one that floods the server: how long its first tokens take.
 
-<<<<<<< HEAD
 A small Llama in NF4 (another size by flags) with adapters of each tenant and a router, in a process
-of its own, whose engine computes on one thread. Both tenants send prompts alike, in turn to the
-=======
-A Llama of 100M parameters in NF4 (or another size by flags) with adapters of each tenant and a
-router, in a process of its own, and a key of each tenant. Both send prompts alike, in turn to the
->>>>>>> figures
-base, to an adapter, and to the router; all answers are streams. The quiet one's Poisson arrivals
-are a part of what the server can serve. They are measured alone and beside the other's, which are
-several times what the server can serve, in turns. The first token counts from when its request was
-due.
+of its own, whose engine computes on one thread, and a key of each tenant. Both send prompts alike,
+in turn to the base, to an adapter, and to the router; all answers are streams. The quiet one's
+Poisson arrivals are a part of what the server can serve. They are measured alone and beside the
+other's, which are several times what the server can serve, in turns. The first token counts from
+when its request was due.
 
     python -m benchmarks.noisy_neighbour --json
 """

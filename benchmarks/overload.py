@@ -1,23 +1,13 @@
 """Ten times the load that a server can serve, for a minute: what gets through, and what is refused.
 
-<<<<<<< HEAD
 A small Llama in NF4 (another size by flags) in a process of its own, whose engine computes on one
 thread: gRPC and the load generator have the other core of two. First as many callers as its batch
 has places, and as many again in line, ask one after another: the capacity. Then Poisson arrivals at
 ten times that rate, each with a deadline of so many times what an answer takes in a full batch.
-Goodput counts whole answers within their deadline, from when they were due; the beginning, in which
-no answer can have ended, is left out of both rates. The load generator is another process on the
-same cores: its processor time is given. Meanwhile the server is asked for its health twenty times a
-second.
-=======
-A Llama of 100M parameters in NF4 (or another size by flags) in a process of its own. First as many
-callers as its batch has places, and as many again in line, ask one after another: the capacity.
-Then Poisson arrivals at ten times that rate, each with a deadline of so many times what an answer
-takes in a full batch. Half of all comes with one tenant's key, half with another's. Goodput counts
-whole answers within their deadline, from when they were due; the beginning, in which no answer can
-have ended, is left out of both rates. The load generator is another process on the same cores: its
-processor time is given. Meanwhile the server is asked for its health twenty times a second.
->>>>>>> figures
+Half of all comes with one tenant's key, half with another's. Goodput counts whole answers within
+their deadline, from when they were due; the beginning, in which no answer can have ended, is left
+out of both rates. The load generator is another process on the same cores: its processor time is
+given. Meanwhile the server is asked for its health twenty times a second.
 
     python -m benchmarks.overload --json
 """
