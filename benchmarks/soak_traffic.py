@@ -55,7 +55,8 @@ class Traffic:
                 (self._hurried, {"OK", "DEADLINE_EXCEEDED"}),
                 (self._wrong, {"INVALID_ARGUMENT", "NOT_FOUND"}),
                 (self._churn, raced),
-                (self._upload, raced),
+                # An early refusal, such as ALREADY_EXISTS, may be lost in grpc's asyncio client.
+                (self._upload, raced | {"ENDED_EARLY"}),
                 (self._use, {"OK", "NOT_FOUND"}),
             )
         ]
@@ -88,7 +89,7 @@ class Traffic:
         try:
             end = await kind.call(self._rng.choice(self._clients))
         except MoraError as e:
-            end = e.code
+            end = e.reason if e.reason == "ENDED_EARLY" else e.code
         except Exception as e:  # of the client itself
             end = type(e).__name__
         self.ends[kind.name, end] += 1
