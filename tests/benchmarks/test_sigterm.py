@@ -11,7 +11,7 @@ from grpc import aio
 from benchmarks.rich_status import DETAILS
 from benchmarks.sigterm import Calls, CutShort, judged
 from mora_serve.errors import Unavailable
-from mora_serve.server.interceptors import status_of
+from mora_serve.server.status import status_of
 
 
 def error(code: grpc.StatusCode) -> aio.AioRpcError:

@@ -162,11 +162,11 @@ def test_clients_come_back_when_told(full):
         return any("RESOURCE_EXHAUSTED" in name and n > 0 for name, n in scrape(serving).items())
 
     with serving.client() as client, futures.ThreadPoolExecutor() as threads:
-        answer = threads.submit(client.generate, "x", base=True, max_tokens=1)
+        answer = threads.submit(client.generate, "x", base=True, max_tokens=1, timeout=600)
         wait_for(refused)
         for stream in streams:
             stream.cancel()
-        assert answer.result(30).usage.completion_tokens == 1
+        assert answer.result(600).usage.completion_tokens == 1
 
 
 class TestStopping:
