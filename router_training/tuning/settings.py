@@ -161,7 +161,11 @@ class TuneSettings:
     general_tasks_path: str = _doc("", "a folder of tasks' YAML files instead of lm-eval's own")
     general_rows: int = _doc(200, "rows of each of these tasks; 0: all")
     check: Check = field(default_factory=Check, metadata={"help": "the quality check"})
-    register_to: str = _doc("", "address of the server that gets the adapter")
+    register_to: str = _doc(
+        "",
+        "HOST:PORT of the server that gets the adapter, tls:HOST:PORT for TLS; the key that it may "
+        "ask for is in MORA_API_KEY",
+    )
     register_tasks: tuple[str, ...] = _doc((), "task hints it serves")
     card_prompts: int = _doc(16, "prompts of the training rows in its routing card")
 
