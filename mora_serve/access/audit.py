@@ -113,10 +113,19 @@ class Audit:
                 log.error("the audit log cannot be written in time: its newest denials are lost")
             else:
                 writer.join(_CLOSING)
-        with self._lock:
+        with self._counts:
+            dropped, self._dropped = self._dropped.total(), Counter()
+        if dropped:
+            log.warning("%d denials were counted and not written", dropped)
+        if not self._lock.acquire(timeout=_CLOSING):
+            log.error("the audit log is still being written to; it is left behind")
+            return
+        try:
             if self._file is not None:
                 os.close(self._file)
             self._file, self._path = None, None
+        finally:
+            self._lock.release()
 
     def _write_denials(self) -> None:
         while (line := self._waiting.get()) is not None:
@@ -132,6 +141,7 @@ class Audit:
 
     def _write(self, line: bytes) -> None:
         if self._path is None:  # closed meanwhile
+            log.info("%s", line.decode())
             return
         if self._file is None or _moved(self._file, self._path):
             if self._file is not None:

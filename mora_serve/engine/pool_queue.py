@@ -51,9 +51,10 @@ class PoolLine:
 
     def __init__(self) -> None:
         self._lines: OrderedDict[str, deque[PoolJob]] = OrderedDict()  # by turn; none is empty
+        self._count = 0  # of its own, as other threads ask for it at any moment
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._count
 
     def __bool__(self) -> bool:
         return bool(self._lines)
@@ -61,11 +62,13 @@ class PoolLine:
     def append(self, job: PoolJob) -> None:
         """Put a job at the end of its tenant's line."""
         self._lines.setdefault(job.tenant, deque()).append(job)
+        self._count += 1
 
     def popleft(self) -> PoolJob:
         """The first job of the tenant whose turn it is; its next turn is behind the others'."""
         tenant, line = self._lines.popitem(last=False)
         job = line.popleft()
+        self._count -= 1
         if line:
             self._lines[tenant] = line
         return job
@@ -73,6 +76,7 @@ class PoolLine:
     def appendleft(self, job: PoolJob) -> None:
         """Make a job the next one."""
         self._lines.setdefault(job.tenant, deque()).appendleft(job)
+        self._count += 1
         self._lines.move_to_end(job.tenant, last=False)
 
     def pass_over(self, job: PoolJob) -> None:
@@ -85,6 +89,7 @@ class PoolLine:
         line = self._lines.get(job.tenant, deque())
         if job in line:
             line.remove(job)
+            self._count -= 1
             if not line:
                 del self._lines[job.tenant]
 

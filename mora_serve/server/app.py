@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ from mora_serve.server.gate import Gate, State
 from mora_serve.server.interceptors import CallInterceptor, Entrance
 from mora_serve.server.memory import limit_arenas
 from mora_serve.server.services import SERVICES, LateServices, Threads, add_services
+from mora_serve.server.strangers import Strangers
 
 if TYPE_CHECKING:
     from mora_serve.server.assembly import Assembly
@@ -163,7 +165,7 @@ class MoraServer:
             await asyncio.gather(*(server.stop(times.last) for server in self._servers))
         await self._close_parts(times.closing)
         self._threads.shutdown()
-        self._entrance.audit.close()
+        await self._close([self._entrance.audit.close], times.closing)
         for task in self._tasks:
             task.cancel()
         log.info("stopped")
@@ -205,13 +207,13 @@ class MoraServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _make(self, *, apart: bool) -> aio.Server:
+    def _make(self, entrance: Entrance, *, apart: bool) -> aio.Server:
         size = self.config.server.max_message_bytes
         server = aio.server(
             interceptors=(
                 CallInterceptor(
                     self.metrics,
-                    self._entrance,
+                    entrance,
                     self.config.engine.stall_seconds,
                     log_calls=self.config.server.log_calls,
                     apart=apart,
@@ -234,10 +236,10 @@ class MoraServer:
     def _listen(self) -> None:
         config = self.config.server
         apart = config.admin_port >= 0
-        self.port = self._bind(self._make(apart=apart), config.host, config.port)
+        self.port = self._bind(self._make(self._entrance, apart=apart), config.host, config.port)
         if apart:
             self.admin_port = self._bind(
-                self._make(apart=False),
+                self._make(replace(self._entrance, strangers=Strangers()), apart=False),
                 config.admin_host,
                 config.admin_port,
                 "server.admin_",

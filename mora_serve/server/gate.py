@@ -110,27 +110,42 @@ def _closed(state: State) -> Unavailable:
 class Places:
     """A bounded number of calls at work of one kind, shared by tenants; lives on the event loop.
 
-    A tenant may hold half of what the others leave (see ``mora_serve/places.py``).
+    A tenant may hold half of what the others leave (see ``mora_serve/places.py``). ``whose`` names
+    it in messages. ``retry_seconds`` is when to come back, by default what calls hold their places.
     """
 
-    def __init__(self, count: int, kind: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        kind: str,
+        *,
+        whose: str = "this tenant",
+        retry_seconds: float | None = None,
+    ) -> None:
         self._count = count
         self._kind = kind
+        self._whose = whose
+        self._retry_seconds = retry_seconds
         self._held: Counter[str] = Counter()  # by tenant
         self._taken = 0
         self._seconds: float | None = None  # that a call held its place, lately
         self._rng = random.Random()
+
+    @property
+    def held(self) -> int:
+        """How many are taken."""
+        return self._taken
 
     @contextlib.contextmanager
     def taken(self, tenant: str = "") -> Iterator[None]:
         """A place for one call. Raises ResourceExhausted at once where there is none."""
         own = self._held[tenant]
         if own >= most(self._count, self._taken - own):
-            who = "this tenant" if self._taken < self._count else "it"
+            who = self._whose if self._taken < self._count else "it"
             raise ResourceExhausted(
                 f"server: {who} has as many {self._kind} at work as it takes; try again later",
                 reason="BUSY",
-                retry_after=retry_after(self._seconds, self._rng),
+                retry_after=retry_after(self._retry_seconds or self._seconds, self._rng),
             )
         self._held[tenant] += 1
         self._taken += 1

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,20 +203,22 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
     async def _of_stranger(self, requests: Any, context: Context) -> Any:
         """The only message of a call that needs no key."""
-        with self._strangers.sending(context):
-            return await self._received(context, min(REQUEST_SECONDS, self._stall_seconds))
+        seconds = min(REQUEST_SECONDS, self._stall_seconds)
+        return await self._received(context, self._strangers.arrival(seconds))
 
     async def _only(self, requests: Any, context: Context) -> Any:
         """The only message of a call; those after it are not read."""
-        return await self._received(context, self._stall_seconds)
+        return await self._received(context, asyncio.timeout(self._stall_seconds))
 
-    async def _received(self, context: Context, seconds: float) -> Any:
+    async def _received(
+        self, context: Context, time_for_it: AbstractAsyncContextManager[object]
+    ) -> Any:
         try:
-            async with asyncio.timeout(seconds):
+            async with time_for_it:
                 request = await context.read()
         except TimeoutError:
             raise ResourceExhausted(
-                f"request: nothing came for {seconds:g} seconds; send the message with the call",
+                "request: its message did not come in time; send it with the call",
                 reason="STREAM_STALLED",
             ) from None
         if request is aio.EOF:  # type: ignore[attr-defined]  # missing stub
@@ -271,9 +273,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         try:
             calls.enter(call)
             with ExitStack() as inside:
-                if method.startswith(HEALTH):
-                    inside.enter_context(self._strangers.calling(context))
-                else:
+                if method == f"{HEALTH}Watch":
+                    inside.enter_context(self._strangers.watching(context))
+                elif not method.startswith(HEALTH):
                     if not method.startswith("/grpc."):
                         inside.enter_context(self._gate.passing())
                     inside.enter_context(self._meter.passing(caller.tenant, caller.limits))

@@ -40,7 +40,7 @@ async def abort(context: Context, error: MoraError, echo: Metadata) -> Any:
     try:
         return await context.abort(status.code, status.details, trailing)
     except aio.InternalError:
-        log.info("the client had gone before it could be told: %s %s", error.code, error.reason)
+        log.debug("the client had gone before it could be told: %s %s", error.code, error.reason)
         raise asyncio.CancelledError from None  # or grpc would log a fault
 
 

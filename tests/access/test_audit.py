@@ -152,3 +152,33 @@ def test_a_full_disk_is_logged_and_counted_and_raises_nothing(
 def test_a_file_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"access\.audit: .* cannot be written"):
         Audit(tmp_path / "none" / "audit")
+
+
+def test_a_disk_that_hangs_does_not_keep_the_log_from_being_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_CLOSING", 0.2)
+    audit, hangs, goes_on = Audit(tmp_path / "audit"), threading.Event(), threading.Event()
+    write = os.write
+
+    def hanging(file: int, data: bytes) -> int:
+        hangs.set()
+        goes_on.wait(60)
+        return write(file, data)
+
+    monkeypatch.setattr(module.os, "write", hanging)
+    audit.denied(**WHO, method="/m", reason="NO_KEY")
+    assert hangs.wait(30)
+    audit.close()
+    assert "it is left behind" in caplog.text
+    goes_on.set()
+
+
+def test_what_comes_after_the_end_is_in_the_servers_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    audit = Audit(tmp_path / "audit")
+    audit.close()
+    audit.record("late", **WHO)
+    assert '"event": "late"' in caplog.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 import time
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import families
 from mora_serve.config import BaseConfig, EngineConfig
 from mora_serve.engine import pool_queue
-from mora_serve.engine.pool_queue import PoolJob, PoolQueue
+from mora_serve.engine.pool_queue import PoolJob, PoolLine, PoolQueue
 from mora_serve.errors import Internal, Unavailable
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.loading import load_base
@@ -230,3 +232,34 @@ def test_all_in_line_can_be_ended(queue) -> None:
     for one in (begun, waiting):
         with pytest.raises(Unavailable):
             one.done.result(0)
+
+
+def test_a_line_can_be_counted_while_it_changes() -> None:
+    """Threads that submit ask how long it is, at any moment."""
+    line, over, wrong = PoolLine(), threading.Event(), []
+
+    def count() -> None:
+        while not over.is_set():
+            try:
+                len(line)
+            except RuntimeError as e:
+                wrong.append(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for i in range(20_000):
+            line.append(PoolJob([], 1, tenant=f"t{i % 7}"))
+            if i % 3:
+                line.popleft()
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+    left = len(line)
+    assert left == 20_000 - sum(1 for i in range(20_000) if i % 3)
+    line.discard(PoolJob([], 1, tenant="t0"))
+    assert len(line) == left

@@ -65,7 +65,7 @@ def deaf_watchers(port: int, count: int) -> Iterator[socket.socket]:
 
 
 def watching(serving) -> int:
-    return serving.server._entrance.strangers._calls._taken
+    return serving.server._entrance.strangers.watches.held
 
 
 class TestWatchersThatDoNotRead:
@@ -106,7 +106,7 @@ class TestWhatStrangersHold:
     @pytest.fixture
     def few(self, monkeypatch):
         """Little room, so that a test fills it."""
-        monkeypatch.setattr(strangers, "CALLS", 6)
+        monkeypatch.setattr(strangers, "WATCHES", 6)
         monkeypatch.setattr(strangers, "REQUESTS", 4)
         monkeypatch.setattr(interceptors, "REQUEST_SECONDS", 60.0)
 
@@ -138,22 +138,30 @@ class TestWhatStrangersHold:
             calls = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
             for call in calls:
                 assert next(call).status == SERVING
-            assert self.outcome(channel) == "RESOURCE_EXHAUSTED"
-            with serving.server._entrance.strangers.calling(Peer("ipv4:10.0.0.1:4242")):
+            more = stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(more)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "this host has as many health watches" in caught.value.details()
+            assert self.outcome(channel) == "OK"  # what asks once is not refused for them
+            with serving.server._entrance.strangers.watching(Peer("ipv4:10.0.0.1:4242")):
                 pass  # there is room for another host
             for call in calls:
                 call.cancel()
-            wait_for(lambda: self.outcome(channel) == "OK")
+            wait_for(lambda: watching(serving) == 0)
 
-    def test_few_requests_come_in_at_the_same_time(self, few, configure):
-        """As many of the largest messages are all the memory that they can take."""
+    def test_few_requests_come_in_at_the_same_time_and_the_slowest_gives_way(self, few, configure):
+        """As many of the largest messages are all the memory that they can take; probes get in."""
         with running(configure()) as serving, channel_to(serving) as channel:
-            with self.silent_calls(channel, 2) as calls:
-                requests = serving.server._entrance.strangers._requests
-                wait_for(lambda: requests._taken == 2)
-                assert self.outcome(channel) == "RESOURCE_EXHAUSTED"
+            here = serving.server._entrance.strangers
+            with self.silent_calls(channel, 4) as calls:
+                wait_for(lambda: here.arriving == 4)
+                assert [self.outcome(channel) for _ in range(3)] == ["OK"] * 3
+                wait_for(lambda: any(call.done() for call in calls))
+                (gone,) = (call for call in calls if call.done())
+                assert gone.exception(30).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert here.arriving == 3
             wait_for(lambda: all(call.done() for call in calls))
-            assert self.outcome(channel) == "OK"
 
     def test_a_request_has_to_come_soon(self, monkeypatch, configure):
         monkeypatch.setattr(interceptors, "REQUEST_SECONDS", 0.2)
@@ -163,6 +171,20 @@ class TestWhatStrangersHold:
             self.silent_calls(channel, 1) as (call,),
         ):
             assert call.exception(30).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:10.0.0.1:4242", "10.0.0.1"),
+        ("ipv6:%5B2001:db8::1%5D:4242", "2001:db8::/64"),
+        ("ipv6:[2001:db8::ffff:1]:17", "2001:db8::/64"),
+        ("ipv6:%5B::ffff:10.0.0.1%5D:4242", "10.0.0.1"),
+        ("unix:", "unix:"),
+    ],
+)
+def test_a_host_is_an_address_or_a_network_of_them(peer: str, host: str) -> None:
+    assert strangers.host_of(peer) == host
 
 
 def channel_to(serving) -> grpc.Channel:
