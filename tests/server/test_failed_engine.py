@@ -89,7 +89,8 @@ def test_the_process_ends_with_a_status_of_its_own(root, fault, flags, logged):
         client.wait_until_ready(60)
         with pytest.raises(errors.Unavailable) as caught:
             list(client.stream("hello", **LONG))
-        assert caught.value.reason == "ENGINE_FAILED"
+        # The client tries again, and may find nobody there any more.
+        assert caught.value.reason in ("ENGINE_FAILED", "UNAVAILABLE")
         assert process.wait(60) == ENGINE_FAILED
     log = process.stderr.read().decode()
     assert logged in log
