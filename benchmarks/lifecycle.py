@@ -19,13 +19,15 @@ from benchmarks import report
 from benchmarks.hot_registration import Recorder
 from mora_serve.client import AsyncClient
 from mora_serve.client.connection import Result
-from mora_serve.config import AdaptersConfig, Config, ServerConfig
+from mora_serve.config import AdaptersConfig, Config, EngineConfig, ServerConfig
 from mora_serve.core import Source, TokenOut
 from mora_serve.demo.bundle import bundle_path, read_examples
 from mora_serve.server.app import MoraServer
 
 LONG = 160
-PAIRS = 20
+PAIRS, MOST_PAIRS = 20, 200
+BESIDE, LONG_PROMPT = 4, "and on and on it goes, " * 8
+REVERSE = {"reverse": 1.0}
 NAME = "changing"
 
 
@@ -41,6 +43,7 @@ async def measure() -> dict[str, Any]:
     """Both scenes on one server."""
     config = Config(
         adapters=AdaptersConfig(root=str(bundle_path() / "adapters")),
+        engine=EngineConfig(step_pace=0),  # or two prompts beside streams may take turns
         server=ServerConfig(port=0, metrics_port=-1),
     )
     with Recorder() as recorder:
@@ -94,11 +97,16 @@ async def abstained(client: AsyncClient, recorder: Recorder) -> dict[str, Any]:
     """Ask what no adapter fits, and the base alone, at the same time, beside an adapter.
 
     Only pairs that shared every step, the prompt's included, are compared: the bits of a product
-    depend on the shape of its batch.
+    depend on the shape of its batch. A routed request comes a moment after one that is not: long
+    prompts beside them make a step in which both arrive, and pairs are asked until enough have
+    shared theirs.
     """
     prompt = next(e.prompt for e in read_examples(bundle_path()) if e.kind == "abstain")
-    shared = differ = abstentions = 0
-    for i in range(PAIRS):
+    shared = differ = abstentions = asked = 0
+    for i in range(MOST_PAIRS):
+        if shared == PAIRS:
+            break
+        asked += 1
         # A new beginning each time, so that no prefix is found in the cache.
         text = f"{i} {prompt}"
 
@@ -107,11 +115,14 @@ async def abstained(client: AsyncClient, recorder: Recorder) -> dict[str, Any]:
                 text, max_tokens=24, ignore_eos=True, logprobs=5, request_id=kind, **options
             )
 
-        busy = asyncio.create_task(ask("other", adapters={"reverse": 1.0}))
-        await asyncio.sleep(0.02)
+        busy = [
+            asyncio.create_task(ask(f"other-{j}", f"{i} {j} {LONG_PROMPT}", adapters=REVERSE))
+            for j in range(BESIDE)
+        ]
+        await asyncio.sleep(0.005)
         first = len(recorder.steps)
         routed, base = await asyncio.gather(ask("routed"), ask("base", base=True))
-        await busy
+        await asyncio.gather(*busy)
         abstentions += routed.decision.source is Source.ABSTAINED
         names = [{r.partition("#")[0] for r in got} for _, got in recorder.steps[first:]]
         if sum({"routed", "base"} <= got for got in names) == len(base.tokens):
@@ -119,7 +130,7 @@ async def abstained(client: AsyncClient, recorder: Recorder) -> dict[str, Any]:
             differ += _bits(routed) != _bits(base)
     return {
         "abstentions": abstentions,
-        "pairs": PAIRS,
+        "pairs": asked,
         "pairs_in_one_batch": shared,
         "pairs_that_differ": differ,
     }
