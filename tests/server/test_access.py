@@ -137,8 +137,9 @@ def guarded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gu
 
 def test_vllm_cve_2026_48746_every_call_needs_a_key_with_its_role(guarded: Guarded) -> None:
     """vLLM CVE-2026-48746: one server's calls were open beside those that asked for a key."""
-    secrets = {role: guarded.key("acme", [role.value]).secret for role in Role}
+    # First, so that it is in use, and not merely unknown, when the others are.
     over = make.key(guarded.file, "over", "acme", ROLES, "expires = 2020-01-01T00:00:00Z\n")
+    secrets = {role: guarded.key("acme", [role.value]).secret for role in Role}
     result = refusals.tried(guarded.channel, guarded.admin, secrets, over)
     assert result["wrong"] == []
     assert result["rpcs"] == len(list(rpcs())) >= 15
