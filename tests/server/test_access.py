@@ -20,6 +20,7 @@ from benchmarks.rich_status import reason_of
 from benchmarks.rpcs import Rpc, call, rpcs
 from mora_serve.access.roles import Role
 from mora_serve.config import Config
+from mora_serve.errors import ConfigError
 from mora_serve.server.app import MoraServer
 from mora_serve.v1 import (
     adapters_pb2,
@@ -309,3 +310,30 @@ def test_without_an_access_file_the_tenant_is_what_the_caller_says(serving: Any)
     assert not config.access.file
     with serving.client("some-tenant") as client:
         assert client.server_info().adapters == 0
+
+
+class TestBeyondThisMachine:
+    """Whoever reaches a server without keys may do all: it has to be wanted."""
+
+    @pytest.mark.parametrize(
+        ("flags", "field"),
+        [
+            ({"host": "0.0.0.0"}, "server.host"),
+            ({"admin_host": "0.0.0.0", "admin_port": 0}, "server.admin_host"),
+        ],
+    )
+    async def test_a_server_without_keys_does_not_listen(self, configure, flags, field) -> None:
+        config = configure(server={"allow_plaintext": True, "metrics_port": -1, **flags})
+        with pytest.raises(ConfigError, match=r"access\.allow_anonymous") as caught:
+            async with MoraServer(config):
+                pass
+        assert caught.value.field == field
+
+    async def test_one_with_keys_or_that_is_told_to_does(self, configure, tmp_path: Path) -> None:
+        make.key(tmp_path / "access.toml", "k", "acme", ROLES)
+        for access in ({"allow_anonymous": True}, {"file": str(tmp_path / "access.toml")}):
+            flags = {"host": "0.0.0.0", "allow_plaintext": True, "metrics_port": -1}
+            server = MoraServer(configure(server=flags, access=access))
+            server._listen()
+            assert server.port
+            await server.stop(drain_seconds=0)
