@@ -13,6 +13,7 @@ grpc itself would read it before, however large, and leave a call that has none 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -161,7 +162,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
         async def behaviour(requests: Any, context: Context) -> Any:
             async def run(echo: Metadata) -> Any:
                 response = await inner(await take(requests, context), context)
-                await context.send_initial_metadata(echo)
+                await _begin(context, echo)
                 return response
 
             return await self._guard(method, context, call, run)
@@ -188,7 +189,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                 async with aclosing(answer):
                     async for message in answer:
                         if not started:
-                            await context.send_initial_metadata(echo)
+                            await _begin(context, echo)
                             started = True
                         await self._write(context, message)
 
@@ -309,6 +310,21 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             if self._log_calls:
                 logs.ended(method, outcome, seconds, request_id)
         return await abort(context, error, echo)
+
+
+async def _begin(context: Context, echo: Metadata) -> None:
+    """Send what comes before an answer, whole even where the call is ended meanwhile.
+
+    grpc takes metadata for unsent whose sending was cancelled. It would send it once more, with the
+    error, which fails: the client would hear nothing.
+    """
+    sending = asyncio.ensure_future(context.send_initial_metadata(echo))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        with contextlib.suppress(aio.InternalError):  # the client has gone
+            await sending
+        raise
 
 
 async def _nothing(requests: Any, context: Any) -> None:

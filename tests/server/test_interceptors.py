@@ -308,6 +308,18 @@ async def test_draining_waits_for_those_inside(server):
     assert await call.code() is grpc.StatusCode.OK
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_call_that_is_ended_while_its_answer_begins_is_told_so(server, kind):
+    def act(text: str) -> str:
+        asyncio.get_running_loop().call_soon(server.gate.fail)
+        return text
+
+    server.act = act
+    error = await failure(server, kind)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(error)["ErrorInfo"].reason == "ENGINE_FAILED"
+
+
 @pytest.mark.parametrize("kind", ["stream_unary", "stream_stream"])
 async def test_a_client_that_stops_sending_is_given_up(server, kind):
     """Whichever call of many messages it has opened."""
