@@ -116,7 +116,11 @@ class GenerationServicer(GenerationServiceServicer):
         call = calls.current()
         sampling = sampling_of(request.sampling, self._config, self._vocab_size)
         self._prompts.check(request.prompt)
-        self._bridge.check_line(call.tenant)  # rather than after tokenising and routing
+        known = max(1, len(request.prompt.token_ids.ids))  # a text's tokens are not counted yet
+        deadline = _deadline(context)
+        left = None if deadline is None else deadline - arrival
+        # Rather than after tokenising and routing.
+        self._bridge.check_line(call.tenant, known, sampling.max_tokens, left)
         prompt = await self._prompts.tokens(request.prompt, call.tenant)
         async with self._decider.decided(request.selection, request.prompt) as decision:
             submitted = Request(
@@ -126,7 +130,7 @@ class GenerationServicer(GenerationServiceServicer):
                 mixture=decision.mixture,
                 tenant=call.tenant,
                 arrival=arrival,
-                deadline=_deadline(context),
+                deadline=deadline,
             )
             async with self._bridge.submit(submitted) as generation:
                 # Not where the router took the place of an unknown task: it would teach itself.
