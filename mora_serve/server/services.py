@@ -12,6 +12,7 @@ import grpc
 from mora_serve.access.audit import Audit
 from mora_serve.metrics import Metrics
 from mora_serve.server.adapters import AdapterServicer
+from mora_serve.server.answers import Answers
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
@@ -88,8 +89,11 @@ def add_services(
     threads: Threads,
     feedback: FeedbackRecorder | None,
     audit: Audit,
-) -> None:
-    """Add the services to a grpc server, and let metrics and pins follow the registry."""
+) -> Answers:
+    """Add the services to a grpc server, and let metrics and pins follow the registry.
+
+    What generates is for other protocols as well.
+    """
     config, base, registry = assembly.config, assembly.base, assembly.registry
     engine, routing = assembly.engine, assembly.routing
     names = Names(registry, metrics)
@@ -97,8 +101,9 @@ def add_services(
     vocab_size = base.shape.vocab_size
     prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
     decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
+    answers = Answers(prompts, decider, bridge, config, vocab_size, feedback)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        GenerationServicer(prompts, decider, bridge, config, vocab_size, feedback), server
+        GenerationServicer(answers), server
     )
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
         AdapterServicer(
@@ -130,3 +135,4 @@ def add_services(
     server_pb2_grpc.add_ServerServiceServicer_to_server(  # type: ignore[no-untyped-call]
         ServerServicer(describe(assembly), registry, routing, threads.route), server
     )
+    return answers
