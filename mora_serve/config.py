@@ -157,6 +157,11 @@ class ServerConfig:
     )
     log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
     log_calls: bool = _doc(True, "log a line for each call that ends")
+    traces: bool = _doc(
+        False,
+        "send OpenTelemetry traces, without prompts and answers, to where the environment's "
+        "OTEL_EXPORTER_OTLP_ENDPOINT and its like say; setting that one switches them on as well",
+    )
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
     )

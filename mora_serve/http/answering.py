@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import Executor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mora_serve.core import Event, Usage
+from mora_serve.core import Event, Finish, TokenOut, Usage
 from mora_serve.http.asking import Question, named
 from mora_serve.http.forms import (
     Envelope,
@@ -26,44 +27,62 @@ from mora_serve.server.answers import Answers, Running, end_of, in_pieces
 from mora_serve.server.bridge import Generation
 
 DONE = b"data: [DONE]\n\n"
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pass it on at once
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes what is asked for; ``stream_usage``: a stream ends with the counts of its tokens."""
+    """Writes what is asked for; ``stream_usage``: a stream ends with the counts of its tokens.
+
+    ``executor`` is for work that would hold up the event loop.
+    """
 
     answers: Answers
     texts: TokenTexts
     question: Question
     envelope: Envelope
+    executor: Executor
     stream_usage: bool = False
 
     async def whole(self) -> Response:
         """The answer as one object."""
-        form, choices, usages = self.envelope.form, [], []
+        runs: list[_Told] = []
         with named(self.question.names):
-            async with self._running() as runs:
-                for run, echo in zip(runs, self._echoes(runs), strict=True):
-                    of_prompt: list[Usage] = []
+            async with self._running() as running:
+                for run, echo in zip(running, self._echoes(running), strict=True):
+                    told = _Told(run, echo)
                     for generation in run.generations:
-                        text, tokens = [echo], []
+                        text, tokens = [], []
                         async for event in generation:
                             text.append(event.text)
                             tokens += event.tokens
                             if event.finish is not None:
                                 finish, usage = end_of(event)
-                        logprobs = None
-                        if generation.request.sampling.logprobs is not None:
-                            logprobs = form.logprobs(tokens, self.texts, 0)
-                        choice = form.choice(len(choices), "".join(text), logprobs, finish.value)
-                        if len(runs) > 1:
-                            choice["mora"] = self._mora(run, generation, usage)
-                        choices.append(choice)
-                        of_prompt.append(usage)
-                    usages.append(of_prompt)
-        more: Json = {"usage": usage_object(usages)}
+                        told.answers.append(
+                            _Answer(generation, "".join(text), tokens, finish, usage)
+                        )
+                    runs.append(told)
+        if runs[0].answers[0].generation.request.sampling.logprobs is None:
+            return self._written(runs)
+        # Very many numbers: not on the event loop.
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self._written, runs)
+
+    def _written(self, runs: Sequence[_Told]) -> Response:
+        form, choices = self.envelope.form, []
+        for told in runs:
+            for answer in told.answers:
+                logprobs = None
+                if answer.generation.request.sampling.logprobs is not None:
+                    logprobs = form.logprobs(answer.tokens, self.texts, len(told.echo))
+                text = told.echo + answer.text
+                choice = form.choice(len(choices), text, logprobs, answer.finish.value)
+                if len(runs) > 1:
+                    choice["mora"] = _mora(told.run, answer.generation, answer.usage)
+                choices.append(choice)
+        more: Json = {"usage": usage_object([a.usage for a in told.answers] for told in runs)}
         if len(runs) == 1:
-            more["mora"] = self._mora(runs[0], runs[0].generations[0], usages[0][0])
+            first = runs[0].answers[0]
+            more["mora"] = _mora(runs[0].run, first.generation, first.usage)
         return JSONResponse(self.envelope.whole(choices, **more))
 
     async def chunks(self) -> AsyncGenerator[Json]:
@@ -79,7 +98,7 @@ class Writer:
                     usages.append([])
                     for generation in run.generations:
                         first = form.first(index)
-                        mora = self._mora(run, generation)
+                        mora = _mora(run, generation)
                         if len(runs) > 1:
                             first["mora"] = mora
                             yield envelope.chunk([first], **more)
@@ -114,10 +133,6 @@ class Writer:
         if self.stream_usage:
             yield envelope.chunk([], usage=usage_object(usages))
 
-    def _mora(self, run: Running, generation: Generation, usage: Usage | None = None) -> Json:
-        mora = decision_object(run.decision) | {"seed": generation.request.sampling.seed}
-        return mora if usage is None else {**mora, "timings": timings_object(usage)}
-
     def _echoes(self, runs: Sequence[Running]) -> Sequence[str]:
         return self.question.echo or [""] * len(runs)
 
@@ -130,6 +145,31 @@ class Writer:
             ]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """One answer that is complete."""
+
+    generation: Generation
+    text: str
+    tokens: Sequence[TokenOut]
+    finish: Finish
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The answers of one prompt, and what stands before each of them."""
+
+    run: Running
+    echo: str
+    answers: list[_Answer] = field(default_factory=list)
+
+
+def _mora(run: Running, generation: Generation, usage: Usage | None = None) -> Json:
+    mora = decision_object(run.decision) | {"seed": generation.request.sampling.seed}
+    return mora if usage is None else {**mora, "timings": timings_object(usage)}
+
+
 class EventStream(Response):
     """Server-sent events, a JSON object each, and ``[DONE]``.
 
@@ -137,7 +177,7 @@ class EventStream(Response):
     """
 
     def __init__(self, chunks: AsyncGenerator[Json]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

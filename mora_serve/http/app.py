@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Scope
 from mora_serve import __version__
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import Config
-from mora_serve.http import asking, models
+from mora_serve.http import asking, models, rpc
 from mora_serve.http.answering import EventStream, Writer
 from mora_serve.http.docs import page
 from mora_serve.http.entrance import Guard
@@ -26,10 +26,10 @@ from mora_serve.http.schema import ChatCompletionRequest, CompletionRequest, Gen
 from mora_serve.http.tokens import TokenTexts
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
-from mora_serve.server.answers import Answers
 from mora_serve.server.gate import Places, State
 from mora_serve.server.interceptors import Entrance
 from mora_serve.server.prompts import Tokenizer
+from mora_serve.server.services import Services
 
 DESCRIPTION = """\
 OpenAI's chat and plain completions on one base model and many LoRA adapters. `model` names an
@@ -43,12 +43,12 @@ MAX_LOOKUPS = 64
 class Parts:
     """What answers, from the time when the model is loaded."""
 
-    answers: Answers
+    services: Services
     registry: Registry
     tokenizer: Tokenizer
+    texts: TokenTexts
     base: str
     fingerprint: str
-    executor: Executor  # for short work off the event loop
 
 
 class _Application(FastAPI):
@@ -60,14 +60,19 @@ class _Application(FastAPI):
 
 
 class HttpApi:
-    """The application; ``asgi`` is what a web server calls. Gets its ``parts`` late."""
+    """The application; ``asgi`` is what a web server calls. Gets its ``parts`` late.
 
-    def __init__(self, config: Config, metrics: Metrics, entrance: Entrance) -> None:
+    ``executor`` is for short work off the event loop.
+    """
+
+    def __init__(
+        self, config: Config, metrics: Metrics, entrance: Entrance, executor: Executor
+    ) -> None:
         self.parts: Parts | None = None
         self._config = config
         self._metrics = metrics
         self._gate = entrance.gate
-        self._texts: TokenTexts | None = None
+        self._executor = executor
         self._lookups = Places(MAX_LOOKUPS, "look-ups")
         app = _Application(
             title="mora-serve",
@@ -83,8 +88,11 @@ class HttpApi:
         app.get("/v1/models", summary="List what `model` can be")(self.list_models)
         app.get("/v1/models/{model:path}", summary="Describe a model")(self.get_model)
         app.get("/healthz", summary="200 while the server serves, 503 otherwise")(self.healthz)
+        app.head("/healthz", include_in_schema=False)(self.healthz)
         app.get("/metrics", summary="Prometheus metrics")(self.metrics)
         app.get("/docs", include_in_schema=False)(self.docs)
+        for path, summary, endpoint in rpc.endpoints(lambda: self._served().services):
+            app.router.add_route(path, endpoint, ["POST"], name=summary)
         self.asgi = Guard(
             app,
             self._name_of,
@@ -92,6 +100,8 @@ class HttpApi:
             entrance,
             config.engine.stall_seconds,
             config.server.max_message_bytes,
+            streaming={rpc.UPLOAD},
+            local=not (entrance.door.locked or config.access.allow_anonymous),
             log_calls=config.server.log_calls,
             apart=config.server.admin_port >= 0,
         )
@@ -147,7 +157,7 @@ class HttpApi:
         """What the Prometheus port gives, to administrators."""
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._served().executor, encode, self._metrics.registry)
+        data = await loop.run_in_executor(self._executor, encode, self._metrics.registry)
         return Response(data, media_type=kind)
 
     async def docs(self) -> Response:
@@ -156,13 +166,15 @@ class HttpApi:
 
     async def _answer(self, body: Generation, question: asking.Question, form: Form) -> Response:
         parts = self._served()
-        if self._texts is None:
-            self._texts = TokenTexts(parts.tokenizer)
+        if question.asked[0].sampling.HasField("logprobs"):
+            await self._run(parts.texts.load)
         envelope = Envelope(
             form, calls.current().request_id, body.model, f"fp_{parts.fingerprint[:12]}"
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
-        writer = Writer(parts.answers, self._texts, question, envelope, usage)
+        writer = Writer(
+            parts.services.answers, parts.texts, question, envelope, self._executor, usage
+        )
         return EventStream(writer.chunks()) if body.stream else await writer.whole()
 
     def _asked(self, request: Request) -> tuple[int, str]:
@@ -176,4 +188,4 @@ class HttpApi:
     async def _run(self, work: Any, *args: Any) -> Any:
         with self._lookups.taken(calls.current().tenant):
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._served().executor, work, *args)
+            return await loop.run_in_executor(self._executor, work, *args)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any, Protocol
 
 from fastapi.exceptions import RequestValidationError
@@ -28,14 +29,16 @@ from mora_serve.errors import (
     Unauthenticated,
 )
 from mora_serve.http import errors
+from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
 from mora_serve.server import call as calls
 from mora_serve.server import logs
-from mora_serve.server.gate import State
 from mora_serve.server.interceptors import Entrance
 
 REQUEST_ID = "x-request-id"
 EVENTS = b"text/event-stream"
+_PORT = re.compile(r":\d*$")
+_WHATEVER_THE_STATE = frozenset({"/metrics"})
 OPEN = frozenset({"/healthz", "/docs", "/openapi.json"})  # for whoever reaches the port
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,8 @@ class Guard:
     """Wraps the application.
 
     ``names`` gives the route of a request; it is what roles, metrics and logs know it by.
-    ``most_bytes`` bounds a body, ``stall_seconds`` one read and one write.
+    ``most_bytes`` bounds a body, except of those routes that are ``streaming``; ``stall_seconds``
+    one read and one write. ``local``: there are no keys, and nobody but this machine is to call.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Guard:
         stall_seconds: float,
         most_bytes: int,
         *,
+        streaming: Collection[str] = (),
+        local: bool,
         log_calls: bool,
         apart: bool,
     ) -> None:
@@ -75,18 +81,32 @@ class Guard:
         self._most_bytes = most_bytes
         self._log_calls = log_calls
         self._apart = apart
+        self._streaming = streaming
+        self._local = local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        start = time.monotonic()
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         request_id, usable = calls.request_id(_metadata(headers))
+        answer = _Answer(send, request_id, self._stall_seconds, scope, usable=usable)
+        try:
+            await self._serve(scope, receive, answer, headers)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not answer.left or task is None:
+                raise
+            task.uncancel()
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, answer: _Answer, headers: Mapping[str, str]
+    ) -> None:
+        start = time.monotonic()
         method = self._names(scope)
-        answer = _Answer(send, request_id, self._stall_seconds, scope)
+        request_id = answer.request_id
         calls.enter(calls.Call(request_id, Caller("")))
         outcome, known = "OK", False
         try:
-            if not usable:
+            if not answer.usable:
                 raise InvalidArgument(
                     f"{REQUEST_ID}: use at most 128 letters, digits and '.', '_', ':', '/', '-', "
                     "starting with a letter or a digit, or leave it out",
@@ -94,22 +114,19 @@ class Guard:
                 )
             if method is None:
                 raise errors.no_such_path()
+            self._check_origin(headers)
             caller = self._admit(method, request_id, headers)
-            calls.enter(calls.Call(request_id, caller))
+            calls.enter(calls.Call(request_id, caller, parent=calls.parent_of(headers)))
             known = True
             await self._inside(method, caller, scope, receive, answer)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
-            if not answer.left:
-                raise
-            task = asyncio.current_task()
-            if task is not None:
-                task.uncancel()
+            raise
         except Exception as e:
             error = self._error(e, method or "unknown", request_id)
             outcome = error.code
             known = known or isinstance(error, Denied)
-            if isinstance(error, PermissionDenied) and known:
+            if isinstance(error, PermissionDenied):
                 self._denied(method or "unknown", request_id, calls.current().caller, error)
             await answer.fail(error)
         finally:
@@ -119,6 +136,24 @@ class Guard:
                 # What strangers send does not fill the log, nor does who asks for the health.
                 quiet = method in OPEN or (self._entrance.door.locked and not known)
                 logs.ended(method or "unknown", outcome, seconds, request_id, quiet=quiet)
+
+    def _check_origin(self, headers: Mapping[str, str]) -> None:
+        """Raise PermissionDenied for what a page of another site has a browser ask."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise PermissionDenied(
+                "origin: pages of other sites may not call this server; put it behind their own",
+                field="origin",
+                reason="OTHER_ORIGIN",
+            )
+        # Such a page may also have had its name lead here: where whoever comes is let in, the
+        # name that was asked for has to be this machine's.
+        if self._local and not is_loopback(host.rpartition(":")[0] if _PORT.search(host) else host):
+            raise PermissionDenied(
+                "host: this server is for its own machine; ask for it as localhost",
+                field="host",
+                reason="OTHER_HOST",
+            )
 
     def _admit(self, method: str, request_id: str, headers: Mapping[str, str]) -> Caller:
         if method in OPEN:
@@ -147,15 +182,40 @@ class Guard:
         if method in OPEN:
             await self._app(scope, receive, answer.send)
             return
-        with (
-            self._entrance.gate.passing(),
-            self._entrance.meter.passing(caller.tenant, caller.limits),
-        ):
-            body = await self._body(scope, receive)
+        with ExitStack() as inside:
+            if method not in _WHATEVER_THE_STATE:
+                inside.enter_context(self._entrance.gate.passing())
+            inside.enter_context(self._entrance.meter.passing(caller.tenant, caller.limits))
+            if method in self._streaming:
+                await self._app(scope, self._arriving(receive, answer), answer.send)
+                return
+            body = await self._body(scope, receive, answer)
             async with _watched(receive, answer):
                 await self._app(scope, _replay(body), answer.send)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    def _arriving(self, receive: Receive, answer: _Answer) -> Receive:
+        """Gives a body as it comes; whoever takes it bounds its size."""
+
+        async def arrived() -> Message:
+            message = await self._received(receive)
+            if message["type"] == "http.disconnect":
+                answer.left = True
+                raise asyncio.CancelledError
+            return message
+
+        return arrived
+
+    async def _received(self, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                return await receive()
+        except TimeoutError:
+            raise ResourceExhausted(
+                "body: it did not come in time; send it with the request",
+                reason="STREAM_STALLED",
+            ) from None
+
+    async def _body(self, scope: Scope, receive: Receive, answer: _Answer) -> bytes:
         """The whole body."""
         headers = dict(scope["headers"])
         stated = headers.get(b"content-length", b"")
@@ -171,15 +231,9 @@ class Guard:
             )
         parts, size = [], 0
         while True:
-            try:
-                async with asyncio.timeout(self._stall_seconds):
-                    message = await receive()
-            except TimeoutError:
-                raise ResourceExhausted(
-                    "body: it did not come in time; send it with the request",
-                    reason="STREAM_STALLED",
-                ) from None
+            message = await self._received(receive)
             if message["type"] == "http.disconnect":
+                answer.left = True
                 raise asyncio.CancelledError
             part = message.get("body", b"")
             size += len(part)
@@ -213,9 +267,12 @@ class Guard:
 class _Answer:
     """What is sent: knows how far it is, bounds each write, ends with an error where that fits."""
 
-    def __init__(self, send: Send, request_id: str, stall_seconds: float, scope: Scope) -> None:
+    def __init__(
+        self, send: Send, request_id: str, stall_seconds: float, scope: Scope, *, usable: bool
+    ) -> None:
         self._send = send
-        self._request_id = request_id
+        self.request_id = request_id
+        self.usable = usable  # whether what the client sent for an id was
         self._stall_seconds = stall_seconds
         self._abort = scope.get("state", {}).get("abort")
         self._started = False
@@ -229,7 +286,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", ()))
             self._events = any(v.startswith(EVENTS) for k, v in headers if k == b"content-type")
-            own = (REQUEST_ID.encode(), self._request_id.encode())
+            own = (REQUEST_ID.encode(), self.request_id.encode())
             message = {**message, "headers": [*headers, own]}
             self._started = True
         elif not message.get("more_body", False):
@@ -308,8 +365,3 @@ def _replay(body: bytes) -> Receive:
 
 def _metadata(headers: Mapping[str, str]) -> list[tuple[str, str | bytes]]:
     return [(calls.REQUEST_ID, headers[REQUEST_ID])] if REQUEST_ID in headers else []
-
-
-def is_serving(entrance: Entrance) -> bool:
-    """Whether calls are let in."""
-    return entrance.gate.state is State.SERVING

@@ -6,12 +6,12 @@ from mora_serve.config import Config
 from mora_serve.http.app import HttpApi, Parts
 from mora_serve.http.server import HttpServer, listen
 from mora_serve.http.tls import context
+from mora_serve.http.tokens import TokenTexts
 from mora_serve.metrics import Metrics
 from mora_serve.server import tls
-from mora_serve.server.answers import Answers
 from mora_serve.server.assembly import Assembly
 from mora_serve.server.interceptors import Entrance
-from mora_serve.server.services import Threads
+from mora_serve.server.services import Services, Threads
 
 _PREFIX = "server.http_"
 
@@ -23,12 +23,14 @@ class HttpPort:
     was not asked for, and for certificates that cannot be used.
     """
 
-    def __init__(self, config: Config, metrics: Metrics, entrance: Entrance) -> None:
+    def __init__(
+        self, config: Config, metrics: Metrics, entrance: Entrance, threads: Threads
+    ) -> None:
         server = config.server
         secure = context(server)
         host, port = server.http_host, server.http_port
         tls.check_address(host, port, server, _PREFIX, secure=secure is not None)
-        self.api = HttpApi(config, metrics, entrance)
+        self.api = HttpApi(config, metrics, entrance, threads.route)
         listening = listen(host, port, _PREFIX)
         self.port: int = listening.getsockname()[1]
         self._server = HttpServer(self.api.asgi, listening, secure)
@@ -37,11 +39,16 @@ class HttpPort:
         """Take connections; calls are refused until ``serve``."""
         await self._server.start()
 
-    def serve(self, assembly: Assembly, answers: Answers, threads: Threads) -> None:
+    def serve(self, assembly: Assembly, services: Services) -> None:
         """Answer from now on."""
         base = assembly.base
         self.api.parts = Parts(
-            answers, assembly.registry, base.tokenizer, base.name, base.fingerprint, threads.route
+            services,
+            assembly.registry,
+            base.tokenizer,
+            TokenTexts(base.tokenizer),
+            base.name,
+            base.fingerprint,
         )
 
     async def stop(self, seconds: float) -> None:

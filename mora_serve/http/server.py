@@ -8,31 +8,50 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mora_serve.errors import ResourceExhausted
 from mora_serve.server import tls
+from mora_serve.server.gate import Places
+from mora_serve.server.strangers import host_of
 
 HEADER_SECONDS = 15.0  # for a request's headers to come in, from its first byte or the connection's
 KEEP_ALIVE_SECONDS = 75  # for the next request of a connection
 HEADER_BYTES = 64 << 10
+CONNECTIONS = 4096
 _BACKLOG = 1024
 
 log = logging.getLogger(__name__)
 
 
 class Protocol(H11Protocol):
-    """One connection; ends it where no request comes in time, and can end at once."""
+    """One connection; ends it where no request comes in time, and can end at once.
 
-    _waiting: asyncio.TimerHandle | None = None
+    ``places`` bounds how many there are: a host has at most half of those that others leave.
+    """
+
+    def __init__(self, *args: Any, places: Places, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places = places
+        self._place = ExitStack()
+        self._waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort}
+        host = self.client[0] if self.client else ""
+        try:
+            self._place.enter_context(self._places.taken(host_of(f"http:{host}:0")))
+        except ResourceExhausted:
+            transport.abort()
+            return
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -46,6 +65,7 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over."""
         self._stop_waiting()
+        self._place.close()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
@@ -71,9 +91,10 @@ class HttpServer:
     """Serves ``app`` on a socket that listens already."""
 
     def __init__(self, app: ASGIApp, listening: socket.socket, secure: ssl.SSLContext | None):
+        self.places = Places(CONNECTIONS, "connections")
         config = uvicorn.Config(
             app,
-            http=Protocol,
+            http=partial(Protocol, places=self.places),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

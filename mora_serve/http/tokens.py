@@ -22,6 +22,10 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
+    def load(self) -> None:
+        """Read the vocabulary, which takes a moment, ahead of its first use."""
+        _ = self._names, self._in_letters
+
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token; of one without a name, none."""
         name = self._names.get(token, "")

@@ -19,6 +19,7 @@ from mora_serve.server.convert import sampling_of
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.prompts import Prompts
+from mora_serve.server.tracing import Tracing
 from mora_serve.v1 import generation_pb2 as pb
 
 _SEEDS = 1 << 64
@@ -53,7 +54,10 @@ class Running:
 
 
 class Answers:
-    """Starts answers; ``feedback`` takes the prompts of task hints, where it is on."""
+    """Starts answers.
+
+    ``feedback`` takes the prompts of task hints, where it is on; ``tracing`` makes spans, likewise.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Answers:
         config: Config,
         vocab_size: int,
         feedback: FeedbackRecorder | None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._prompts = prompts
         self._decider = decider
@@ -70,6 +75,7 @@ class Answers:
         self._config = config
         self._vocab_size = vocab_size
         self._feedback = feedback
+        self._tracing = tracing
 
     @asynccontextmanager
     async def running(self, asked: Asked) -> AsyncIterator[Running]:
@@ -77,6 +83,20 @@ class Answers:
 
         Raises what ``sampling_of``, ``Prompts``, ``Decider`` and ``Bridge.submit`` raise.
         """
+        if self._tracing is None:
+            async with self._submitted(asked) as running:
+                yield running
+            return
+        with self._tracing.generation(asked) as span:
+            async with self._submitted(asked) as running:
+                span.decided(running.decision)
+                try:
+                    yield running
+                finally:
+                    span.answered(running.generations)
+
+    @asynccontextmanager
+    async def _submitted(self, asked: Asked) -> AsyncIterator[Running]:
         arrival = time.monotonic()
         call = calls.current()
         sampling = sampling_of(asked.sampling, self._config, self._vocab_size)

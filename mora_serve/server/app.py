@@ -35,7 +35,7 @@ from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import ending, health, lag, tls
+from mora_serve.server import ending, health, lag, tls, tracing
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -91,6 +91,7 @@ class MoraServer:
         self._assembly: Assembly | None = None
         self._bridge: Bridge | None = None
         self._feedback: FeedbackRecorder | None = None
+        self._tracing: tracing.Tracing | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = Threads()
 
@@ -121,6 +122,7 @@ class MoraServer:
         Raises ConfigError for a configuration that cannot be served.
         """
         self._run(lag.watch(self.metrics))
+        self._tracing = tracing.of(self.config)
         self._listen()
         for server in self._servers:
             await server.start()
@@ -130,7 +132,7 @@ class MoraServer:
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(assembly.engine, self.metrics, loop)
         self._feedback = FeedbackRecorder.of(assembly, self.metrics)
-        answers = add_services(
+        services = add_services(
             self._services,
             assembly,
             self._bridge,
@@ -138,9 +140,10 @@ class MoraServer:
             self._threads,
             self._feedback,
             self._entrance.audit,
+            self._tracing,
         )
         if self._http is not None:
-            self._http.serve(assembly, answers, self._threads)
+            self._http.serve(assembly, services)
         assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
         self._gate.state = State.SERVING
         self._health.set(serving=True)
@@ -189,7 +192,8 @@ class MoraServer:
         exposition: list[Callable[[], object]] = []
         if self._exposition is not None:
             exposition += [self._exposition.shutdown, self._exposition.server_close]
-        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition)))
+        traces = [] if self._tracing is None else [self._tracing.close]
+        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition, traces)))
 
     async def _close(self, works: Iterable[Callable[[], object]], until: float) -> None:
         for work in works:
@@ -302,7 +306,7 @@ class MoraServer:
                 field="server.http_port",
             ) from None
         self._check_reach(self.config.server.http_host, "server.http_")
-        return HttpPort(self.config, self.metrics, self._entrance)
+        return HttpPort(self.config, self.metrics, self._entrance, self._threads)
 
     def _check_reach(self, host: str, prefix: str) -> None:
         """Raise ConfigError where strangers could do all, and nobody said that they may."""
