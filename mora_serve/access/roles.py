@@ -43,6 +43,7 @@ _HTTP: Mapping[str, frozenset[Role]] = {
     "/v1/completions": frozenset({Role.GENERATE}),
     "/v1/models": frozenset(Role),
     "/v1/models/{model:path}": frozenset(Role),
+    "/console/map": frozenset({Role.GENERATE}),
     "/metrics": frozenset({Role.ADMIN}),  # names adapters of all tenants
 }
 

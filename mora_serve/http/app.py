@@ -17,14 +17,21 @@ from starlette.types import ASGIApp, Scope
 from mora_serve import __version__
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import Config
-from mora_serve.http import asking, models, rpc
+from mora_serve.http import asking, console, models, rpc
 from mora_serve.http.answering import EventStream, Writer
 from mora_serve.http.docs import page
 from mora_serve.http.entrance import Guard
 from mora_serve.http.forms import ChatForm, CompletionForm, Envelope, Form
-from mora_serve.http.schema import ChatCompletionRequest, CompletionRequest, Generation
+from mora_serve.http.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Generation,
+    MapRequest,
+)
 from mora_serve.http.tokens import TokenTexts
 from mora_serve.metrics import Metrics
+from mora_serve.router.key_map import KeyMap
+from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Places, State
 from mora_serve.server.interceptors import Entrance
@@ -49,6 +56,7 @@ class Parts:
     texts: TokenTexts
     base: str
     fingerprint: str
+    routing: Routing
 
 
 class _Application(FastAPI):
@@ -91,6 +99,9 @@ class HttpApi:
         app.head("/healthz", include_in_schema=False)(self.healthz)
         app.get("/metrics", summary="Prometheus metrics")(self.metrics)
         app.get("/docs", include_in_schema=False)(self.docs)
+        app.get("/", include_in_schema=False)(self.console)
+        app.post("/console/map", include_in_schema=False)(self.key_map)
+        app.get("/console/{file}", include_in_schema=False)(self.console_file)
         for path, summary, endpoint in rpc.endpoints(lambda: self._served().services):
             app.router.add_route(path, endpoint, ["POST"], name=summary)
         self.asgi = Guard(
@@ -107,13 +118,20 @@ class HttpApi:
         )
 
     def _name_of(self, scope: Scope) -> str | None:
-        """The path of the route that a request takes, as it is declared."""
+        """The path of the route that a request takes, as it is declared.
+
+        It has to be the very one that the router takes, as roles go by it: the first that has the
+        path and the HTTP method, or else the first that has the path.
+        """
+        found: str | None = None
         for route in self.app.routes:
             match, _ = route.matches(scope)
-            if match is not Match.NONE:
-                path: str = route.path  # type: ignore[attr-defined]
+            path: str = getattr(route, "path", "")
+            if match is Match.FULL:
                 return path
-        return None
+            if match is Match.PARTIAL and found is None:
+                found = path
+        return found
 
     def _served(self) -> Parts:
         if self.parts is None:
@@ -163,6 +181,20 @@ class HttpApi:
     async def docs(self) -> Response:
         """The API as a page, from the same description as /openapi.json."""
         return HTMLResponse(page(self.app.openapi()))
+
+    async def console(self) -> Response:
+        """The console's page."""
+        return console.file("index.html")
+
+    async def console_file(self, file: str) -> Response:
+        """What the console's page is made of."""
+        return console.file(file)
+
+    async def key_map(self, body: MapRequest) -> dict[str, Any]:
+        """The router's keys as points of a plane, and a text among them."""
+        routing = self._served().routing
+        drawn: KeyMap | None = await self._run(routing.key_map, calls.current().tenant, body.text)
+        return console.map_object(drawn)
 
     async def _answer(self, body: Generation, question: asking.Question, form: Form) -> Response:
         parts = self._served()

@@ -39,7 +39,10 @@ REQUEST_ID = "x-request-id"
 EVENTS = b"text/event-stream"
 _PORT = re.compile(r":\d*$")
 _WHATEVER_THE_STATE = frozenset({"/metrics"})
-OPEN = frozenset({"/healthz", "/docs", "/openapi.json"})  # for whoever reaches the port
+# For whoever reaches the port.
+OPEN = frozenset({"/", "/console/{file}", "/healthz", "/docs", "/openapi.json"})
+    {"/", "/console/{file}", "/healthz", "/docs", "/openapi.json"}
+)  # for whoever reaches the port
 
 log = logging.getLogger(__name__)
 

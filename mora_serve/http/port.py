@@ -49,6 +49,7 @@ class HttpPort:
             TokenTexts(base.tokenizer),
             base.name,
             base.fingerprint,
+            assembly.routing,
         )
 
     async def stop(self, seconds: float) -> None:

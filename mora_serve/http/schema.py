@@ -221,3 +221,9 @@ class CompletionRequest(Generation):
     max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Count | None = None
+
+
+class MapRequest(Body):
+    """POST /console/map."""
+
+    text: str = ""
