@@ -41,8 +41,6 @@ _PORT = re.compile(r":\d*$")
 _WHATEVER_THE_STATE = frozenset({"/metrics"})
 # For whoever reaches the port.
 OPEN = frozenset({"/", "/console/{file}", "/healthz", "/docs", "/openapi.json"})
-    {"/", "/console/{file}", "/healthz", "/docs", "/openapi.json"}
-)  # for whoever reaches the port
 
 log = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ def guarded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gu
 def test_every_path_needs_a_key_with_its_role(guarded: Guarded) -> None:
     """Each that is served, with no key, a wrong one, one whose time is over, and each role's."""
     api = guarded.serving.server._http.api  # type: ignore[union-attr]
-    opened = {"/healthz", "/docs", "/openapi.json"}
+    opened = {"/", "/console/{file}", "/healthz", "/docs", "/openapi.json"}
     tried = 0
     for route in api.app.routes:
         path, method = route.path, "POST" if "POST" in route.methods else "GET"
@@ -169,14 +169,16 @@ def test_administration_is_not_served_where_it_has_a_port_of_its_own(guarded: Gu
 
 
 def test_denials_are_in_the_audit_log_and_what_a_caller_makes_up_is_not(guarded: Guarded) -> None:
-    before = len(guarded.events())
+    def events() -> list[dict[str, Any]]:
+        return [e for e in guarded.events() if e["request_id"].startswith("audited-")]
+
     with guarded.ask("register", **{"x-request-id": "audited-1"}) as http:
         http.post("/v1/completions", json=PLAIN)
-    with guarded.ask("mora_wrong") as http:
+    with guarded.ask("mora_wrong", **{"x-request-id": "audited-2"}) as http:
         http.get("/forged/path")
         http.get("/v1/models")
-    wait_for(lambda: len(guarded.events()) >= before + 2)
-    role, stranger = guarded.events()[before:]
+    wait_for(lambda: len(events()) >= 2)
+    role, stranger = events()
     assert (role["event"], role["tenant"], role["key"]) == ("denied", "acme", "register")
     assert (role["method"], role["reason"]) == ("/v1/completions", "WRONG_ROLE")
     assert role["request_id"] == "audited-1"
@@ -251,3 +253,17 @@ async def test_beyond_this_machine_the_rules_are_those_of_grpc(
         async with MoraServer(with_http(root, **sections)):
             pass
     assert caught.value.field == field
+
+
+def test_the_console_is_open_and_what_it_asks_is_not(guarded: Guarded) -> None:
+    """A path below that of its files is not taken for one of them."""
+    with guarded.ask() as http:
+        assert http.get("/").status_code == 200
+        assert http.get("/console/main.js").status_code == 200
+        for method in ("POST", "PUT", "GET"):
+            assert http.request(method, "/console/map", json={}).status_code in (401, 404, 405)
+        assert http.post("/console/map", json={}).status_code == 401
+    with guarded.ask("register") as http:
+        assert http.post("/console/map", json={}).status_code == 403
+    with guarded.ask("generate") as http:
+        assert http.post("/console/map", json={}).status_code == 200

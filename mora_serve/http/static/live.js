@@ -3,7 +3,7 @@
 import { metrics } from "/console/api.js";
 import { $, draw, make, seconds } from "/console/dom.js";
 
-const EVERY = 2000, KEPT = 150;
+const EVERY = 2000, KEPT = 150, FEWEST = 30; // milliseconds; samples kept, and shown at least
 const samples = [];
 let timer = 0;
 let tell = () => {};
@@ -89,10 +89,12 @@ async function look() {
 const points = (of) => samples.slice(1).map(([time, now], i) => of(now, samples[i][1], time - samples[i][0]));
 
 function path(values, most) {
+  const shown = Math.max(FEWEST, values.length) - 1;
   let d = "", pen = "M";
   values.forEach((value, i) => {
     if (value == null) return (pen = "M");
-    d += `${pen}${KEPT - values.length + i} ${(98 - 94 * Math.min(1, value / most)).toFixed(2)}`;
+    const x = (KEPT * (shown + 1 - values.length + i)) / shown;
+    d += `${pen}${x.toFixed(2)} ${(98 - 94 * Math.min(1, value / most)).toFixed(2)}`;
     pen = "L";
   });
   return d;
