@@ -60,6 +60,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   "metrics_host" (ternary "0.0.0.0" "127.0.0.1" .Values.metrics.enabled)
   "metrics_port" (ternary .Values.metrics.port -1 .Values.metrics.enabled)
 }}
+{{- if .Values.http.enabled }}
+{{- $_ := set $server "http_host" "0.0.0.0" }}
+{{- $_ := set $server "http_port" .Values.http.port }}
+{{- end }}
 {{- if .Values.tls.secretName }}
 {{- $_ := set $server "tls_cert" "/etc/mora-serve/tls/tls.crt" }}
 {{- $_ := set $server "tls_key" "/etc/mora-serve/tls/tls.key" }}
