@@ -94,7 +94,7 @@ def drive(client: Client) -> dict[str, int]:
             {"adapters": {name: 1.0}},
             {"base": True},
             {"adapters": {name: 0.5, adapters[(asked + 1) % len(adapters)]: 0.5}},
-            {"tasks": [name]},
+            {"task": name},
             {"adapters": {"no-such-adapter": 1.0}},
         )
         try:
@@ -131,7 +131,7 @@ def answers(ask: Ask) -> dict[str, Any]:
             refused.append(query.title)
     groups = ask.get("rules", {})["groups"]
     evaluated = [rule for group in groups for rule in group["rules"]]
-    alerts = [a["labels"]["alertname"] for a in ask.get("alerts", {})["alerts"]]
+    alerts = ask.get("alerts", {})["alerts"]
     return {
         "up": ask.value("up"),
         "tokens_per_second": ask.value("sum(rate(mora_generation_tokens_total[1m]))"),
@@ -140,8 +140,9 @@ def answers(ask: Ask) -> dict[str, Any]:
         ),
         "rules": len(evaluated),
         "rules_unhealthy": sum(rule["health"] != "ok" for rule in evaluated),
-        "alerts": alerts,
-        "alerts_firing": len(alerts),
+        # Slots are meant to be too few: that becomes an alert where it lasts.
+        "alerts_pending": [a["labels"]["alertname"] for a in alerts if a["state"] == "pending"],
+        "alerts_firing": sum(a["state"] == "firing" for a in alerts),
         "queries": len(panels) + len(variables),
         "queries_refused": len(refused),
         "queries_with_data": len(panels) + len(variables) - len(refused) - len(empty),
