@@ -2,8 +2,8 @@
 
 Helm's own library renders the chart, whose objects are checked against Kubernetes' schemas;
 hadolint reads the Dockerfile, the compose specification the compose files, systemd-analyze the
-unit, promtool the rules. Needs the extra ``deploy`` and Debian's packages prometheus and systemd; what a
-missing one leaves out counts as skipped.
+unit, promtool the rules. A live server is run as the images run it. Needs the extra ``deploy`` and
+Debian's packages prometheus and systemd; what a missing one leaves out counts as skipped.
 
     python -m benchmarks.deployment --json
 """

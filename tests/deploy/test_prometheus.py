@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,6 @@ from prometheus_client import CollectorRegistry
 from benchmarks import monitoring
 from mora_serve.core import EngineStats
 from mora_serve.metrics import Metrics
-from tests.server.conftest import Running, configuration, root, running
-
-__all__ = ["root"]  # a fixture
 
 PROMETHEUS = monitoring.DEPLOY / "prometheus"
 QUERIES = [*monitoring.rule_queries(), *monitoring.panel_queries(), *monitoring.variable_queries()]
@@ -45,39 +40,12 @@ def promtool(*arguments: Any, **options: Any) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def serving(root: Path) -> Iterator[Running]:
-    with running(configuration(root)) as serving, serving.client() as client:
-        client.register_adapter("rev", "rev")
-        client.generate("hello", adapters={"rev": 1.0}, max_tokens=4)
-        yield serving
-
-
-@pytest.fixture(scope="module")
-def page(serving: Running) -> str:
-    url = f"http://127.0.0.1:{serving.server.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        return answer.read().decode()
-
-
 class TestMetrics:
     @pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.title)
     def test_each_one_that_is_asked_for_is_declared(self, query: monitoring.Query):
         metrics = Metrics("1")
         metrics.watch(EngineStats, lambda digests: (), lambda: 0)
         assert query.metrics <= sample_names(metrics.registry)
-
-    def test_each_one_that_is_asked_for_is_on_a_live_servers_page(self, page: str):
-        typed = dict(re.findall(r"^# TYPE (\S+) (\w+)$", page, re.MULTILINE))
-        named = {name for query in QUERIES for name in query.metrics}
-        families = {
-            name if name in typed else re.sub("_(bucket|sum|count)$", "", name) for name in named
-        }
-        assert len(named) > 40
-        assert families <= set(typed)
-
-    def test_promtool_finds_nothing_wrong_with_that_page(self, page: str):
-        assert promtool("check", "metrics", input=page) == ""
 
     def test_a_name_that_no_server_has_would_be_found(self):
         query = monitoring.Query("", "rate(mora_tokens_total[5m]) / job:mora_steps:rate5m")
