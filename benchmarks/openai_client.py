@@ -117,7 +117,17 @@ def models(checks: Checks, client: openai.OpenAI) -> None:
     checks.that("the registered adapter is a model", LATE in names)
     checks.that("a bundled adapter is a model", "reverse" in names)
     described = client.models.retrieve(LATE)
-    checks.that("an adapter is described", described.to_dict()["mora"]["kind"] == "adapter")
+    checks.that("an adapter is described", kind_of(described) == "adapter")
+
+
+def mora_of(answer: Any) -> Any:
+    """What this server says of the adapters that answered."""
+    return answer.mora
+
+
+def kind_of(model: Any) -> Any:
+    """What this server says a model is."""
+    return model.mora["kind"]
 
 
 def chat(checks: Checks, client: openai.OpenAI) -> None:
@@ -129,7 +139,7 @@ def chat(checks: Checks, client: openai.OpenAI) -> None:
         ask = {"model": "auto", "messages": messages, "temperature": 0, "max_tokens": 64}
         whole = client.chat.completions.create(**ask)
         text = whole.choices[0].message.content
-        mora = whole.to_dict()["mora"]
+        mora = mora_of(whole)
         checks.that(f"routed to {example.adapter}", example.adapter in mora["adapters"])
         checks.that(f"answered by {example.adapter}", text == example.answer)
         checks.that("an end is a stop", whole.choices[0].finish_reason == "stop")
@@ -148,7 +158,7 @@ def chat(checks: Checks, client: openai.OpenAI) -> None:
         again = client.chat.completions.create(
             **ask, extra_body={"mora": {"adapters": mora["adapters"]}}
         )
-        kept = again.to_dict()["mora"]
+        kept = mora_of(again)
         checks.that("a conversation keeps its mixture", kept["adapters"] == mora["adapters"])
         checks.that("and says that it was given", kept["source"] == "explicit")
 
@@ -177,7 +187,7 @@ def completions(checks: Checks, client: openai.OpenAI) -> None:
     many = client.completions.create(**{**ask, "prompt": ["Spell: a", [5, 6, 7]]}, temperature=0)
     checks.that("several prompts, as text and as ids", len(many.choices) == 2)
     base = client.completions.create(**{**ask, "model": "demo"}, temperature=0)
-    checks.that("the base has no adapter", base.to_dict()["mora"]["adapters"] == {})
+    checks.that("the base has no adapter", mora_of(base)["adapters"] == {})
 
 
 def errors(checks: Checks, client: openai.OpenAI, base_url: str, owner: str) -> None:

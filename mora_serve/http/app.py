@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -37,6 +39,9 @@ adapter; `auto` lets the router pick; `base`, or the base model's name, uses non
 described here is refused by name.
 """
 MAX_LOOKUPS = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class HttpApi:
             return str(prompt.text)
         return self._served().tokenizer.decode(list(prompt.token_ids.ids))
 
-    async def _run(self, work: Any, *args: Any) -> Any:
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._lookups.taken(calls.current().tenant):
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, work, *args)
+            return await loop.run_in_executor(self._executor, partial(work, *args, **kwargs))
