@@ -83,6 +83,11 @@ class Generation:
         """Whether the engine has ended the request."""
         return self._last is not None
 
+    @property
+    def last(self) -> Event | None:
+        """The event with which the engine ended the request, once it has."""
+        return self._last
+
     def push(self, event: Event, now: float, metrics: Metrics) -> None:
         """Add an event that reached the bridge at ``now`` (monotonic seconds)."""
         if event.tokens:

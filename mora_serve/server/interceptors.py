@@ -109,7 +109,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                     "':', '/', '-', starting with a letter or a digit, or leave it out",
                     field=calls.REQUEST_ID,
                 )
-            call = calls.Call(request_id, self._admit(method, request_id, dict(metadata)))
+            given = dict(metadata)
+            caller = self._admit(method, request_id, given)
+            call = calls.Call(request_id, caller, parent=calls.parent_of(given))
         except MoraError as e:
             return self._refusing(method if handler is not None else "unknown", request_id, e)
         if handler is None:

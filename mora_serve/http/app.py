@@ -1,0 +1,196 @@
+"""The HTTP API as an application: its paths, and what answers them once the model is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Scope
+
+from mora_serve import __version__
+from mora_serve.adapters.registry import Registry
+from mora_serve.config import Config
+from mora_serve.http import asking, models, rpc
+from mora_serve.http.answering import EventStream, Writer
+from mora_serve.http.docs import page
+from mora_serve.http.entrance import Guard
+from mora_serve.http.forms import ChatForm, CompletionForm, Envelope, Form
+from mora_serve.http.schema import ChatCompletionRequest, CompletionRequest, Generation
+from mora_serve.http.tokens import TokenTexts
+from mora_serve.metrics import Metrics
+from mora_serve.server import call as calls
+from mora_serve.server.gate import Places, State
+from mora_serve.server.interceptors import Entrance
+from mora_serve.server.prompts import Tokenizer
+from mora_serve.server.services import Services
+
+DESCRIPTION = """\
+OpenAI's chat and plain completions on one base model and many LoRA adapters. `model` names an
+adapter; `auto` lets the router pick; `base`, or the base model's name, uses none. Whatever is not
+described here is refused by name.
+"""
+MAX_LOOKUPS = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What answers, from the time when the model is loaded."""
+
+    services: Services
+    registry: Registry
+    tokenizer: Tokenizer
+    texts: TokenTexts
+    base: str
+    fingerprint: str
+
+
+class _Application(FastAPI):
+    """FastAPI whose errors reach the layer around it, which has the one table of them."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The routes, and what FastAPI needs around them."""
+        return AsyncExitStackMiddleware(self.router)
+
+
+class HttpApi:
+    """The application; ``asgi`` is what a web server calls. Gets its ``parts`` late.
+
+    ``executor`` is for short work off the event loop.
+    """
+
+    def __init__(
+        self, config: Config, metrics: Metrics, entrance: Entrance, executor: Executor
+    ) -> None:
+        self.parts: Parts | None = None
+        self._config = config
+        self._metrics = metrics
+        self._gate = entrance.gate
+        self._executor = executor
+        self._lookups = Places(MAX_LOOKUPS, "look-ups")
+        app = _Application(
+            title="mora-serve",
+            version=__version__,
+            description=DESCRIPTION,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url="/openapi.json",
+        )
+        self.app = app
+        app.post("/v1/chat/completions", summary="Continue a conversation")(self.chat_completions)
+        app.post("/v1/completions", summary="Continue a text")(self.completions)
+        app.get("/v1/models", summary="List what `model` can be")(self.list_models)
+        app.get("/v1/models/{model:path}", summary="Describe a model")(self.get_model)
+        app.get("/healthz", summary="200 while the server serves, 503 otherwise")(self.healthz)
+        app.head("/healthz", include_in_schema=False)(self.healthz)
+        app.get("/metrics", summary="Prometheus metrics")(self.metrics)
+        app.get("/docs", include_in_schema=False)(self.docs)
+        for path, summary, endpoint in rpc.endpoints(lambda: self._served().services):
+            app.router.add_route(path, endpoint, ["POST"], name=summary)
+        self.asgi = Guard(
+            app,
+            self._name_of,
+            metrics,
+            entrance,
+            config.engine.stall_seconds,
+            config.server.max_message_bytes,
+            streaming={rpc.UPLOAD},
+            local=not (entrance.door.locked or config.access.allow_anonymous),
+            log_calls=config.server.log_calls,
+            apart=config.server.admin_port >= 0,
+        )
+
+    def _name_of(self, scope: Scope) -> str | None:
+        """The path of the route that a request takes, as it is declared."""
+        for route in self.app.routes:
+            match, _ = route.matches(scope)
+            if match is not Match.NONE:
+                path: str = route.path  # type: ignore[attr-defined]
+                return path
+        return None
+
+    def _served(self) -> Parts:
+        if self.parts is None:
+            raise RuntimeError("the gate lets nobody in before there are parts")
+        return self.parts
+
+    async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """OpenAI's chat completions."""
+        parts = self._served()
+        question = asking.chat(body, parts.base, *self._asked(request))
+        return await self._answer(body, question, ChatForm())
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """OpenAI's plain completions."""
+        parts = self._served()
+        question = asking.completion(body, parts.base, *self._asked(request))
+        if body.echo:
+            echo = [self._text(asked.prompt) for asked in question.asked]
+            question = asking.Question(question.asked, question.names, tuple(echo))
+        return await self._answer(body, question, CompletionForm())
+
+    async def list_models(self) -> dict[str, Any]:
+        """The base, the router, and the adapters that the caller may use."""
+        parts = self._served()
+        data = await self._run(models.listed, parts.registry, parts.base, calls.current().tenant)
+        return {"object": "list", "data": data}
+
+    async def get_model(self, model: str) -> dict[str, Any]:
+        """One of them."""
+        parts = self._served()
+        tenant = calls.current().tenant
+        return await self._run(models.described, parts.registry, parts.base, tenant, model)
+
+    async def healthz(self) -> Response:
+        """Whether the server serves."""
+        state = self._gate.state
+        status = 200 if state is State.SERVING else 503
+        return JSONResponse({"status": state.value}, status, {"cache-control": "no-store"})
+
+    async def metrics(self, request: Request) -> Response:
+        """What the Prometheus port gives, to administrators."""
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(self._executor, encode, self._metrics.registry)
+        return Response(data, media_type=kind)
+
+    async def docs(self) -> Response:
+        """The API as a page, from the same description as /openapi.json."""
+        return HTMLResponse(page(self.app.openapi()))
+
+    async def _answer(self, body: Generation, question: asking.Question, form: Form) -> Response:
+        parts = self._served()
+        if question.asked[0].sampling.HasField("logprobs"):
+            await self._run(parts.texts.load)
+        envelope = Envelope(
+            form, calls.current().request_id, body.model, f"fp_{parts.fingerprint[:12]}"
+        )
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        writer = Writer(
+            parts.services.answers, parts.texts, question, envelope, self._executor, usage
+        )
+        return EventStream(writer.chunks()) if body.stream else await writer.whole()
+
+    def _asked(self, request: Request) -> tuple[int, str]:
+        return self._config.engine.max_tokens, request.headers.get(asking.TIMEOUT, "")
+
+    def _text(self, prompt: Any) -> str:
+        if prompt.WhichOneof("kind") == "text":
+            return str(prompt.text)
+        return self._served().tokenizer.decode(list(prompt.token_ids.ids))
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lookups.taken(calls.current().tenant):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, partial(work, *args, **kwargs))
