@@ -128,6 +128,7 @@ class Guard:
             known = known or isinstance(error, Denied)
             if isinstance(error, PermissionDenied):
                 self._denied(method or "unknown", request_id, calls.current().caller, error)
+            self._metrics.refused(error)
             await answer.fail(error)
         finally:
             seconds = time.monotonic() - start

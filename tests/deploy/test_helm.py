@@ -16,7 +16,7 @@ import yaml
 from benchmarks.monitoring import DASHBOARD, DEPLOY, RULES
 from mora_serve import __version__
 from mora_serve.cli import build_parser
-from mora_serve.config import Config, ServerConfig, keys, load_config
+from mora_serve.config import Config, ServerConfig, load_config
 from mora_serve.server.ending import WAITING
 
 helm = pytest.importorskip("helm_python", reason="the extra deploy is not installed")
@@ -59,10 +59,7 @@ def configured(objects: list[dict[str, Any]], tmp_path: Path) -> Config:
 
 @pytest.fixture(params=VALUES)
 def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    given = values(request.param)
-    if given.get("http", {}).get("enabled") and "server.http_port" not in keys():
-        given["http"]["enabled"] = False
-    return render(given)
+    return render(values(request.param))
 
 
 def test_helms_linter_finds_nothing():
@@ -92,6 +89,7 @@ class TestConfiguration:
         ports = {p["name"]: p["containerPort"] for p in pod(objects)["containers"][0]["ports"]}
         assert server.host == server.metrics_host == "0.0.0.0"
         assert (server.port, server.metrics_port) == (ports["grpc"], ports["metrics"])
+        assert server.http_port == ports.get("http", -1)
 
     def test_large_numbers_stay_whole(self, tmp_path: Path):
         config = configured(render(values("production")), tmp_path)

@@ -92,6 +92,12 @@ class TestDockerfile:
             assert path in DOCKERFILE
             assert any(Path(path).is_relative_to(v) for v in yaml.safe_load(volumes))
 
+    def test_it_exposes_the_ports_of_its_configuration(self):
+        server = load_config(DEPLOY / "docker" / "mora.toml", {}).server
+        (ports,) = re.findall(r"^EXPOSE (.+)$", DOCKERFILE, re.MULTILINE)
+        exposed = {int(port) for port in ports.split()}
+        assert exposed == {server.port, server.http_port, server.metrics_port}
+
     @pytest.mark.parametrize("left_out", ["", "_mora.", "_native.", "bundle/"])
     def test_a_wheel_that_lacks_an_extension_stops_the_build(self, left_out: str, tmp_path: Path):
         """The check of the first stage, on wheels that it has to take and to refuse."""
@@ -141,7 +147,8 @@ class TestCompose:
     def test_ports_are_those_of_the_configuration_and_of_loopback(self):
         service = compose()["services"]["mora-serve"]
         config = load_config(DEPLOY / "compose" / "mora.toml", {})
-        assert service["ports"][0] == f"127.0.0.1:{config.server.port}:{config.server.port}"
+        served = (config.server.port, config.server.http_port)
+        assert service["ports"] == [f"127.0.0.1:{port}:{port}" for port in served]
         scrapes = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
         (job,) = scrapes["scrape_configs"]
         assert job["static_configs"] == [{"targets": [f"mora-serve:{config.server.metrics_port}"]}]

@@ -82,6 +82,7 @@ def live() -> Iterator[Live]:
     config = monitoring.DEPLOY / "docker" / "mora.toml"
     command = [sys.executable, "-m", "mora_serve", "serve", f"--config={config}"]
     command += [f"--server.port={port}", f"--server.metrics_port={metrics_port}"]
+    command += [f"--server.http_port={free_port()}"]
     if contained:
         command = [*CONTAINED, "bash", "-ec", SURROUNDINGS, "-", *command]
     else:
