@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, Protocol
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -253,8 +252,6 @@ class Guard:
     def _error(self, error: Exception, method: str, request_id: str) -> MoraError:
         if isinstance(error, MoraError):
             return error.with_traceback(None)
-        if isinstance(error, RequestValidationError):
-            return errors.of_validation(error.errors())
         if isinstance(error, HTTPException):
             if error.status_code == 405:
                 return errors.wrong_method()
