@@ -92,7 +92,6 @@ def live() -> Iterator[Live]:
         command,
         cwd=ROOT,
         env={**environment, **image_environment(), "PYTHONPATH": os.pathsep.join(sys.path)},
-        stderr=subprocess.PIPE,
     )
     try:
         with Client(f"127.0.0.1:{port}") as client:
