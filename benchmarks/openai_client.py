@@ -117,7 +117,17 @@ def models(checks: Checks, client: openai.OpenAI) -> None:
     checks.that("the registered adapter is a model", LATE in names)
     checks.that("a bundled adapter is a model", "reverse" in names)
     described = client.models.retrieve(LATE)
-    checks.that("an adapter is described", described.to_dict()["mora"]["kind"] == "adapter")
+    checks.that("an adapter is described", kind_of(described) == "adapter")
+
+
+def mora_of(answer: Any) -> Any:
+    """What this server says of the adapters that answered."""
+    return answer.mora
+
+
+def kind_of(model: Any) -> Any:
+    """What this server says a model is."""
+    return model.mora["kind"]
 
 
 def chat(checks: Checks, client: openai.OpenAI) -> None:
@@ -129,8 +139,9 @@ def chat(checks: Checks, client: openai.OpenAI) -> None:
         ask = {"model": "auto", "messages": messages, "temperature": 0, "max_tokens": 64}
         whole = client.chat.completions.create(**ask)
         text = whole.choices[0].message.content
-        mora = whole.to_dict()["mora"]
-        checks.that(f"routed to {example.adapter}", example.adapter in mora["adapters"])
+        mora = mora_of(whole)
+        expected = [example.adapter] if example.adapter else []
+        checks.that(f"routed to {expected}", set(expected) <= set(mora["adapters"]))
         checks.that(f"answered by {example.adapter}", text == example.answer)
         checks.that("an end is a stop", whole.choices[0].finish_reason == "stop")
         chunks = list(
@@ -140,7 +151,10 @@ def chat(checks: Checks, client: openai.OpenAI) -> None:
         )
         streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         checks.that("a stream is the whole answer", streamed == text)
-        checks.that("a stream's usage is the whole's", chunks[-1].usage == whole.usage)
+        counts = chunks[-1].usage, whole.usage
+        checks.that("a stream has a usage", all(counts))
+        totals = {u.total_tokens for u in counts if u is not None}
+        checks.that("a stream's usage is the whole's", len(totals) == 1)
         messages += [
             {"role": "assistant", "content": text},
             {"role": "user", "content": example.prompt},
@@ -148,7 +162,7 @@ def chat(checks: Checks, client: openai.OpenAI) -> None:
         again = client.chat.completions.create(
             **ask, extra_body={"mora": {"adapters": mora["adapters"]}}
         )
-        kept = again.to_dict()["mora"]
+        kept = mora_of(again)
         checks.that("a conversation keeps its mixture", kept["adapters"] == mora["adapters"])
         checks.that("and says that it was given", kept["source"] == "explicit")
 
@@ -177,7 +191,7 @@ def completions(checks: Checks, client: openai.OpenAI) -> None:
     many = client.completions.create(**{**ask, "prompt": ["Spell: a", [5, 6, 7]]}, temperature=0)
     checks.that("several prompts, as text and as ids", len(many.choices) == 2)
     base = client.completions.create(**{**ask, "model": "demo"}, temperature=0)
-    checks.that("the base has no adapter", base.to_dict()["mora"]["adapters"] == {})
+    checks.that("the base has no adapter", mora_of(base)["adapters"] == {})
 
 
 def errors(checks: Checks, client: openai.OpenAI, base_url: str, owner: str) -> None:

@@ -247,6 +247,7 @@ class Engine:
             waiting=len(waiting),
             kv_pages=self.cache.usable,
             kv_pages_used=self.cache.used,
+            page_size=self.cache.page_size,
             slots=self.pool.slots.slots,
             slots_used=self.pool.used,
             resident=self.pool.resident,

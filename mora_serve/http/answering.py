@@ -52,7 +52,8 @@ class Writer:
                 for run, echo in zip(running, self._echoes(running), strict=True):
                     told = _Told(run, echo)
                     for generation in run.generations:
-                        text, tokens = [], []
+                        text: list[str] = []
+                        tokens: list[TokenOut] = []
                         async for event in generation:
                             text.append(event.text)
                             tokens += event.tokens
@@ -68,7 +69,8 @@ class Writer:
         return await asyncio.get_running_loop().run_in_executor(self.executor, self._written, runs)
 
     def _written(self, runs: Sequence[_Told]) -> Response:
-        form, choices = self.envelope.form, []
+        form = self.envelope.form
+        choices: list[Json] = []
         for told in runs:
             for answer in told.answers:
                 logprobs = None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from prometheus_client.exposition import choose_encoder
+from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Scope
@@ -23,10 +25,12 @@ from mora_serve.http.docs import page
 from mora_serve.http.entrance import Guard
 from mora_serve.http.forms import ChatForm, CompletionForm, Envelope, Form
 from mora_serve.http.schema import (
+    Body,
     ChatCompletionRequest,
     CompletionRequest,
     Generation,
     MapRequest,
+    parsed,
 )
 from mora_serve.http.tokens import TokenTexts
 from mora_serve.metrics import Metrics
@@ -36,7 +40,7 @@ from mora_serve.server import call as calls
 from mora_serve.server.gate import Places, State
 from mora_serve.server.interceptors import Entrance
 from mora_serve.server.prompts import Tokenizer
-from mora_serve.server.services import Services
+from mora_serve.server.services import Services, Threads
 
 DESCRIPTION = """\
 OpenAI's chat and plain completions on one base model and many LoRA adapters. `model` names an
@@ -44,6 +48,12 @@ adapter; `auto` lets the router pick; `base`, or the base model's name, uses non
 described here is refused by name.
 """
 MAX_LOOKUPS = 64
+MAX_LARGE = 64  # bodies being read, those that wait for a thread included
+_SHORT = 64 << 10  # bytes of a body that is read on the event loop: some milliseconds
+
+P = ParamSpec("P")
+T = TypeVar("T")
+B = TypeVar("B", bound=Generation)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,31 @@ class Parts:
 
 
 class _Application(FastAPI):
-    """FastAPI whose errors reach the layer around it, which has the one table of them."""
+    """FastAPI whose errors reach the layer around it, which has the one table of them.
+
+    ``bodies`` are those that endpoints read themselves, by their paths: large ones, not on the
+    event loop.
+    """
+
+    bodies: Mapping[str, type[Body]] = {
+        "/v1/chat/completions": ChatCompletionRequest,
+        "/v1/completions": CompletionRequest,
+    }
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, bodies included."""
+        if self.openapi_schema is None:
+            spec = super().openapi()
+            kinds = [(kind, "validation") for kind in self.bodies.values()]
+            refs, definitions = models_json_schema(
+                kinds,  # type: ignore[arg-type]  # a literal
+                ref_template="#/components/schemas/{model}",
+            )
+            spec.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            for path, kind in self.bodies.items():
+                content = {"application/json": {"schema": refs[(kind, "validation")]}}
+                spec["paths"][path]["post"]["requestBody"] = {"content": content, "required": True}
+        return self.openapi_schema or {}
 
     def build_middleware_stack(self) -> ASGIApp:
         """The routes, and what FastAPI needs around them."""
@@ -68,19 +102,17 @@ class _Application(FastAPI):
 
 
 class HttpApi:
-    """The application; ``asgi`` is what a web server calls. Gets its ``parts`` late.
-
-    ``executor`` is for short work off the event loop.
-    """
+    """The application; ``asgi`` is what a web server calls. Gets its ``parts`` late."""
 
     def __init__(
-        self, config: Config, metrics: Metrics, entrance: Entrance, executor: Executor
+        self, config: Config, metrics: Metrics, entrance: Entrance, threads: Threads
     ) -> None:
         self.parts: Parts | None = None
         self._config = config
         self._metrics = metrics
         self._gate = entrance.gate
-        self._executor = executor
+        self._threads = threads
+        self._large = Places(MAX_LARGE, "large bodies")
         self._lookups = Places(MAX_LOOKUPS, "look-ups")
         app = _Application(
             title="mora-serve",
@@ -138,16 +170,14 @@ class HttpApi:
             raise RuntimeError("the gate lets nobody in before there are parts")
         return self.parts
 
-    async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat_completions(self, request: Request) -> Response:
         """OpenAI's chat completions."""
-        parts = self._served()
-        question = asking.chat(body, parts.base, *self._asked(request))
+        body, question = await self._read(request, ChatCompletionRequest, asking.chat)
         return await self._answer(body, question, ChatForm())
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
         """OpenAI's plain completions."""
-        parts = self._served()
-        question = asking.completion(body, parts.base, *self._asked(request))
+        body, question = await self._read(request, CompletionRequest, asking.completion)
         if body.echo:
             echo = [self._text(asked.prompt) for asked in question.asked]
             question = asking.Question(question.asked, question.names, tuple(echo))
@@ -175,7 +205,7 @@ class HttpApi:
         """What the Prometheus port gives, to administrators."""
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._executor, encode, self._metrics.registry)
+        data = await loop.run_in_executor(self._threads.route, encode, self._metrics.registry)
         return Response(data, media_type=kind)
 
     async def docs(self) -> Response:
@@ -205,19 +235,33 @@ class HttpApi:
         )
         usage = body.stream_options is not None and body.stream_options.include_usage
         writer = Writer(
-            parts.services.answers, parts.texts, question, envelope, self._executor, usage
+            parts.services.answers, parts.texts, question, envelope, self._threads.route, usage
         )
         return EventStream(writer.chunks()) if body.stream else await writer.whole()
 
-    def _asked(self, request: Request) -> tuple[int, str]:
-        return self._config.engine.max_tokens, request.headers.get(asking.TIMEOUT, "")
+    async def _read(
+        self, request: Request, kind: type[B], ask: Callable[[B, str, int, str], asking.Question]
+    ) -> tuple[B, asking.Question]:
+        """The body of a request, and what it asks."""
+        data, base = await request.body(), self._served().base
+        most, timeout = self._config.engine.max_tokens, request.headers.get(asking.TIMEOUT, "")
+
+        def read() -> tuple[B, asking.Question]:
+            body = parsed(kind, data)
+            return body, ask(body, base, most, timeout)
+
+        if len(data) <= _SHORT:
+            return read()
+        with self._large.taken(calls.current().tenant):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads.tokenize, read)
 
     def _text(self, prompt: Any) -> str:
         if prompt.WhichOneof("kind") == "text":
             return str(prompt.text)
         return self._served().tokenizer.decode(list(prompt.token_ids.ids))
 
-    async def _run(self, work: Any, *args: Any) -> Any:
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._lookups.taken(calls.current().tenant):
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, work, *args)
+            return await loop.run_in_executor(self._threads.route, partial(work, *args, **kwargs))

@@ -131,15 +131,13 @@ def _turn(message: Message, i: int) -> pb.ChatMessage:
         content = ""
     if not isinstance(content, str):
         content = "".join(part.text for part in content)
-    return pb.ChatMessage(
-        role=_utf8(role, f"messages[{i}].role"), content=_utf8(content, f"messages[{i}].content")
-    )
+    return pb.ChatMessage(role=role, content=content)
 
 
 def _prompts(value: Any) -> list[pb.Prompt]:
     """The prompts of a plain completion, in whichever form."""
     if isinstance(value, str):
-        return [pb.Prompt(text=_utf8(value, "prompt"))]
+        return [pb.Prompt(text=value)]
     if not isinstance(value, list):
         raise invalid("prompt", "it is neither a text nor a list; give a text or token ids")
     if not value:
@@ -149,9 +147,7 @@ def _prompts(value: Any) -> list[pb.Prompt]:
     if len(value) > MAX_CHOICES:
         raise invalid("prompt", f"{len(value)} prompts are too many; send at most {MAX_CHOICES}")
     return [
-        pb.Prompt(text=_utf8(part, f"prompt[{i}]"))
-        if isinstance(part, str)
-        else _ids(part, f"prompt[{i}]")
+        pb.Prompt(text=part) if isinstance(part, str) else _ids(part, f"prompt[{i}]")
         for i, part in enumerate(value)
     ]
 
@@ -170,7 +166,7 @@ def _sampling(body: Generation) -> pb.SamplingParams:
     if body.seed is not None:
         message.seed = body.seed % 2**64
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    message.stop.extend(_utf8(stop, f"stop[{i}]") for i, stop in enumerate(stops))
+    message.stop.extend(stops)
     message.stop_token_ids.extend(body.stop_token_ids or ())
     return message
 
@@ -200,7 +196,7 @@ def _selection(body: Generation, base: str) -> tuple[pb.Selection, dict[str, str
     if model in (BASE, base) and model != AUTO:
         return pb.Selection(base=pb.BaseOnly()), names
     if model != AUTO:
-        weight = pb.AdapterWeight(adapter=_utf8(model, "model"))
+        weight = pb.AdapterWeight(adapter=model)
         mixture = pb.Mixture(adapters=[weight])
         names = {"selection.mixture.adapters[0].adapter": "model", "selection": "model"}
         return pb.Selection(mixture=mixture), names
@@ -213,38 +209,24 @@ def _selection(body: Generation, base: str) -> tuple[pb.Selection, dict[str, str
         }
         return pb.Selection(mixture=pb.Mixture(adapters=weights)), {**own, **names}
     if mora.task is not None:
-        tasks = [_utf8(task, f"mora.task[{i}]") for i, task in enumerate(mora.task)]
-        hint = pb.TaskHint(tasks=tasks, fallback_to_router=mora.fallback_to_router)
+        hint = pb.TaskHint(tasks=mora.task, fallback_to_router=mora.fallback_to_router)
         return pb.Selection(task=hint), names
     auto = pb.AutoRoute(
-        text=_utf8(mora.route_by or "", "mora.route_by"),
-        candidates=[
-            _utf8(name, f"mora.candidates[{i}]") for i, name in enumerate(mora.candidates or ())
-        ],
+        text=mora.route_by or "",
+        candidates=mora.candidates or (),
         max_adapters=mora.max_adapters or 0,
     )
     return pb.Selection(auto=auto), names
 
 
 def _weight(name: str, value: AdapterWeight | float) -> pb.AdapterWeight:
-    field = f"mora.adapters.{_shown(name)}"
     if not isinstance(value, AdapterWeight):
-        return pb.AdapterWeight(adapter=_utf8(name, field), weight=value)
-    digest = _utf8(value.digest, f"{field}.digest")
-    return pb.AdapterWeight(adapter=_utf8(name, field), weight=value.weight, digest=digest)
+        return pb.AdapterWeight(adapter=name, weight=value)
+    return pb.AdapterWeight(adapter=name, weight=value.weight, digest=value.digest)
 
 
 def _shown(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) else "…"
-
-
-def _utf8(text: str, field: str) -> str:
-    """The text. Raises InvalidArgument where it has half a character (a lone surrogate)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise invalid(field, "it is not valid Unicode; send whole characters") from None
-    return text
 
 
 def _deadline(timeout: str) -> float | None:

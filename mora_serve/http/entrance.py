@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, Protocol
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -129,6 +128,7 @@ class Guard:
             known = known or isinstance(error, Denied)
             if isinstance(error, PermissionDenied):
                 self._denied(method or "unknown", request_id, calls.current().caller, error)
+            self._metrics.refused(error)
             await answer.fail(error)
         finally:
             seconds = time.monotonic() - start
@@ -253,8 +253,6 @@ class Guard:
     def _error(self, error: Exception, method: str, request_id: str) -> MoraError:
         if isinstance(error, MoraError):
             return error.with_traceback(None)
-        if isinstance(error, RequestValidationError):
-            return errors.of_validation(error.errors())
         if isinstance(error, HTTPException):
             if error.status_code == 405:
                 return errors.wrong_method()

@@ -114,7 +114,11 @@ def of_validation(errors: Sequence[Any]) -> InvalidArgument:
     first = errors[0]
     kind, message = str(first["type"]), str(first["msg"])
     if kind == "json_invalid":
-        return InvalidArgument("body: it is not JSON; send a JSON object", reason="INVALID_JSON")
+        return InvalidArgument(
+            "body: it is not JSON of whole characters; send a JSON object", reason="INVALID_JSON"
+        )
+    if kind == "model_type" and not first["loc"]:
+        return InvalidArgument("body: it is no JSON object; send one")
     key = first.get("ctx", {}).get("key")
     field = field_of([*first["loc"], *([key] if key else [])])
     if kind == "extra_forbidden":
@@ -136,7 +140,7 @@ def internal(request_id: str) -> Internal:
 def field_of(location: Sequence[int | str]) -> str:
     """A place in a JSON object as people write it: ``messages[0].role``."""
     field = ""
-    for part in location[1:] if location[:1] in (("body",), ["body"]) else location:
+    for part in location:
         if isinstance(part, int):
             field += f"[{part}]"
         elif re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", part):

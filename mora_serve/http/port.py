@@ -30,7 +30,7 @@ class HttpPort:
         secure = context(server)
         host, port = server.http_host, server.http_port
         tls.check_address(host, port, server, _PREFIX, secure=secure is not None)
-        self.api = HttpApi(config, metrics, entrance, threads.route)
+        self.api = HttpApi(config, metrics, entrance, threads)
         listening = listen(host, port, _PREFIX)
         self.port: int = listening.getsockname()[1]
         self._server = HttpServer(self.api.asgi, listening, secure)

@@ -7,19 +7,24 @@ other it is refused by name. Sampling's ranges are checked where gRPC's are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from mora_serve.http import errors
+
 MAX_CHOICES = 16  # answers of one request, of all its prompts together
 _MAX_KEYS = 128  # of an object that has a few
+_MAX_TEXT = 20_000  # characters that somebody looks up on the map
 _UINT32, _INT64 = 2**32 - 1, 2**63
 
 
@@ -50,6 +55,24 @@ class Body(BaseModel):
         return {key: value for key, value in data.items() if key not in found} if found else data
 
 
+B = TypeVar("B", bound=Body)
+
+
+def parsed(kind: type[B], data: bytes) -> B:
+    """The body of a request. Raises InvalidArgument, about the first of its mistakes."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as e:
+        raise errors.of_validation(e.errors(include_url=False, include_input=False)) from None
+
+
+def _few(value: Any) -> Any:
+    """Whatever is no object of very many keys, of which each could be a mistake to tell of."""
+    if isinstance(value, dict) and len(value) > _MAX_KEYS:
+        raise PydanticCustomError("too_many_keys", "it has more keys than there can be adapters")
+    return value
+
+
 def _same(value: Any, neutral: Any) -> bool:
     return type(value) is type(neutral) and bool(value == neutral)
 
@@ -71,6 +94,7 @@ class Mora(Body):
 
     adapters: Annotated[
         dict[str, AdapterWeight | Number] | None,
+        BeforeValidator(_few),
         Field(
             description="An explicit mixture, by the adapters' names: weights, or objects as the "
             "answer's `mora.adapters` has them."
@@ -226,4 +250,4 @@ class CompletionRequest(Generation):
 class MapRequest(Body):
     """POST /console/map."""
 
-    text: str = ""
+    text: Annotated[str, Field(max_length=_MAX_TEXT)] = ""

@@ -147,6 +147,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
         async def refuse(_: Any, context: Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
+            self._metrics.refused(error)
             if self._log_calls:
                 # What strangers send does not fill the log.
                 quiet = self._door.locked and not isinstance(error, Denied)
@@ -311,6 +312,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             self._metrics.rpc(method, outcome, seconds)
             if self._log_calls:
                 logs.ended(method, outcome, seconds, request_id)
+        self._metrics.refused(error)
         return await abort(context, error, echo)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.server.conftest import (
     running_with,
 )
 
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # nothing uses it, and it reads no files
 __all__ = ["configure", "root"]  # fixtures
 
 
@@ -34,7 +36,7 @@ def asking(serving: Running, key: str = "", **headers: str) -> Iterator[httpx.Cl
     """A plain HTTP client of a server."""
     if key:
         headers["authorization"] = f"Bearer {key}"
-    with httpx.Client(base_url=url(serving), headers=headers, timeout=60, verify=False) as client:
+    with httpx.Client(base_url=url(serving), headers=headers, timeout=60, verify=PLAIN) as client:
         yield client
 
 

@@ -195,6 +195,19 @@ def test_metrics_are_those_of_the_prometheus_port(serving: Running) -> None:
     assert "/nothing" not in here.text
 
 
+def test_errors_of_this_port_are_counted_by_their_reason(serving: Running) -> None:
+    def counted() -> float:
+        value = serving.server.metrics.registry.get_sample_value(
+            "mora_refusals_total", {"reason": "NOT_JSON"}
+        )
+        return value or 0.0
+
+    before = counted()
+    with asking(serving) as http:
+        http.post("/v1/completions", content="hi", headers={"content-type": "text/plain"})
+    assert counted() == before + 1
+
+
 def test_the_page_of_the_api_asks_nobody_else(serving: Running) -> None:
     with asking(serving) as http:
         page, spec = http.get("/docs").text, http.get("/openapi.json").json()
