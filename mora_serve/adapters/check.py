@@ -79,7 +79,10 @@ def check_directory(
         adapter = read_directory(path, ".", sizes, limits, known)
     except MoraError as e:
         refusal = {"reason": e.reason, "field": e.field, "message": e.message}
-        return Report(str(directory), refusal, ignored=_ignored(path))
+        # As the hub's cache has them. A server opens no links; a client does.
+        linked = e.reason == "INVALID_PATH" and (path / e.field).is_symlink()
+        said = ("'adapters upload' follows the link, 'adapters register' does not",)
+        return Report(str(directory), refusal, warnings=said * linked, ignored=_ignored(path))
     report = _describe(str(directory), path, adapter)
     compared = "fingerprint" if adapter.base_fingerprint else "shapes" if shape else "not compared"
     return dataclasses.replace(

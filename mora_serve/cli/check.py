@@ -75,7 +75,7 @@ def show(reports: Iterable[Report]) -> None:
     for report in reports:
         lines = [f"warning: {w}" for w in report.warnings]
         if report.refusal:
-            lines = [f"refused ({report.refusal['reason']}): {report.refusal['message']}"]
+            lines.insert(0, f"refused ({report.refusal['reason']}): {report.refusal['message']}")
         if report.named_base:
             lines.append(f"trained on {report.named_base}, by its own words")
         if report.ignored:

@@ -179,5 +179,5 @@ def test_any_value_under_any_key_is_accepted_or_refused(key: str, value: Any) ->
 
 def test_transposed_weights_are_refused_where_a_magnitude_may_have_been_taken_of_them() -> None:
     """Plain LoRA computes the same with and without: PEFT sets it to false on linear layers."""
-    with pytest.raises(InvalidArgument, match="fan_in_fan_out.*magnitudes"):
+    with pytest.raises(InvalidArgument, match=r"fan_in_fan_out.*magnitudes"):
         parse(fan_in_fan_out=True, use_dora=True)
