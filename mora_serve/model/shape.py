@@ -100,6 +100,23 @@ class ModelShape:
         heads = 2 * self.head_dim if self.qk_norm else 0
         return self.layers * (2 * self.hidden_size + heads) + self.hidden_size
 
+    @property
+    def bias_parameters(self) -> int:
+        """Parameters of all projections' biases."""
+        biased = {"qkv": self.qkv_bias, "o": self.o_bias}
+        names = [p for s, ps in SITES.items() if biased.get(s, self.mlp_bias) for p in ps]
+        return self.layers * sum(self.projection(p)[0] for p in names)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, as its files count them."""
+        return (
+            self.linear_parameters
+            + self.table_parameters
+            + self.norm_parameters
+            + self.bias_parameters
+        )
+
     def adapter_parameters(self, rank: int, targets: Iterable[str] = PROJECTIONS) -> int:
         """Parameters of A and B of one adapter on ``targets`` of all layers."""
         return self.layers * rank * sum(sum(self.projection(p)) for p in targets)
