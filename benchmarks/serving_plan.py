@@ -28,6 +28,7 @@ MEASURED = (
     "norms, biases, rope tables",
     "adapter slots",
 )
+SMALL = 256, 448, 2, 512
 CARD = 768 << 20
 WANTED = Wanted(card=CARD, slots=16, rank=16, context=1024, requests=4, cuda=False)
 
@@ -43,9 +44,13 @@ def main() -> None:
     args = parser.parse_args()
     sizes = args.hidden, args.intermediate, args.layers, args.vocabulary
     with tempfile.TemporaryDirectory() as folder:
-        memory.write_model(Path(folder), memory.llama_config(*sizes))
+        small, base = Path(folder, "small"), Path(folder, "base")
+        for directory, config in ((small, SMALL), (base, sizes)):
+            directory.mkdir()
+            memory.write_model(directory, memory.llama_config(*config))
+        measure(small, "auto", "nf4")  # what is imported and built once is no base's memory
         runs = [
-            measure(Path(folder), kernels, quantization)
+            measure(base, kernels, quantization)
             for kernels in ("auto", "torch")
             for quantization in ("nf4", "none")
         ]

@@ -22,11 +22,13 @@ import venv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks import report
 
-STEP_SECONDS = 300  # of the longest step, the installation
+CONSTRAINTS = report.ROOT / "constraints.txt"
+STEP_SECONDS = 420  # of the longest step, the installation, on a busy machine
+
 IN_WHEEL = (
     "mora_serve/py.typed",
     "mora_serve/demo/bundle/bundle.json",
@@ -45,12 +47,20 @@ IN_SOURCES = (
     "constraints.txt",
     "LICENSE",
 )
+
+
+class Step(Protocol):
+    """Runs one command, whose name and seconds are reported; gives what it prints."""
+
+    def __call__(self, name: str, command: Sequence[object], cwd: Path = ...) -> str: ...
+
+
 # Run by the new environment: what it has imported comes from there, and typed.
 LOOK = """
 import importlib.metadata, json, pathlib, sys
 import mora_serve, router_training, fastapi, trl
 from mora_serve.model.native.library import targets
-from mora_serve.router import native
+
 import torch
 where = pathlib.Path(mora_serve.__file__)
 print(json.dumps({
@@ -87,11 +97,10 @@ def measure(folder: Path) -> dict[str, Any]:
     venv.create(folder / "env", with_pip=True)
     seconds["environment"] = round(time.monotonic() - start, 1)
     python = folder / "env" / "bin" / "python"
-    constraints = report.ROOT / "constraints.txt"
-    step("install", [python, *PIP, "install", "-c", constraints, f"{wheel}[train,http]"])
+    step("install", [python, *PIP, "install", "-c", CONSTRAINTS, f"{wheel}[train,http]"])
     looked = json.loads(step("import", [python, "-c", LOOK]))
     demo = json.loads(step("demo", [folder / "env/bin/mora-serve", "demo", "--json"]))
-    missing = _missing(sources, wheel)
+    missing = [*missing_sources(sources), *missing_wheel(wheel)]
     return {
         "missing": missing,
         "wheel_bytes": wheel.stat().st_size,
@@ -106,38 +115,46 @@ def measure(folder: Path) -> dict[str, Any]:
 PIP = ("-m", "pip", "--no-input", "--disable-pip-version-check", "-q")
 
 
-def build(folder: Path, step: Any) -> tuple[Path, Path]:
+def build(folder: Path, step: Step) -> tuple[Path, Path]:
     """The source distribution of what git tracks, and the wheel that is made of it."""
-    tree = folder / "tree"
-    tree.mkdir()
+    step("build tools", [sys.executable, "-m", "venv", "--without-pip", folder / "tools"])
+    tools = folder / "tools" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", tools, *PIP[2:]]
+    step("setuptools", [*pip, "install", "-c", CONSTRAINTS, "setuptools"])
+    sources = source_distribution(folder / "tree", tools, step)
+    flags = ["--no-deps", "--no-build-isolation", "-w", folder / "wheels"]
+    step("wheel", [*pip, "wheel", *flags, sources])
+    (wheel,) = (folder / "wheels").glob("mora_serve-*.whl")
+    return sources, wheel
+
+
+def source_distribution(tree: Path, python: Path, step: Step) -> Path:
+    """A copy of what git tracks, in ``tree``, and the source distribution that is made of it.
+
+    ``python`` is an interpreter that has setuptools.
+    """
     listed = _run(["git", "ls-files", "-z"], report.ROOT)
     for name in filter(None, listed.split("\0")):
         if (report.ROOT / name).is_file():  # or it is being removed
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((report.ROOT / name).read_bytes())
     made = "from setuptools import build_meta as b; print(b.build_sdist('dist'))"
-    step("build tools", [sys.executable, "-m", "venv", "--without-pip", folder / "tools"])
-    tools = folder / "tools" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", tools, *PIP[2:]]
-    constraints = report.ROOT / "constraints.txt"
-    step("setuptools", [*pip, "install", "-c", constraints, "setuptools"])
-    name = step("sources", [tools, "-c", made], tree).splitlines()[-1]
-    sources = tree / "dist" / name
-    wheels = folder / "wheels"
-    flags = ["--no-deps", "--no-build-isolation", "-w", wheels]
-    step("wheel", [*pip, "wheel", *flags, sources])
-    (wheel,) = wheels.glob("mora_serve-*.whl")
-    return sources, wheel
+    name = step("sources", [python, "-c", made], tree).splitlines()[-1]
+    return tree / "dist" / name
 
 
-def _missing(sources: Path, wheel: Path) -> list[str]:
+def missing_sources(sources: Path) -> list[str]:
+    """What a source distribution should have and has not."""
+    with tarfile.open(sources) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    return [name for name in IN_SOURCES if name not in inside]
+
+
+def missing_wheel(wheel: Path) -> list[str]:
+    """What a wheel should have and has not."""
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    with tarfile.open(sources) as archive:
-        besides = {name.partition("/")[2] for name in archive.getnames()}
-    return [f"wheel: {n}" for n in IN_WHEEL if n not in inside] + [
-        f"sources: {n}" for n in IN_SOURCES if n not in besides
-    ]
+    return [name for name in IN_WHEEL if name not in inside]
 
 
 def _run(command: Sequence[object], cwd: Path) -> str:
