@@ -49,7 +49,9 @@ def pickle(name: str = header.FIELD) -> InvalidArgument:
 
 def _why(name: str, directory: int) -> InvalidArgument | None:
     with os.scandir(directory) as entries:
-        names = sorted(e.name for e in itertools.islice(entries, _MAX_ENTRIES))
+        found = sorted(itertools.islice(entries, _MAX_ENTRIES), key=lambda e: e.name)
+        names = [e.name for e in found]
+        folders = [e.name for e in found if e.is_dir(follow_symlinks=False)]
     weights = name == header.FIELD
     if weights and any(is_pickle(n) and not n.lower().startswith(_TRAINING) for n in names):
         return pickle()
@@ -58,7 +60,7 @@ def _why(name: str, directory: int) -> InvalidArgument | None:
             name,
             "the adapter is in several files; save it again in one, with a larger max_shard_size",
         )
-    below = _adapter_below(directory, names)
+    below = _adapter_below(directory, folders[:_MAX_FOLDERS])
     if below is not None:
         return _missing(
             name, f"it is not here, but in the folder {quoted(below)}; give that directory"
@@ -80,15 +82,15 @@ def _why(name: str, directory: int) -> InvalidArgument | None:
     return None
 
 
-def _adapter_below(directory: int, names: list[str]) -> str | None:
+def _adapter_below(directory: int, folders: list[str]) -> str | None:
     """The folder that holds an adapter: of checkpoints the last, else the first by name."""
     found = []
-    for name in names[:_MAX_FOLDERS]:
+    for name in folders:
         try:
             below = os.open(
                 name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
             )
-        except OSError:  # a file, a link, or not ours to read
+        except OSError:  # not ours to read, or exchanged since
             continue
         try:
             os.stat(peft_config.FIELD, dir_fd=below, follow_symlinks=False)

@@ -135,9 +135,10 @@ def run_register(args: argparse.Namespace) -> int:
 def run_upload(args: argparse.Namespace) -> int:
     """Register a directory of this machine."""
     directory = Path(args.directory)
-    if not (directory / "adapter_config.json").is_file():
+    if not directory.is_dir():
         raise ConfigError(
-            f"DIR: {args.directory} holds no adapter_config.json; give a PEFT adapter's directory"
+            f"DIR: {args.directory} is no directory; give a PEFT adapter's, which holds its "
+            "adapter_config.json"
         )
     card = _card(args)
     with connection.connect(args) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 from typing import Any
 
 from mora_serve.cli.output import binary, paint, print_json, table
@@ -21,7 +22,8 @@ examples:
   mora-serve plan demo --cpu --card-gb 2 --json
 
 Everything is calculated from the base's shape, nothing is measured or loaded. Exit status 1 where
-it does not fit. Names that need no files: {", ".join(KNOWN)}.
+it does not fit. Names that need no files:
+{textwrap.fill(", ".join(KNOWN), 90, break_on_hyphens=False)}
 """
 
 
