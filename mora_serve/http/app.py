@@ -220,8 +220,9 @@ class HttpApi:
         """What the console's page is made of."""
         return console.file(file)
 
-    async def key_map(self, body: MapRequest) -> dict[str, Any]:
+    async def key_map(self, request: Request) -> dict[str, Any]:
         """The router's keys as points of a plane, and a text among them."""
+        body = parsed(MapRequest, await request.body())
         routing = self._served().routing
         drawn: KeyMap | None = await self._run(routing.key_map, calls.current().tenant, body.text)
         return console.map_object(drawn)
