@@ -26,7 +26,8 @@ from mora_serve.model.native.library import (
     StepStruct,
     targets,
 )
-from mora_serve.model.native.weight import NativeLinear, can_tile, tiled, weight_struct
+from mora_serve.model.native import weight
+from mora_serve.model.native.weight import NativeLinear, tiled, weight_struct
 from mora_serve.model.quant import Linear
 from mora_serve.model.shape import SITES
 
@@ -37,7 +38,7 @@ def can_run(decoder: Decoder) -> bool:
     return (
         decoder.device.type == "cpu"
         and bool(targets(decoder.dtype))
-        and all(can_tile(part) for site in sites for part in site.parts)
+        and all(map(weight.can_run, [*sites, Linear((decoder.head,))]))
     )
 
 
