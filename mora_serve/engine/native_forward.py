@@ -26,8 +26,7 @@ from mora_serve.model.native.library import (
     StepStruct,
     targets,
 )
-from mora_serve.model.native import weight
-from mora_serve.model.native.weight import NativeLinear, tiled, weight_struct
+from mora_serve.model.native.weight import NativeLinear, can_tile_layer, tiled, weight_struct
 from mora_serve.model.quant import Linear
 from mora_serve.model.shape import SITES
 
@@ -38,7 +37,7 @@ def can_run(decoder: Decoder) -> bool:
     return (
         decoder.device.type == "cpu"
         and bool(targets(decoder.dtype))
-        and all(map(weight.can_run, [*sites, Linear((decoder.head,))]))
+        and all(map(can_tile_layer, [*sites, Linear((decoder.head,))]))
     )
 
 

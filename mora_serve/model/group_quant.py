@@ -96,6 +96,4 @@ def same_order(a: Tensor | None, b: Tensor | None) -> bool:
 def _or_middle(weight: GroupWeight) -> Tensor:
     if weight.zeros is not None:
         return weight.zeros
-    return torch.full(
-        weight.scales.shape, MIDDLE, dtype=torch.uint8, device=weight.scales.device
-    )
+    return torch.full(weight.scales.shape, MIDDLE, dtype=torch.uint8, device=weight.scales.device)

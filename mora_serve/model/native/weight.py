@@ -164,7 +164,7 @@ def weight_order(weight: Weight) -> Tensor | None:
     return weight.order if isinstance(weight, (GroupWeight, TiledCodes)) else None
 
 
-def can_run(linear: Linear) -> bool:
+def can_tile_layer(linear: Linear) -> bool:
     """Whether the native path takes this layer: all parts, with their inputs in one order."""
     order = weight_order(linear.parts[0])
     return all(can_tile(p) and same_order(order, weight_order(p)) for p in linear.parts)
