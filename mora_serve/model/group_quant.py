@@ -54,14 +54,22 @@ class GroupWeight:
         return out if self.order is None else out[:, self.order.argsort()]
 
     def _sorted(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        """Rows of the matrix in the order of the codes."""
         codes, scales = self.codes[start:stop], self.scales[start:stop]
-        values = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1).float()
-        zeros = MIDDLE if self.zeros is None else self._by_input(self.zeros[start:stop].float())
+        zeros = None if self.zeros is None else self.zeros[start:stop].float()
+        values = torch.empty(*codes.shape, 2, device=codes.device)
+        values[..., 0], values[..., 1] = codes >> 4, codes & 15
+        values = values.flatten(1)
+        columns = values.shape[1]
+        full = columns // self.group
         # exact in float32: 5 bits times the 11 of a scale that was stored in 16
-        return values.sub_(zeros).mul_(self._by_input(scales)).to(dtype)
-
-    def _by_input(self, of_groups: Tensor) -> Tensor:
-        return of_groups.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        for first, last, size in ((0, full, self.group), (full, full + 1, columns % self.group)):
+            if size and first < last:
+                of_groups = values[:, first * self.group :][:, : (last - first) * size]
+                part = of_groups.unflatten(1, (last - first, size))
+                part.sub_(MIDDLE if zeros is None else zeros[:, first:last, None])
+                part.mul_(scales[:, first:last, None])
+        return values.to(dtype)
 
     def stacked(self, below: object) -> Self | None:
         """See Stackable."""
