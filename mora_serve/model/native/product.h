@@ -405,17 +405,32 @@ INLINE void kind_product(int kind, int size, const real *x, size_t stride, int r
     }
 }
 
+/* A function for each kind: in one that holds all, GCC allocates registers worse (-fwrapv, AVX2: half
+   the speed), as it has too many loops. */
+#define PRODUCT(name, kind, size)                                                                  \
+    static __attribute__((noinline)) void name(const real *x, size_t stride, int rows,             \
+                                               const Tiles *t, int tiles, float *y,                \
+                                               size_t y_stride)                                    \
+    {                                                                                              \
+        kind_product(kind, size, x, stride, rows, t, tiles, y, y_stride);                          \
+    }
+PRODUCT(nf4_product, NF4, BLOCK)
+PRODUCT(int4_product, INT4, BLOCK)
+PRODUCT(int4_half_product, INT4, HALF_BLOCK)
+PRODUCT(tiled_product, TILED, BLOCK)
+#undef PRODUCT
+
 static void tile_product(int kind, int block, const real *x, size_t stride, int rows, Tiles tiles,
                          int count, float *y, size_t y_stride)
 {
     if (kind == NF4)
-        kind_product(NF4, BLOCK, x, stride, rows, &tiles, count, y, y_stride);
-    else if (kind == INT4 && block == BLOCK)
-        kind_product(INT4, BLOCK, x, stride, rows, &tiles, count, y, y_stride);
-    else if (kind == INT4)
-        kind_product(INT4, HALF_BLOCK, x, stride, rows, &tiles, count, y, y_stride);
+        nf4_product(x, stride, rows, &tiles, count, y, y_stride);
+    else if (kind == TILED)
+        tiled_product(x, stride, rows, &tiles, count, y, y_stride);
+    else if (block == BLOCK)
+        int4_product(x, stride, rows, &tiles, count, y, y_stride);
     else
-        kind_product(TILED, BLOCK, x, stride, rows, &tiles, count, y, y_stride);
+        int4_half_product(x, stride, rows, &tiles, count, y, y_stride);
 }
 
 #if defined(AVX512)
