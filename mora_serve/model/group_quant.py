@@ -66,7 +66,7 @@ class GroupWeight:
         for first, last, size in ((0, full, self.group), (full, full + 1, columns % self.group)):
             if size and first < last:
                 of_groups = values[:, first * self.group :][:, : (last - first) * size]
-                part = of_groups.unflatten(1, (last - first, size))
+                part = of_groups.view(len(codes), last - first, size)
                 part.sub_(MIDDLE if zeros is None else zeros[:, first:last, None])
                 part.mul_(scales[:, first:last, None])
         return values.to(dtype)
