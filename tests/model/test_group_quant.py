@@ -61,7 +61,7 @@ def test_numbers_are_those_of_the_definition(group, zeros, ordered, seed, data):
     assert torch.equal(w.dequantise(torch.float32, start, stop), want[start:stop])
     assert torch.equal(w.dequantise(torch.bfloat16), want.bfloat16())
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(w.matmul(x), x @ want.T)
+    torch.testing.assert_close(w.matmul(x), x @ want.T, rtol=1e-5, atol=1e-3)
 
 
 @given(
@@ -78,7 +78,7 @@ def test_neighbours_of_one_order_become_one(kinds, group):
     whole = torch.cat([p.dequantise(torch.float32) for p in parts])
     assert torch.equal(linear.dequantise(torch.float32), whole)
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(linear.matmul(x), x @ whole.T)
+    torch.testing.assert_close(linear.matmul(x), x @ whole.T, rtol=1e-5, atol=1e-3)
 
 
 def test_others_stay_apart():
@@ -94,4 +94,6 @@ def test_gradients_flow_to_the_inputs():
     x = torch.randn(3, COLUMNS, requires_grad=True)
     w.matmul(x).sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, w.dequantise(torch.float32).sum(0).expand(3, -1))
+    torch.testing.assert_close(
+        x.grad, w.dequantise(torch.float32).sum(0).expand(3, -1), rtol=1e-5, atol=1e-3
+    )
