@@ -33,7 +33,11 @@ class BaseConfig:
 
     model: str = _doc("demo", "Hugging Face directory or hub id; 'demo' is the bundled one")
     revision: str = _doc("main", "revision of a hub id")
-    quantization: Literal["nf4", "none"] = _doc("nf4", "4-bit NF4, or the weights as they are")
+    quantization: Literal["auto", "nf4", "none"] = _doc(
+        "auto",
+        "auto is as the checkpoint is stored, and 4-bit NF4 for one of 16 or 32 bits; none keeps "
+        "those as they are",
+    )
     dtype: Literal["auto", "bf16", "fp32"] = _doc(
         "auto", "compute type; auto is bf16 where the processor has it"
     )

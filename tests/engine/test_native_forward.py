@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import families
+from benchmarks.group_checkpoints import Recipe, write
 from mora_serve.config import BaseConfig, EngineConfig
 from mora_serve.core import AdapterWeight, Mixture, SamplingParams
 from mora_serve.engine import native_forward
@@ -34,8 +35,10 @@ from mora_serve.model.native.library import PHASES, ModelStruct, StepStruct, tar
 pytestmark = pytest.mark.skipif(
     not targets(torch.float32), reason="no compiler built the native path"
 )
-# the last two from files in 16 bits, whose weights are tiled: one with a tied head, one without
-FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "llama3-16", "qwen2-16")
+# two from files in 16 bits, whose weights are tiled: one with a tied head, one without; the last
+# in groups of whole numbers, the head too, with inputs that go into groups by act-order
+FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "llama3-16", "qwen2-16", "qwen2-groups")
+GROUPS = Recipe(symmetric=False, act_order=True, group=32, head=True)
 FLOAT_TARGETS = targets(torch.float32)
 BF16_TARGETS = targets(torch.bfloat16)
 ALL_TARGETS = [("fp32", t) for t in FLOAT_TARGETS] + [("bf16", t) for t in BF16_TARGETS]
@@ -62,6 +65,8 @@ class Job:
 @functools.cache
 def directory(family: str, root: Path) -> Path:
     name, _, bits = family.partition("-")
+    if bits == "groups":
+        return write(directory(name, root), root / family, GROUPS)
     # with 16 bits a vocabulary that does not fill its last tile
     model = families.make_base(name, root / family, vocab_size=333 if bits else 320)
     if bits:
@@ -81,6 +86,8 @@ def reference(family: str, root: Path, quantization: str, dtype: str) -> Decoder
 
 
 def decoder(family: str, root: Path, quantization: str = "none", dtype: str = "fp32") -> Decoder:
+    if family.endswith("groups"):
+        quantization = "auto"
     config = BaseConfig(
         str(directory(family, root)), quantization=quantization, dtype=dtype, device="cpu"
     )
