@@ -210,6 +210,18 @@ def _pair(x, at, mask):
 
 
 @triton.jit
+def _weights(of_codes, of_absmax, turn, real, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Codes and absmax of a tile of features in the blocks of one turn."""
+    packed = tl.load(
+        of_codes + turn * (BLOCKS * BLOCK // 2),
+        mask=real[:, None, None],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    return packed, tl.load(of_absmax + turn * BLOCKS, mask=real[:, None], other=0.0)
+
+
+@triton.jit
 def _row_kernel(
     x,
     codes,
@@ -230,30 +242,26 @@ def _row_kernel(
     split = tl.program_id(2)
     real = feature < features
     block = tl.arange(0, BLOCKS)
-    byte = tl.arange(0, BLOCK // 2)
+    byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     wide = feature.to(tl.int64)
+    of_codes = codes + wide[:, None, None] * (COLUMNS // 2) + byte[None, :, :]
+    of_absmax = absmax + wide[:, None] * (COLUMNS // BLOCK) + block[None, :]
     acc = tl.zeros([TILE_OUT, BLOCKS, BLOCK // 2], tl.float32)
     turns: tl.constexpr = COLUMNS // (BLOCK * BLOCKS)
     each: tl.constexpr = (turns + SPLITS - 1) // SPLITS
+    # The next turn's weights are on their way while this one's are multiplied.
+    ahead = tl.minimum(split * each, turns - 1)
+    packed, scale = _weights(of_codes, of_absmax, ahead, real, BLOCK, BLOCKS)
     for turn in range(split * each, tl.minimum(split * each + each, turns)):
-        first = turn * BLOCKS + block
-        at = first[:, None] * (BLOCK // 2) + byte[None, :]
-        packed = tl.load(
-            codes + wide[:, None, None] * (COLUMNS // 2) + at[None, :, :],
-            mask=real[:, None, None],
-            other=0,
-            eviction_policy="evict_first",
-        )
-        scale = tl.load(
-            absmax + wide[:, None] * (COLUMNS // BLOCK) + first[None, :],
-            mask=real[:, None],
-            other=0.0,
-        )
-        even, odd = _pair(x, row * (COLUMNS // 2) + at, at >= 0)
+        ahead = tl.minimum(turn + 1, turns - 1)
+        coming, coming_scale = _weights(of_codes, of_absmax, ahead, real, BLOCK, BLOCKS)
+        at = row * (COLUMNS // 2) + turn * (BLOCKS * BLOCK // 2) + byte
+        even, odd = _pair(x, at, at >= 0)
         even, odd = even.to(tl.float32)[None, :, :], odd.to(tl.float32)[None, :, :]
         high = _value(packed >> 4, table, LOOKUP)
         low = _value(packed & 15, table, LOOKUP)
         acc += (high * even + low * odd) * scale[:, :, None]
+        packed, scale = coming, coming_scale
     y = tl.sum(tl.sum(acc, 2), 1)
     target = out + (split * rows + row) * features + feature
     tl.store(target, y.to(out.dtype.element_ty), mask=real)
@@ -313,6 +321,7 @@ def _sum_kernel(parts, out, count, SPLITS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < count
     total = tl.load(parts + at, mask=inside, other=0.0)
-    for split in range(1, SPLITS):
-        total += tl.load(parts + split * count.to(tl.int64) + at, mask=inside, other=0.0)
+    for _ in range(1, SPLITS):
+        parts += count
+        total += tl.load(parts + at, mask=inside, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
