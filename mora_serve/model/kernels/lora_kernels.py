@@ -32,6 +32,10 @@ ROW = tl.constexpr(_m.ROW)
 ROW_ADAPTERS = tl.constexpr(_m.ROW_ADAPTERS)
 MIXTURE = tl.constexpr(_m.MIXTURE)
 PER_ADAPTER = tl.constexpr(_m.PER_ADAPTER)
+ENTRY = tl.constexpr(_m.ENTRY)
+SLOT = tl.constexpr(_m.SLOT)
+WEIGHT = tl.constexpr(_m.WEIGHT)
+FACTS = tl.constexpr(_m.FACTS)
 
 
 @triton.jit
@@ -134,10 +138,11 @@ def expand_rows(
         total = base
         split = tl.arange(0, SPLITS_UP)
         for j in range(adapters):
-            entry = tl.load(record + MIXTURE + PER_ADAPTER * j)
-            slot = tl.load(record + MIXTURE + PER_ADAPTER * j + 1).to(tl.int64)
-            weight = tl.load(record + MIXTURE + PER_ADAPTER * j + 2).to(tl.float32, bitcast=True)
-            facts = tl.load(record + MIXTURE + PER_ADAPTER * j + 3)
+            adapter = record + MIXTURE + PER_ADAPTER * j
+            entry = tl.load(adapter + ENTRY)
+            slot = tl.load(adapter + SLOT).to(tl.int64)
+            weight = tl.load(adapter + WEIGHT).to(tl.float32, bitcast=True)
+            facts = tl.load(adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
             delta = tl.zeros([BLOCK], tl.float32)
@@ -276,12 +281,12 @@ def expand_tiles(
         base = tl.load(at, mask=here, other=0).to(tl.float32)
         total = base
         for j in range(adapters):
-            mixture = MIXTURE + PER_ADAPTER * j
-            entry = tl.load(records + mixture, mask=live, other=0)
-            slot = tl.load(leader + mixture + 1).to(tl.int64)
-            weight = tl.load(records + mixture + 2, mask=live, other=0)
+            adapter = MIXTURE + PER_ADAPTER * j
+            entry = tl.load(records + adapter + ENTRY, mask=live, other=0)
+            slot = tl.load(leader + adapter + SLOT).to(tl.int64)
+            weight = tl.load(records + adapter + WEIGHT, mask=live, other=0)
             weight = weight.to(tl.float32, bitcast=True)
-            facts = tl.load(leader + mixture + 3)
+            facts = tl.load(leader + adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
             delta = tl.zeros([TILE_ROWS, BLOCK], tl.float32)

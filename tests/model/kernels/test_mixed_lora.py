@@ -141,7 +141,7 @@ def check(shape, step: Step, dtype, tile_rows: int, device, sites=tuple(SITES)) 
 
 SMALL_STEPS = [
     Step("decode", (1, 16, 3, 40, 8), (1, 0, 2, 4), (1, 1, 1, 1)),
-    Step("prefill", (5, 17, 33), (2, 1, 0, 1), (9, 1, 2, 20)),
+    Step("prefill", (5, 17, 33), (2, 1, 0, 1), (6, 1, 2, 18)),
     Step("wide", (128, 1), (1, 2, 1), (1, 1, 1)),
     Step("dora", (4, 9, 2), (3, 1, 2), (1, 2, 1), (True, False, True)),
 ]
@@ -150,18 +150,16 @@ SMALL_STEPS = [
 @pytest.mark.parametrize("step", SMALL_STEPS, ids=lambda step: step.name)
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
 def test_every_row_gets_its_own_mixture(step: Step, tile_rows: int, device: torch.device):
-    """In all four sites; two runs are alike to the bit; rows without adapters are not touched."""
-    sites = tuple(SITES) if step.name == "dora" else ("qkv", "down")
-    if tile_rows == VECTOR and step.name == "prefill":
-        sites = ("o",)  # interpreted, a row is slow
-    check(SMALL_SHAPE, step, torch.float32, tile_rows, device, sites)
+    """Two runs are alike to the bit, and rows without adapters are not touched."""
+    sites = {"decode": ("qkv",), "prefill": ("o",), "wide": ("down",), "dora": ("gate_up",)}
+    chosen = tuple(SITES) if tile_rows == SMALL and step.name == "dora" else sites[step.name]
+    check(SMALL_SHAPE, step, torch.float32, tile_rows, device, chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
 def test_sixteen_bits_are_within_their_rounding(dtype, tile_rows: int, device: torch.device):
-    check(SMALL_SHAPE, SMALL_STEPS[0], dtype, tile_rows, device, ("qkv",))
-    check(SMALL_SHAPE, SMALL_STEPS[2], dtype, tile_rows, device, ("gate_up",))
+    check(SMALL_SHAPE, SMALL_STEPS[-1], dtype, tile_rows, device, ("qkv",))
 
 
 def large_steps() -> list[Step]:
