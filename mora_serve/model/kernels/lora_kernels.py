@@ -8,6 +8,8 @@ depend on what else is in the batch. Programs take work from the table (see mixt
 so that a grid of a fixed size does any step.
 
 ``*_rows`` are vector products of one row, ``*_tiles`` products of matrices of TILE_ROWS rows.
+With EARLY a launch overlaps the end of the one before (programmatic dependent launch, from Hopper
+on): it reads the table, then waits for that one's results.
 Loops over the rank stop at the adapter's own. Layout: a [slots, max_rank, columns], b [slots,
 max_rank, width], scale [slots, max_rank] of int8 slots, inner [projection, entry, split, max_rank].
 """
@@ -56,9 +58,13 @@ def shrink_rows(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One entry, one projection, one chunk of x an item; tiles are single entries."""
     items = tl.load(table + SHRINK_TILES) * (PROJECTIONS * SPLITS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = item % SPLITS
         projection = (item // SPLITS) % PROJECTIONS
@@ -112,11 +118,15 @@ def expand_rows(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One row, BLOCK outputs of one projection an item. DORA has a bit for each projection."""
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = tl.load(table + EXPAND_TILES) * blocks
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         record = table + (1 + item // blocks) * STRIDE
@@ -184,11 +194,15 @@ def shrink_tiles(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """One tile of entries, one projection, one chunk of x an item; operands in type OPERAND."""
     items = tl.load(table + SHRINK_TILES) * (PROJECTIONS * SPLITS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = item % SPLITS
         projection = (item // SPLITS) % PROJECTIONS
@@ -248,6 +262,7 @@ def expand_tiles(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -255,6 +270,9 @@ def expand_tiles(
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = tl.load(table + EXPAND_TILES) * blocks
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         record = table + (1 + item // blocks) * STRIDE

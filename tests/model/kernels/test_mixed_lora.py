@@ -291,12 +291,15 @@ def test_the_number_of_dora_parts_says_when_a_graph_is_out_of_date():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
-def test_a_captured_graph_does_whatever_mixture_is_filled_in(tile_rows: int):
+def test_a_captured_graph_does_whatever_mixture_is_filled_in(tile_rows: int, early: bool):
+    if early and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this card has no early launches")
     device = torch.device("cuda")
     slots = make_slots(LARGE_SHAPE, (16, 64, 3, 128), torch.bfloat16, device, (False, True))
     x, y = inputs(slots, "qkv", 32)
-    adapters = kernel_adapters(slots, 32)
+    adapters = KernelAdapters(slots, MixtureBuffers(32, 4, 4, device), early)
     out = y.clone()
     adapters.fill([()], [32], tile_rows)
     adapters.apply(0, "qkv", x, out)
@@ -323,12 +326,15 @@ STRIDES = {"x_stride": "i32", "y_stride": "i32", "inner": "*fp32", "table": "*i3
 ALIGNED = ("columns", "max_rank", "width0", "width1", "width2", "x_stride", "y_stride")
 
 
-def case(name: str, tile_rows: int, slots: str = "*bf16", dora: int = 0) -> Case:
+def case(
+    name: str, tile_rows: int, slots: str = "*bf16", dora: int = 0, early: bool = False
+) -> Case:
     """A kernel as it is compiled for q, k and v of a Llama of 8 billion parameters."""
     threes = {f"{n}{i}": slots for n in "ab" for i in range(3)}
     threes |= {f"scale{i}": "*fp32" for i in range(3)} | {f"dora{i}": "*bf16" for i in range(3)}
     chunk = {VECTOR: 512, SMALL: 1024, LARGE: 2048}[tile_rows]
     constants: dict[str, object] = {"SPLITS": 4096 // chunk, "RANKS": 16, "STRIDE": 25}
+    constants["EARLY"] = early
     if name.startswith("shrink"):
         constants |= {"PROJECTIONS": 3, "CHUNK": chunk}
         constants["BLOCK"] = chunk if tile_rows == VECTOR else 64
@@ -343,6 +349,8 @@ def case(name: str, tile_rows: int, slots: str = "*bf16", dora: int = 0) -> Case
     warps = 8 if (name, tile_rows) == ("expand_tiles", LARGE) else 4
     options = {"num_warps": warps, "num_stages": stages}
     label = f"{name}-{tile_rows}-{slots[1:]}-{dora}"
+    if early:
+        label, options = f"{label}-early", options | {"launch_pdl": True}
     return Case(label, f"{K}:{name}", arguments, constants, options, ALIGNED)
 
 
@@ -356,3 +364,8 @@ def test_the_kernels_compile_for_cards_that_are_not_here():
         assert result.shared <= SHARED_LIMIT[architecture], name
         assert result.stack == 0, name
         assert result.tensor_cores == ("tiles" in name), name
+
+
+def test_an_early_launch_compiles_for_cards_that_have_it():
+    for result in compiled([case("expand_rows", VECTOR, early=True)], (90,)).values():
+        assert not result.error
