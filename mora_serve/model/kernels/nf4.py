@@ -7,13 +7,11 @@ codes' values are rounded to x's type and absmax is applied in float32 after eac
 The input dimension can be split over programs; the parts are summed in their order, so that a plan
 gives the same bits each time, and a row's do not depend on the other rows.
 
-Which plan is fastest, and whether any beats bitsandbytes, only a card can tell: a benchmark times
-``candidates`` there, and its results go to ``NF4Product``.
+Whether a plan beats bitsandbytes only a card can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +29,7 @@ VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-MOST_ROWS = 256  # beyond, dequantising once and multiplying densely is what a card is good at
+MOST_ROWS = 256  # that it is meant for; more are better served by dequantising once
 PROGRAMS = 264  # that the default plan aims at: two for each of an H100's processors
 LONGEST_TILE = 128  # columns that one tl.dot takes
 
@@ -55,14 +53,12 @@ class Plan:
     stages: int = 3
 
 
-# By (rows of x, out, in); None: another product is faster there.
-Plans = Mapping[tuple[int, int, int], Plan | None]
-
-
 def default_plan(rows: int, out: int, columns: int, lookup: str = "table") -> Plan:
-    """A plan from sizes alone, for what has not been measured."""
+    """A plan from sizes alone, none of which was measured on a card yet."""
     if rows == 1:
-        tile_rows, tile_out, blocks = 0, 16, 4
+        # 512 bytes of a feature a turn: enough loads on their way to keep a card's memory busy
+        # without splits, whose sum would be a launch more.
+        tile_rows, tile_out, blocks = 0, 4, 16
         programs = triton.cdiv(out, tile_out)
     else:
         tile_rows = min(max(triton.next_power_of_2(rows), 16), 64)
@@ -73,45 +69,12 @@ def default_plan(rows: int, out: int, columns: int, lookup: str = "table") -> Pl
     return Plan(tile_rows, tile_out, blocks, splits, lookup)
 
 
-def candidates(rows: int, out: int, columns: int) -> list[Plan]:
-    """Plans that a benchmark should time for one size."""
-    found = []
-    for lookup in ("table", "tree"):
-        base = default_plan(rows, out, columns, lookup)
-        for splits in sorted({1, base.splits, 2 * base.splits}):
-            if rows <= 4:
-                found += [Plan(0, n, s, splits, lookup) for n in (8, 16, 32) for s in (2, 4)]
-            tile_rows = min(max(triton.next_power_of_2(rows), 16), 128)
-            found += [
-                Plan(tile_rows, n, s, splits, lookup, warps)
-                for n, warps in ((32, 4), (64, 4), (128, 8))
-                for s in (1, 2)
-            ]
-    return found
-
-
 class NF4Product:
-    """The product of one device and type of x, with what was measured there.
+    """The product on one device for x of one type."""
 
-    ``measured`` [(rows, out, in)] has a plan, or None where another product is faster. For rows
-    between two measured numbers the larger counts.
-    """
-
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, measured: Plans | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.values = torch.tensor(VALUES, dtype=torch.float32, device=device)
         self.rounded = self.values.to(dtype)
-        self.measured = dict(measured or {})
-
-    def plan(self, rows: int, out: int, columns: int) -> Plan | None:
-        """How to cut a product of that size; None if it should be left to another product."""
-        if rows > MOST_ROWS:
-            return None
-        known = [r for r, *sizes in self.measured if r >= rows and sizes == [out, columns]]
-        if known:
-            return self.measured[min(known), out, columns]
-        return default_plan(rows, out, columns)
 
     def __call__(
         self, x: Tensor, weight: NF4Weight, plan: Plan, out: Tensor | None = None

@@ -77,7 +77,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "rotary": partial(rotary, 32, 8, 128, extras=False),
     "rotary-extras": partial(rotary, 28, 4, 80, extras=True),
     "nf4-one": partial(nf4, 1, 4096, 14336),
-    "nf4-one-tree": partial(nf4, 1, 4096, 4096, Plan(0, 16, 4, 1, "tree")),
+    "nf4-one-tree": partial(nf4, 1, 4096, 4096, default_plan(1, 4096, 4096, "tree")),
     "nf4-few": partial(nf4, 16, 6144, 4096),
     "nf4-many": partial(nf4, 256, 6144, 4096, Plan(128, 128, 1, 1, "table", 8)),
     "nf4-float32": partial(nf4, 4, 96, 128, dtype=FP32),
