@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mora_serve.model.kernels.int8_slots import LEVELS, Int8Slots, quantise_rows
-from mora_serve.model.kernels.mixed_lora import KernelAdapters, dora_parts
+from mora_serve.model.kernels.mixed_lora import BLOCKS, KernelAdapters, dora_parts
 from mora_serve.model.kernels.mixtures import LARGE, SMALL, TILE_ROWS, VECTOR, MixtureBuffers
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
@@ -332,21 +332,22 @@ def case(
     """A kernel as it is compiled for q, k and v of a Llama of 8 billion parameters."""
     threes = {f"{n}{i}": slots for n in "ab" for i in range(3)}
     threes |= {f"scale{i}": "*fp32" for i in range(3)} | {f"dora{i}": "*bf16" for i in range(3)}
-    chunk = {VECTOR: 512, SMALL: 1024, LARGE: 2048}[tile_rows]
+    blocks = BLOCKS[tile_rows]
+    chunk = blocks.columns
     constants: dict[str, object] = {"SPLITS": 4096 // chunk, "RANKS": 16, "STRIDE": 25}
     constants["EARLY"] = early
     if name.startswith("shrink"):
         constants |= {"PROJECTIONS": 3, "CHUNK": chunk}
         constants["BLOCK"] = chunk if tile_rows == VECTOR else 64
     else:
-        constants |= {"SCALED": slots == "*i8", "DORA": dora, "BLOCK": 128}
+        constants |= {"SCALED": slots == "*i8", "DORA": dora, "BLOCK": blocks.outputs}
     if tile_rows == VECTOR and name == "expand_rows":
         constants["SPLITS_UP"] = 8
     if tile_rows != VECTOR:
         constants |= {"TILE_ROWS": tile_rows, "OPERAND": "tl.bfloat16"}
     arguments = {"x": "*bf16", "y": "*bf16", **threes, **SIZES, **STRIDES}
     stages = {"shrink_tiles": 4, "expand_tiles": 1}.get(name, 3)
-    warps = 8 if (name, tile_rows) == ("expand_tiles", LARGE) else 4
+    warps = blocks.warps if name.startswith("expand") else 4
     options = {"num_warps": warps, "num_stages": stages}
     label = f"{name}-{tile_rows}-{slots[1:]}-{dora}"
     if early:
