@@ -155,6 +155,7 @@ def expand_rows(
             facts = tl.load(adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
+            matrix = b + slot * max_rank * width
             delta = tl.zeros([BLOCK], tl.float32)
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
@@ -164,8 +165,7 @@ def expand_rows(
                 if SCALED:
                     h *= tl.load(scale + slot * max_rank + r, mask=r < rank, other=0)
                 mask = (r < rank)[:, None] & inside[None, :]
-                rows = (slot * max_rank + r)[:, None] * width
-                weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
+                weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta += tl.sum(h[:, None] * weights.to(tl.float32), axis=0)
             delta *= weight
             if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
@@ -307,6 +307,7 @@ def expand_tiles(
             facts = tl.load(leader + adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
+            matrix = b + slot * max_rank * width
             delta = tl.zeros([TILE_ROWS, BLOCK], tl.float32)
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
@@ -317,8 +318,7 @@ def expand_tiles(
                 if SCALED:
                     h *= tl.load(scale + slot * max_rank + r, mask=r < rank, other=0)[None, :]
                 mask = (r < rank)[:, None] & inside[None, :]
-                rows = (slot * max_rank + r)[:, None] * width
-                weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
+                weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta = tl.dot(h.to(OPERAND), weights.to(OPERAND), delta, input_precision="ieee")
             delta *= weight[:, None]
             if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
