@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mora_serve.model.kernels.int8_slots import LEVELS, Int8Slots, quantise_rows
 from mora_serve.model.kernels.mixed_lora import BLOCKS, KernelAdapters, dora_parts
-from mora_serve.model.kernels.mixtures import LARGE, SMALL, TILE_ROWS, VECTOR, MixtureBuffers
+from mora_serve.model.kernels.mixtures import (
+    LARGE,
+    SMALL,
+    TILE_ROWS,
+    VECTOR,
+    VECTOR_ENTRIES,
+    MixtureBuffers,
+)
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
 
@@ -159,6 +166,14 @@ def test_every_row_gets_its_own_mixture(step: Step, tile_rows: int, device: torc
     check(SMALL_SHAPE, step, torch.float32, [tile_rows], device, chosen)
 
 
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_long_rows_are_done_in_parts(tile_rows: int, device: torch.device):
+    """More columns than a partial sum takes, more outputs than a program."""
+    shape = replace(SMALL_SHAPE, hidden_size=2100, intermediate_size=300)
+    step = Step("long", (3, 20), (2, 1), (1, 2), (False, True))
+    check(shape, step, torch.float32, [tile_rows], device, ("gate_up",))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
 def test_sixteen_bits_are_within_their_rounding(dtype, tile_rows: int, device: torch.device):
@@ -257,6 +272,20 @@ def test_nothing_is_left_of_the_step_before(tile_rows: int, device: torch.device
     assert torch.equal(got[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
     adapters.fill([()], [5], tile_rows)
     assert torch.equal(adapters.apply(0, "down", x, y.clone()), y)
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_inner_products_stay_in_their_memory(tile_rows: int, device: torch.device):
+    """Also where there is room for more entries than tiles of one row may have."""
+    slots = make_slots(replace(SMALL_SHAPE, hidden_size=1500), (1, 1), torch.float32, device)
+    adapters = kernel_adapters(slots, VECTOR_ENTRIES // 2)
+    size = len(adapters._inner)
+    memory = torch.full((4 * size,), 7.0, device=device)
+    adapters._inner = memory[:size]
+    adapters.fill([((0, 1.0), (1, 1.0))], [2], tile_rows)
+    adapters.apply(0, "qkv", *inputs(slots, "qkv", 2))
+    assert not memory[:size].eq(7).all()
+    assert memory[size:].eq(7).all()
 
 
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
