@@ -246,11 +246,14 @@ class _Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        times = []
+        times: list[float] = []
         for _ in range(RUNS + 2):
             for site, (_, y) in self.inputs.items():
                 y.copy_(kept[site])  # sums must stay finite: what is added is added each time
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             torch.cuda.synchronize()
             start.record()
             graph.replay()

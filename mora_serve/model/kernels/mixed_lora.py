@@ -135,12 +135,12 @@ class KernelAdapters:
         self._sites = [
             {site: _Site.of(parts) for site, parts in sites.items()} for sites in slots.layers
         ]
-        entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
-        entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
+        self._entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
+        self._entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
         # Every site of every layer writes its sums here: launches follow each other.
         self._inner = torch.empty(
             max(
-                entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
+                self._entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
                 for site in self._sites[0].values()
                 for rows in TILE_ROWS
             ),
@@ -177,7 +177,7 @@ class KernelAdapters:
         splits, projections, chunk = s.splits(rows), len(s.parts), BLOCKS[rows].columns
         tiles, _ = self.buffers.capacity(len(x), rows)
         grid = (min(tiles * projections * splits, self._programs),)
-        sizes = (s.columns, self.buffers.max_entries, self.slots.max_rank)
+        sizes = (s.columns, self._entries[rows], self.slots.max_rank)
         arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
         constants: dict[str, Any] = {
             "PROJECTIONS": projections,
@@ -201,7 +201,7 @@ class KernelAdapters:
         blocks = sum(-(-width // size.outputs) for width in s.widths)
         grid = (min(tiles * blocks, self._programs),)
         dora, bits = s.dora()
-        sizes = (self.buffers.max_entries, self.slots.max_rank)
+        sizes = (self._entries[rows], self.slots.max_rank)
         arguments = (
             *(y, y.stride(0), *s.b, *(s.scale or s.b), *dora, *s.widths),
             *(self._inner, self.buffers.table, *sizes),

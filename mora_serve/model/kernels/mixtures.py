@@ -13,6 +13,7 @@ one index stand side by side, so that what a step uses is one short copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,10 +63,7 @@ class MixtureBuffers:
         pinned = device.type == "cuda"
         self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._views = [host.numpy() for host in self._hosts]
-        self._copied: list[torch.cuda.Event] = [
-            torch.cuda.Event()  # type: ignore[no-untyped-call]
-            for _ in range(2 if pinned else 0)
-        ]
+        self._copied = [torch.cuda.Event() for _ in range(2 if pinned else 0)]
         self._turn = 0
 
     def capacity(self, rows: int, tile_rows: int) -> tuple[int, int]:
@@ -219,7 +217,7 @@ def _starts(counts: Ints) -> Ints:
     return np.cumsum(counts) - counts
 
 
-def _tiles(sorted_keys: Ints, tile_rows: int) -> tuple[Ints, Ints]:
+def _tiles(sorted_keys: npt.NDArray[Any], tile_rows: int) -> tuple[Ints, Ints]:
     """Cut runs of equal keys into tiles: the first index of each, and how many it has."""
     starts = np.flatnonzero(np.concatenate(([True], sorted_keys[1:] != sorted_keys[:-1])))
     counts = np.diff(np.append(starts, len(sorted_keys)))
