@@ -43,10 +43,10 @@ from mora_serve.engine.sequence import Sequence
 from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
 from mora_serve.errors import ConfigError, Failure, InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.model import footprint
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
-from mora_serve.model.shape import PROJECTIONS
 
 log = logging.getLogger(__name__)
 
@@ -556,9 +556,8 @@ def _check_memory(base: Base, config: Config, pages: int) -> None:
     """Log what slots and pages take; raise ConfigError where the device cannot hold them."""
     shape, decoder, adapters = base.shape, base.decoder, config.adapters
     item = decoder.dtype.itemsize
-    sides = sum(sum(shape.projection(p)) for p in PROJECTIONS)
-    slots = adapters.slots * adapters.max_rank * sides * shape.layers * item
-    page = 2 * shape.layers * shape.kv_heads * shape.head_dim * config.engine.page_size * item
+    slots = adapters.slots * footprint.slot_bytes(shape, adapters.max_rank, item)
+    page = footprint.kv_token_bytes(shape, item) * config.engine.page_size
     log.info("%.0f MB of adapter slots, %.0f MB of pages", slots / 1e6, pages * page / 1e6)
     if decoder.device.type != "cuda":  # elsewhere memory is taken as it is first written
         return

@@ -21,6 +21,7 @@ from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
+from mora_serve.model.footprint import kv_token_bytes
 
 
 def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> int:
@@ -30,8 +31,7 @@ def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> i
     """
     if config.kv_pages:
         return config.kv_pages + 1
-    shape = decoder.shape
-    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * decoder.dtype.itemsize
+    token_bytes = kv_token_bytes(decoder.shape, decoder.dtype.itemsize)
     fits = config.kv_bytes // (token_bytes * config.page_size)
     needed = config.max_batch * -(-max_context // config.page_size)
     return max(1, min(fits, needed)) + 1

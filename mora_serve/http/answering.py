@@ -89,51 +89,47 @@ class Writer:
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """The answer piece by piece."""
-        envelope, form = self.envelope, self.envelope.form
-        usages: list[list[Usage]] = []
+        form = self.envelope.form
         with named(self.question.names):
             async with self._running() as runs:
-                more: Json = {"usage": None} if self.stream_usage else {}
-                index = 0
-                places: list[tuple[int, Running, Generation]] = []
+                alone = len(runs) == 1
+                usages: list[list[Usage]] = [[] for _ in runs]
+                # An answer's index is its place here; its prompt's is the first of the pair.
+                places: list[tuple[int, Generation]] = []
                 for number, (run, echo) in enumerate(zip(runs, self._echoes(runs), strict=True)):
-                    usages.append([])
                     for generation in run.generations:
-                        first = form.first(index)
-                        mora = _mora(run, generation)
-                        if len(runs) > 1:
-                            first["mora"] = mora
-                            yield envelope.chunk([first], **more)
-                        else:
-                            yield envelope.chunk([first], mora=mora, **more)
+                        first = form.first(len(places))
+                        yield self._chunk(first, _mora(run, generation), alone=alone)
                         if echo:
-                            yield envelope.chunk([form.delta(index, echo, None)], **more)
-                        places.append((number, run, generation))
-                        index += 1
+                            yield self._chunk(form.delta(len(places), echo, None))
+                        places.append((number, generation))
                 offsets = [0] * len(places)
-                async for i, event in merged([generation for _, _, generation in places]):
-                    number, run, generation = places[i]
+                async for i, event in merged([generation for _, generation in places]):
+                    number, generation = places[i]
                     if event.finish is not None:
                         finish, usage = end_of(event)
+                        usages[number].append(usage)
                     for text, tokens in in_pieces(event):
                         logprobs = None
                         if generation.request.sampling.logprobs is not None:
                             logprobs = form.logprobs(tokens, self.texts, offsets[i])
                             offsets[i] += sum(len(self.texts.text_of(t.id)) for t in tokens)
-                        elif not text:
-                            continue
-                        yield envelope.chunk([form.delta(i, text, logprobs)], **more)
+                        if text or logprobs is not None:
+                            yield self._chunk(form.delta(i, text, logprobs))
                     if event.finish is not None:
-                        usages[number].append(usage)
-                        last = form.last(i, finish.value)
                         mora = {"timings": timings_object(usage)}
-                        if len(runs) > 1:
-                            last["mora"] = mora
-                            yield envelope.chunk([last], **more)
-                        else:
-                            yield envelope.chunk([last], mora=mora, **more)
+                        yield self._chunk(form.last(i, finish.value), mora, alone=alone)
         if self.stream_usage:
-            yield envelope.chunk([], usage=usage_object(usages))
+            yield self.envelope.chunk([], usage=usage_object(usages))
+
+    def _chunk(self, choice: Json, mora: Json | None = None, *, alone: bool = True) -> Json:
+        """A piece of a stream; ``mora`` is the whole's where there is one prompt ``alone``."""
+        more: Json = {"usage": None} if self.stream_usage else {}
+        if mora is not None and alone:
+            more["mora"] = mora
+        elif mora is not None:
+            choice = {**choice, "mora": mora}
+        return self.envelope.chunk([choice], **more)
 
     def _echoes(self, runs: Sequence[Running]) -> Sequence[str]:
         return self.question.echo or [""] * len(runs)

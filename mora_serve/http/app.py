@@ -45,8 +45,11 @@ from mora_serve.server.services import Services, Threads
 DESCRIPTION = """\
 OpenAI's chat and plain completions on one base model and many LoRA adapters. `model` names an
 adapter; `auto` lets the router pick; `base`, or the base model's name, uses none. Whatever is not
-described here is refused by name.
+described here is refused by name. The calls of this server's own API, for adapters and the router,
+are served under the names that gRPC has for them, such as
+`POST /mora_serve.v1.AdapterService/ListAdapters`, with the messages of the .proto files as JSON.
 """
+_ALONE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 MAX_LOOKUPS = 64
 MAX_LARGE = 64  # bodies being read, those that wait for a thread included
 _SHORT = 64 << 10  # bytes of a body that is read on the event loop: some milliseconds
@@ -183,17 +186,21 @@ class HttpApi:
             question = asking.Question(question.asked, question.names, tuple(echo))
         return await self._answer(body, question, CompletionForm())
 
-    async def list_models(self) -> dict[str, Any]:
+    async def list_models(self) -> Response:
         """The base, the router, and the adapters that the caller may use."""
-        parts = self._served()
-        data = await self._run(models.listed, parts.registry, parts.base, calls.current().tenant)
-        return {"object": "list", "data": data}
+        parts, tenant = self._served(), calls.current().tenant
 
-    async def get_model(self, model: str) -> dict[str, Any]:
+        def answer() -> Response:  # written there as well: there may be thousands
+            data = models.listed(parts.registry, parts.base, tenant)
+            return JSONResponse({"object": "list", "data": data})
+
+        return await self._run(answer)
+
+    async def get_model(self, model: str) -> Response:
         """One of them."""
-        parts = self._served()
-        tenant = calls.current().tenant
-        return await self._run(models.described, parts.registry, parts.base, tenant, model)
+        parts, tenant = self._served(), calls.current().tenant
+        described = await self._run(models.described, parts.registry, parts.base, tenant, model)
+        return JSONResponse(described)
 
     async def healthz(self) -> Response:
         """Whether the server serves."""
@@ -210,7 +217,7 @@ class HttpApi:
 
     async def docs(self) -> Response:
         """The API as a page, from the same description as /openapi.json."""
-        return HTMLResponse(page(self.app.openapi()))
+        return HTMLResponse(page(self.app.openapi()), headers=_ALONE)
 
     async def console(self) -> Response:
         """The console's page."""
@@ -220,8 +227,9 @@ class HttpApi:
         """What the console's page is made of."""
         return console.file(file)
 
-    async def key_map(self, body: MapRequest) -> dict[str, Any]:
+    async def key_map(self, request: Request) -> dict[str, Any]:
         """The router's keys as points of a plane, and a text among them."""
+        body = parsed(MapRequest, await request.body())
         routing = self._served().routing
         drawn: KeyMap | None = await self._run(routing.key_map, calls.current().tenant, body.text)
         return console.map_object(drawn)

@@ -6,6 +6,7 @@ Errors come back under the names that the body has for what they are about.
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,7 +119,8 @@ def completion(body: CompletionRequest, base: str, most_tokens: int, timeout: st
         )
     deadline = _deadline(timeout)
     asked = tuple(Asked(p, selection, sampling, deadline, count) for p in prompts)
-    names = {"prompt.text": "prompt", "prompt.token_ids": "prompt", "sampling": "", **names}
+    own = ("prompt.text", "prompt.token_ids.ids", "prompt.token_ids")
+    names = {**dict.fromkeys(own, "prompt"), "sampling": "", **names}
     return Question(asked, names)
 
 
@@ -163,8 +165,8 @@ def _sampling(body: Generation) -> pb.SamplingParams:
     """Sampling as OpenAI's API means it: at temperature 1 where nothing is said."""
     values = {name: v for name in _SAMPLING if (v := getattr(body, name)) is not None}
     message = pb.SamplingParams(**{"temperature": 1.0, **values})
-    if body.seed is not None:
-        message.seed = body.seed % 2**64
+    # One that is drawn is told, and JavaScript's numbers have 53 bits.
+    message.seed = secrets.randbits(53) if body.seed is None else body.seed % 2**64
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     message.stop.extend(stops)
     message.stop_token_ids.extend(body.stop_token_ids or ())

@@ -198,23 +198,14 @@ class Guard:
         """Gives a body as it comes; whoever takes it bounds its size."""
 
         async def arrived() -> Message:
-            message = await self._received(receive)
+            async with _in_time(self._stall_seconds):
+                message = await receive()
             if message["type"] == "http.disconnect":
                 answer.left = True
                 raise asyncio.CancelledError
             return message
 
         return arrived
-
-    async def _received(self, receive: Receive) -> Message:
-        try:
-            async with asyncio.timeout(self._stall_seconds):
-                return await receive()
-        except TimeoutError:
-            raise ResourceExhausted(
-                "body: it did not come in time; send it with the request",
-                reason="STREAM_STALLED",
-            ) from None
 
     async def _body(self, scope: Scope, receive: Receive, answer: _Answer) -> bytes:
         """The whole body."""
@@ -230,19 +221,17 @@ class Guard:
                 field="content-type",
                 reason="NOT_JSON",
             )
-        parts, size = [], 0
-        while True:
-            message = await self._received(receive)
-            if message["type"] == "http.disconnect":
-                answer.left = True
-                raise asyncio.CancelledError
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self._most_bytes:
-                raise self._too_large()
-            parts.append(part)
-            if not message.get("more_body", False):
-                return b"".join(parts)
+        parts, size, more = [], 0, True
+        arrived = self._arriving(receive, answer)
+        async with _in_time(self._stall_seconds):
+            while more:
+                message = await arrived()
+                size += len(message.get("body", b""))
+                if size > self._most_bytes:
+                    raise self._too_large()
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+        return b"".join(parts)
 
     def _too_large(self) -> InvalidArgument:
         return InvalidArgument(
@@ -325,6 +314,18 @@ class _Answer:
     def _hang_up(self) -> None:
         if self._abort is not None:
             self._abort()
+
+
+@asynccontextmanager
+async def _in_time(seconds: float) -> AsyncIterator[None]:
+    """Raises ResourceExhausted where what is waited for has not come after ``seconds``."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ResourceExhausted(
+            "body: it did not come in time; send it with the request", reason="STREAM_STALLED"
+        ) from None
 
 
 @asynccontextmanager

@@ -116,6 +116,8 @@ class HttpServer:
         self._task = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._socket]))
         while not self._uvicorn.started and not self._task.done():
             await asyncio.sleep(0.005)
+        if self._task.done():
+            self._task.result()  # what kept it from starting
 
     async def stop(self, seconds: float) -> None:
         """Hang up, on idle clients at once, on others when they have their answers."""

@@ -22,6 +22,7 @@ from mora_serve.model import quant
 from mora_serve.model.checkpoint import Checkpoint
 from mora_serve.model.decoder import Decoder, Layer
 from mora_serve.model.files import described, eos_ids, read_config, resolve
+from mora_serve.model.footprint import can_quantise
 from mora_serve.model.shape import SITES, ModelShape, projection_path
 from mora_serve.model.tokenizer import Tokenizer
 
@@ -195,7 +196,7 @@ def _weight(checkpoint: Checkpoint, path: str, dtype: torch.dtype, quantise: boo
             "bitsandbytes' 4-bit format are supported",
             field="base.model",
         )
-    if quantise and tensor.dim() == 2 and quant.can_quantise(*tensor.shape):
+    if quantise and tensor.dim() == 2 and can_quantise(*tensor.shape):
         return quant.quantise(tensor)
     return quant.DenseWeight(tensor.to(dtype, copy=True))
 

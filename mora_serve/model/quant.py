@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_serve.errors import ConfigError
+from mora_serve.model.footprint import BLOCK
 
-BLOCK = 64
 # Dequantised rows at a time: small enough to stay in the cache and to be reused by the allocator,
 # where one large buffer a call would be mapped and faulted in anew (4x slower on the CPU).
 CHUNK_ELEMENTS = 1 << 20
@@ -196,11 +196,6 @@ def fuse(parts: Sequence[Weight], bias: Tensor | None = None) -> Linear:
             continue
         merged.append(part)
     return Linear(tuple(merged), bias)
-
-
-def can_quantise(rows: int, columns: int) -> bool:
-    """Whether the 4-bit kernels take a matrix of this shape; others stay dense."""
-    return rows % 32 == 0 and columns % BLOCK == 0
 
 
 def quantise(weight: Tensor) -> NF4Weight:

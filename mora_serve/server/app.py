@@ -168,13 +168,13 @@ class MoraServer:
         if not await self._gate.drain(ending.left(times.finishing)):
             log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
             await self._gate.empty(ending.left(times.writing))
-        if self._http is not None:
-            await self._http.stop(times.last)
-        if not hang_up:
-            await asyncio.sleep(ending.LEAST)  # for the last bytes of calls
+        # These return earlier, unless somebody watches the health, or does not read.
+        hanging_up = [] if self._http is None else [self._http.stop(times.last)]
+        if hang_up:
+            hanging_up += [server.stop(times.last) for server in self._servers]
         else:
-            # Returns earlier, unless somebody watches the health, or does not read.
-            await asyncio.gather(*(server.stop(times.last) for server in self._servers))
+            hanging_up.append(asyncio.sleep(ending.LEAST))  # for the last bytes of calls
+        await asyncio.gather(*hanging_up)
         await self._close_parts(times.closing)
         self._threads.shutdown()
         await self._close([self._entrance.audit.close], times.closing)

@@ -131,7 +131,7 @@ def test_a_mistake_is_named(
         ([[1], [-1]], "prompt[1]"),
         ([[2**40]], "prompt[0]"),
         ([True], "prompt"),
-        ([10**6], "prompt.ids[0]"),
+        ([10**6], "prompt[0]"),
         (["x"] * 17, "prompt"),
     ],
 )

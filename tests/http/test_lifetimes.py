@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import socket
 import time
@@ -89,6 +90,22 @@ def test_a_client_that_does_not_read_is_ended(slow: Running) -> None:
     metrics = httpx.get(f"{url(slow)}/metrics").text
     name = 'mora_grpc_requests_total{code="RESOURCE_EXHAUSTED",method="/v1/completions"}'
     assert name in metrics
+
+
+def test_a_body_has_to_come_in_time_as_a_whole(slow: Running) -> None:
+    """Whoever sends a byte now and then has no more time than whoever sends none."""
+    with socket.create_connection(("127.0.0.1", slow.server.http_port), timeout=30) as drip:
+        drip.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+        )
+        answer, start = b"", time.monotonic()
+        drip.settimeout(0.2)
+        while not answer and time.monotonic() < start + 30:
+            drip.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = drip.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 def connections(serving: Running) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.http.conftest import openai_of
-from tests.server.conftest import Running
+from mora_serve.server.gate import State
+from tests.http.conftest import openai_of, with_http
+from tests.server.conftest import Running, running
 
 TURN = [{"role": "user", "content": "hello there"}]
 SHORT = {"max_tokens": 8, "extra_body": {"ignore_eos": True}}
@@ -130,6 +131,7 @@ class TestSampling:
             for seed in (1, 1, 2)
         )
         drawn = client.completions.create(model="base", prompt="hello", **SHORT)
+        assert drawn.mora["seed"] < 2**53  # of JavaScript's numbers too
         again = client.completions.create(
             model="base", prompt="hello", seed=drawn.mora["seed"], **SHORT
         )
@@ -333,11 +335,7 @@ def test_an_adapter_registered_over_grpc_is_a_model_at_once(serving: Running) ->
 
 class TestRetries:
     def test_a_client_comes_again_when_it_is_told_to(self, root: Any) -> None:
-        """429 with a time to come again; the official client waits so long and succeeds."""
-        from mora_serve.server.gate import State
-        from tests.http.conftest import with_http
-        from tests.server.conftest import running
-
+        """503 with a time to come again; the official client waits so long and succeeds."""
         with running(with_http(root)) as serving:
             gate = serving.server._gate
             gate.state = State.LOADING

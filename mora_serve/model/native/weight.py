@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_serve.model.footprint import BLOCK
 from mora_serve.model.memory import Arena
 from mora_serve.model.native.library import (
     DENSE,
@@ -23,7 +24,6 @@ from mora_serve.model.native.library import (
     array,
 )
 from mora_serve.model.quant import (
-    BLOCK,
     CHUNK_ELEMENTS,
     DenseWeight,
     Linear,
