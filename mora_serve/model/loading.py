@@ -23,8 +23,10 @@ from mora_serve.model.checkpoint import Checkpoint
 from mora_serve.model.decoder import Decoder, Layer
 from mora_serve.model.files import described, eos_ids, read_config, resolve
 from mora_serve.model.shape import SITES, ModelShape, projection_path
+from mora_serve.model.shard import Group, Shard, cut
 from mora_serve.model.tokenizer import Tokenizer
 
+Part = tuple[slice, slice]
 Progress = Callable[[int, int], None]
 
 
@@ -40,7 +42,10 @@ class BaseFiles:
 
 @dataclass(frozen=True)
 class Base:
-    """The resident model with what the server says about it."""
+    """The resident model with what the server says about it.
+
+    Where ranks share it, ``shape`` is that of the whole, and the decoder is this rank's part.
+    """
 
     name: str
     shape: ModelShape
@@ -58,20 +63,28 @@ class Base:
     def other_bytes(self) -> int:
         """Bytes resident of embedding and head."""
         decoder = self.decoder
-        tied = decoder.head is decoder.embedding
-        return decoder.embedding.nbytes + (0 if tied else decoder.head.nbytes)
+        head = 0 if self.shape.tied_embeddings else decoder.head.nbytes
+        return decoder.embedding.nbytes + head
 
 
-def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
+def load_base(
+    config: BaseConfig, progress: Progress | None = None, group: Group | None = None
+) -> Base:
     """Load the base that ``config`` names; ``progress(done, total)`` is called a layer.
 
+    With a ``group`` only what its rank holds, on the group's device.
+
     Raises ConfigError for an unsupported architecture or rope type, a missing or unreadable file
-    or tensor, or a device that is not there.
+    or tensor, a device that is not there, or a shape that so many ranks cannot share.
     """
     directory = resolve(config.model, config.revision)
     hf, shape, rope = _read_config(directory)
     ends = eos_ids(directory, hf)
-    device = _device(config.device)
+    device = _device(config.device) if group is None else group.device
+    quantise = config.quantization == "nf4"
+    shard = None
+    if group is not None:
+        shard = Shard.of(shape, group.rank, group.size, quantised=quantise)
     dtype = _dtype(config.dtype, device)
     stored = hf.get("quantization_config") or {}
     if stored and stored.get("quant_method") != "bitsandbytes":
@@ -87,7 +100,7 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
             field="base.quantization",
         )
     with Checkpoint(directory, device) as checkpoint:
-        decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
+        decoder = _decoder(checkpoint, shape, rope, dtype, quantise, progress, shard, group)
         tokenizer = Tokenizer.load(directory, ends)
         return Base(
             name=Path(config.model).name,
@@ -125,6 +138,8 @@ def _decoder(
     dtype: torch.dtype,
     quantise: bool,
     progress: Progress | None,
+    shard: Shard | None = None,
+    group: Group | None = None,
 ) -> Decoder:
     biased = {
         "qkv": shape.qkv_bias,
@@ -139,20 +154,20 @@ def _decoder(
         sites = {}
         for site, projections in SITES.items():
             paths = [projection_path(i, p) for p in projections]
-            parts = [_weight(checkpoint, path, dtype, quantise) for path in paths]
-            for projection, part in zip(projections, parts, strict=True):
-                if part.shape != shape.projection(projection):
-                    raise ConfigError(
-                        f"base.model: {projection} of layer {i} is {list(part.shape)}, the "
-                        f"configuration says {list(shape.projection(projection))}",
-                        field="base.model",
-                    )
+            sizes = [shape.projection(p) for p in projections]
+            cuts = [None if shard is None else shard.part(p) for p in projections]
+            parts = [
+                _weight(checkpoint, path, dtype, quantise, size, part)
+                for path, size, part in zip(paths, sizes, cuts, strict=True)
+            ]
             biases = [f"{path}.bias" for path in paths]
             bias = None
             if biased[site]:
-                sizes = [shape.projection(p)[:1] for p in projections]
+                whole = [
+                    checkpoint.tensor(b, dtype, n[:1]) for b, n in zip(biases, sizes, strict=True)
+                ]
                 bias = torch.cat(
-                    [checkpoint.tensor(b, dtype, n) for b, n in zip(biases, sizes, strict=True)]
+                    [b if c is None else b[c[0]] for b, c in zip(whole, cuts, strict=True)]
                 )
             elif stray := [b for b in biases if b in checkpoint]:
                 raise ConfigError(
@@ -174,30 +189,55 @@ def _decoder(
             progress(i + 1, shape.layers)
     table = (shape.vocab_size, shape.hidden_size)
     embedding = quant.DenseWeight(checkpoint.tensor("model.embed_tokens.weight", dtype, table))
-    head = embedding
+    rows = slice(0, shape.vocab_size) if shard is None else shard.vocabulary
     if not shape.tied_embeddings:
-        head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table))
+        part = rows, slice(0, shape.hidden_size)
+        head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table, part))
+    else:
+        head = embedding if shard is None else quant.DenseWeight(embedding.weight[rows])
     norm = checkpoint.tensor("model.norm.weight", dtype, hidden)
-    return Decoder(shape, embedding, layers, norm, head, *rope)
+    local = shape if shard is None else shard.local
+    return Decoder(local, embedding, layers, norm, head, *rope, shard, group)
 
 
-def _weight(checkpoint: Checkpoint, path: str, dtype: torch.dtype, quantise: bool) -> quant.Weight:
+def _weight(
+    checkpoint: Checkpoint,
+    path: str,
+    dtype: torch.dtype,
+    quantise: bool,
+    size: tuple[int, int],
+    part: Part | None,
+) -> quant.Weight:
+    """A projection's weight of ``size``, or a ``part`` of it, which is quantised alone."""
     name = f"{path}.weight"
     if f"{name}.absmax" in checkpoint:
         state = {
             key.removeprefix(f"{path}."): checkpoint.tensor(key) for key in checkpoint.beside(name)
         }
-        return quant.from_checkpoint(checkpoint.tensor(name), state, path)
-    tensor = checkpoint.tensor(name)
+        weight = quant.from_checkpoint(checkpoint.tensor(name), state, path)
+        _check_size(path, weight.shape, size)
+        return weight if part is None else cut(weight, part)
+    found = checkpoint.size(name)
+    tensor = checkpoint.tensor(name, part=part if found == size else None)
     if not tensor.is_floating_point():
         raise ConfigError(
             f"base.model: {path} is stored as {tensor.dtype}; only 16/32-bit floats and "
             "bitsandbytes' 4-bit format are supported",
             field="base.model",
         )
-    if quantise and tensor.dim() == 2 and quant.can_quantise(*tensor.shape):
+    _check_size(path, found, size)
+    if quantise and quant.can_quantise(*size):
         return quant.quantise(tensor)
     return quant.DenseWeight(tensor.to(dtype, copy=True))
+
+
+def _check_size(path: str, found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if found != size:
+        raise ConfigError(
+            f"base.model: {path.removeprefix('model.')} is {list(found)}, the configuration says "
+            f"{list(size)}; check that both are of one model",
+            field="base.model",
+        )
 
 
 def rope_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
@@ -251,6 +291,24 @@ def _device(name: str) -> torch.device:
             field="base.device",
         )
     return device
+
+
+def rank_device(name: str, rank: int, ranks: int) -> torch.device:
+    """The device of one of several ranks: a card each, counted from the one named, or the CPU.
+
+    Raises ConfigError for a device that is not there.
+    """
+    first = _device(name)
+    if first.type == "cpu":
+        return first
+    index, there = first.index or 0, torch.cuda.device_count()
+    if index + ranks > there:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} ranks need as many cards from cuda:{index} on, but "
+            f"torch sees {there} CUDA device(s); lower it",
+            field="engine.tensor_parallel",
+        )
+    return torch.device("cuda", index + rank)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

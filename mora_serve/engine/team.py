@@ -1,0 +1,363 @@
+"""Tensor parallelism on one machine: this process is rank 0, and a worker process each other rank.
+
+Rank 0 has the scheduler, the sampler and the callers. It tells the workers what each step computes;
+what they compute meets in sums and joins (see model/shard.py), so that no step needs an answer.
+
+Nothing waits for ever. A worker that ends, or that raises where rank 0 does not, is a part of the
+device that is gone: the engine fails, and with it the server. Where every rank raised at the same
+place, the step alone has failed. Workers end with this process, however it does: the pipe of their
+orders breaks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mora_serve
+from mora_serve.config import Config
+from mora_serve.engine import orders
+from mora_serve.engine.failures import DeviceLost
+from mora_serve.engine.group import RankGroup
+from mora_serve.engine.team_loads import TeamLoads
+from mora_serve.errors import ConfigError
+from mora_serve.model.decoder import Decoder
+from mora_serve.model.files import read_config, resolve
+from mora_serve.model.loading import Base, Progress, load_base, rank_device
+from mora_serve.model.pooling import States, pool_states
+from mora_serve.model.shard import Shard
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+HELLO_SECONDS = 120.0  # for a worker's imports
+LOAD_SECONDS = 1800.0  # for a worker to load its part of the base after rank 0 has
+SERVE_SECONDS = 120.0  # for its slots and pages
+SETTLE_SECONDS = 5.0  # between an exception on one rank and the same on all others
+END_SECONDS = 2.0  # for a worker to end by itself
+LONGEST_SECONDS = 1800.0  # of a step, where engine.step_seconds is 0
+WORKER = "mora_serve.engine.worker"
+
+
+def load_ranks(config: Config, progress: Progress | None = None) -> tuple[Base, Team | None]:
+    """The base, and the team that has the rest of it; None where this process has all of it.
+
+    Raises ConfigError as ``load_base`` does, and when a worker cannot start.
+    """
+    if config.engine.tensor_parallel == 1:
+        return load_base(config.base, progress), None
+    team = Team(config)
+    try:
+        return team.load(progress), team
+    except BaseException:
+        team.close()
+        raise
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    orders: Connection
+    loads: Connection
+    answers: dict[type, Any] = field(default_factory=dict)
+    raised: float | None = None  # when an order did that has not been settled
+
+
+class Team:
+    """The ranks that share a base, from rank 0.
+
+    ``group`` are they as rank 0's decoder needs them, ``followers`` as its adapters do. Steps and
+    states are told by one thread at a time.
+
+    Raises ConfigError where the base or the machine does not suit so many ranks.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.settle_seconds = SETTLE_SECONDS
+        self._config = config
+        ranks = config.engine.tensor_parallel
+        device = rank_device(config.base.device, 0, ranks)
+        directory = resolve(config.base.model, config.base.revision)
+        quantised = config.base.quantization == "nf4"
+        Shard.of(read_config(directory)[1], 0, ranks, quantised=quantised)
+        base = replace(config.base, model=str(directory))
+        seconds = config.engine.step_seconds or LONGEST_SECONDS
+        self._news = threading.Condition()
+        self._refused: ConfigError | None = None
+        self._lost: DeviceLost | None = None
+        self._failed: Callable[[], object] | None = None
+        self._closing = False
+        self._folder = Path(tempfile.mkdtemp(prefix="mora-serve-"))
+        self._workers: list[_Worker] = []
+        self._group: RankGroup | None = None
+        log.info("starting %d more ranks", ranks - 1)
+        try:
+            self._workers += [_start(rank) for rank in range(1, ranks)]
+            self.followers = TeamLoads({w.rank: w.loads for w in self._workers}, self._lose)
+            threading.Thread(target=self._listen, name="ranks", daemon=True).start()
+            self._answers(orders.Hello, HELLO_SECONDS)
+            path = self._folder / "ranks"
+            for w in self._workers:
+                w.orders.send(
+                    orders.Begin(
+                        replace(config, base=base),
+                        w.rank,
+                        ranks,
+                        str(rank_device(config.base.device, w.rank, ranks)),
+                        str(path),
+                        seconds,
+                        log.getEffectiveLevel(),
+                    )
+                )
+            self._group = self._join(lambda: RankGroup(0, ranks, device, path, seconds))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def group(self) -> RankGroup:
+        """See the class."""
+        assert self._group is not None  # noqa: S101 - made in the constructor
+        return self._group
+
+    def load(self, progress: Progress | None = None) -> Base:
+        """Load rank 0's part of the base, and wait for the others to have loaded theirs."""
+
+        def check(done: int, total: int) -> None:
+            self._check()
+            if progress is not None:
+                progress(done, total)
+
+        base = load_base(self._config.base, check, self.group)
+        mine = orders.Loaded(base.fingerprint, str(base.decoder.dtype))
+        for answer in self._answers(orders.Loaded, LOAD_SECONDS):
+            if answer != mine:
+                raise ConfigError(
+                    "base.model: ranks of engine.tensor_parallel have loaded different models; "
+                    "its files have changed meanwhile: start again",
+                    field="base.model",
+                )
+        return base
+
+    def serve(self, slots: int, max_rank: int, pages: int, page_size: int, threads: int) -> None:
+        """Have every worker make slots, key/value pages and forward like rank 0's."""
+        self.tell(orders.Serve(slots, max_rank, pages, page_size, threads))
+        self._answers(orders.Serving, SERVE_SECONDS)
+
+    def watch(self, failed: Callable[[], object]) -> None:
+        """Call ``failed``, once and on any thread, when a rank is gone."""
+        with self._news:
+            self._failed = failed
+            lost = self._lost
+        if lost is not None:
+            log.critical("%s", lost.message)
+            failed()
+
+    def tell(self, order: object) -> None:
+        """Send an order to every worker. Raises DeviceLost where one is gone."""
+        self._check()
+        data = pickle.dumps(order, pickle.HIGHEST_PROTOCOL)
+        for worker in self._workers:
+            try:
+                worker.orders.send_bytes(data)
+            except OSError as e:
+                raise self._lose(f"the process of rank {worker.rank} has ended") from e
+
+    @contextmanager
+    def together(self, order: object) -> Iterator[None]:
+        """Send an order, do rank 0's part of it inside.
+
+        What is raised inside comes out as it is where all ranks can go on, else as DeviceLost.
+        """
+        self.tell(order)
+        try:
+            yield
+        except DeviceLost as e:
+            raise self._lose(e.message.removeprefix(_FIELD)) from e
+        except Exception:
+            self._settle()
+            raise
+
+    def pool_states(self, decoder: Decoder, texts: Sequence[Sequence[int]], depth: int) -> States:
+        """``pooling.pool_states`` by all ranks."""
+        with self.together(orders.Pool(texts, depth)):
+            return pool_states(decoder, texts, depth)
+
+    def close(self) -> None:
+        """End the workers."""
+        with self._news:
+            self._closing = True
+        for worker in self._workers:
+            _hang_up(worker.orders)
+        until = time.monotonic() + END_SECONDS
+        for worker in self._workers:
+            try:
+                worker.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            worker.loads.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _join(self, join: Callable[[], RankGroup]) -> RankGroup:
+        """Meet the others, who may fail before they come."""
+        joined: Future[RankGroup] = Future()
+
+        def work() -> None:
+            try:
+                joined.set_result(join())
+            except Exception as e:
+                joined.set_exception(e)
+
+        threading.Thread(target=work, name="join", daemon=True).start()
+        while True:
+            self._check()
+            with suppress(TimeoutError):
+                return joined.result(0.1)
+
+    def _settle(self) -> None:
+        """After an exception here: hear from all ranks that they have come to the same place."""
+        self.tell(orders.Settle())
+        answers = self._answers(orders.Settled, self.settle_seconds)
+        if any(a.calls != self.group.calls for a in answers):
+            raise self._lose("a step has raised at different places on different ranks")
+        for worker in self._workers:
+            worker.raised = None
+
+    def _answers(self, kind: type[R], seconds: float) -> list[R]:
+        """Every worker's answer of a kind. Raises what ended one, DeviceLost when it takes long."""
+        until = time.monotonic() + seconds
+        with self._news:
+            while True:
+                self._check()
+                silent = [w.rank for w in self._workers if kind not in w.answers]
+                if not silent:
+                    return [w.answers.pop(kind) for w in self._workers]
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise self._lose(f"rank {silent[0]} has not answered in {seconds:g} s")
+                self._news.wait(left)
+
+    def _check(self) -> None:
+        with self._news:
+            if self._refused is not None:
+                raise self._refused
+            if self._lost is not None:
+                raise self._lost
+
+    def _listen(self) -> None:
+        """To all workers, until they have ended."""
+        there = {worker.orders: worker for worker in self._workers}
+        while there:
+            for connection in wait(list(there), 1.0):
+                worker = there[connection]  # type: ignore[index]
+                try:
+                    self._take(worker, worker.orders.recv())
+                except (EOFError, OSError):
+                    del there[worker.orders]
+                    self._ended(worker)
+            now = time.monotonic()
+            for worker in there.values():
+                if worker.raised is not None and now - worker.raised > self.settle_seconds:
+                    self._lose(f"a step has raised on rank {worker.rank} alone")
+
+    def _take(self, worker: _Worker, message: object) -> None:
+        if isinstance(message, orders.LogLine):
+            log.log(message.level, "rank %d: %s", worker.rank, message.text)
+            return
+        with self._news:
+            if isinstance(message, orders.Refused):
+                self._refused = ConfigError(message.message, field=message.field)
+            elif isinstance(message, orders.Raised):
+                worker.raised = time.monotonic()
+            else:
+                worker.answers[type(message)] = message
+            self._news.notify_all()
+
+    def _ended(self, worker: _Worker) -> None:
+        with self._news:
+            if self._closing or self._refused is not None:
+                return
+        try:
+            status = f" with status {worker.process.wait(END_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            status = ""
+        self._lose(f"the process of rank {worker.rank} has ended{status}")
+
+    def _lose(self, why: str) -> DeviceLost:
+        """The ranks cannot go on together: end the workers, so that nobody waits for them."""
+        with self._news:
+            if self._lost is not None:
+                return self._lost
+            self._lost = lost = DeviceLost(f"{_FIELD}{why}; start the server again")
+            failed, closing = self._failed, self._closing
+            self._news.notify_all()
+        for worker in self._workers:
+            worker.process.kill()
+        if self._group is not None:
+            self._group.abort()
+        if failed is not None and not closing:
+            log.critical("%s", lost.message)
+            failed()
+        return lost
+
+
+_FIELD = "engine.tensor_parallel: "
+
+
+def _start(rank: int) -> _Worker:
+    """Start a worker's process, whose end of the pipes it alone has."""
+    (mine, its), (my_loads, its_loads) = Pipe(), Pipe()
+    root = str(Path(mora_serve.__file__).parents[1])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    handles = its.fileno(), its_loads.fileno()
+    try:
+        process = subprocess.Popen(  # noqa: S603 - this program's own module
+            [sys.executable, "-m", WORKER, *map(str, handles)],
+            pass_fds=handles,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_handle(sys.stderr) else subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for rank 0, which drains
+        )
+    except OSError as e:
+        raise ConfigError(
+            f"engine.tensor_parallel: the process of rank {rank} cannot be started "
+            f"({e.strerror}); set it to 1",
+            field="engine.tensor_parallel",
+        ) from e
+    finally:
+        its.close()
+        its_loads.close()
+    return _Worker(rank, process, mine, my_loads)
+
+
+def _has_handle(file: Any) -> bool:
+    try:
+        return file is not None and file.fileno() >= 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _hang_up(connection: Connection) -> None:
+    """Whoever reads at either end finds it ended; its handle stays, as another thread reads it."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
