@@ -191,7 +191,7 @@ class Team:
         try:
             yield
         except DeviceLost as e:
-            raise self._lose(e.message.removeprefix(_FIELD)) from e
+            raise self._lose(self._who_ended() or e.message.removeprefix(_FIELD)) from e
         except Exception:
             self._settle()
             raise
@@ -296,11 +296,17 @@ class Team:
         with self._news:
             if self._closing or self._refused is not None:
                 return
-        try:
-            status = f" with status {worker.process.wait(END_SECONDS)}"
-        except subprocess.TimeoutExpired:
-            status = ""
-        self._lose(f"the process of rank {worker.rank} has ended{status}")
+        self._lose(self._who_ended() or f"the process of rank {worker.rank} has ended")
+
+    def _who_ended(self) -> str:
+        """Which process, and how. A connection that breaks is noticed before its process's end."""
+        until = time.monotonic() + END_SECONDS
+        while time.monotonic() < until:
+            for worker in self._workers:
+                if (status := worker.process.poll()) is not None:
+                    return f"the process of rank {worker.rank} has ended with status {status}"
+            time.sleep(0.01)
+        return ""
 
     def _lose(self, why: str) -> DeviceLost:
         """The ranks cannot go on together: end the workers, so that nobody waits for them."""

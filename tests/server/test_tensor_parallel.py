@@ -15,6 +15,7 @@ from mora_serve.demo.process import ServerProcess
 from mora_serve.demo.scenes import ask_all
 from mora_serve.server.ending import ENGINE_FAILED
 from tests.server.conftest import OUTLASTING
+from tests.server.conftest import running as served
 from tests.server.process import server_process
 
 TWO = {"engine.tensor_parallel": 2, "engine.threads": 1}
@@ -39,56 +40,56 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_for_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
-    while any(map(running, pids)):
-        assert time.monotonic() < deadline, "a worker outlives its server"
-        time.sleep(0.05)
-
-
-def test_the_bundled_models_answer_right_and_a_killed_server_leaves_no_worker() -> None:
-    """Routed, hinted, mixed and abstained; then rank 0 ends by SIGKILL, and they with it."""
+def test_the_bundled_models_answer_right_until_a_worker_is_killed() -> None:
+    """Routed, hinted, mixed and abstained. Then streams are told, and the server ends as one whose
+    engine has failed."""
     examples = [e for e in read_examples(bundle_path()) if e.kind != "late"]
     flags = {"base.dtype": "fp32", **TWO}
     with ServerProcess(flags) as server, Client(server.address) as client:
         server.wait_until_ready(client)
         rows = ask_all(client, examples)
-        started = workers(server.pid)
-        assert len(started) == 1
-        os.kill(server.pid, signal.SIGKILL)
-        wait_for_end(started)
+        stream = iter(client.stream("hello", max_tokens=400, ignore_eos=True))
+        next(stream)
+        (worker,) = workers(server.pid)
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(errors.Unavailable) as caught:
+            list(stream)
+        assert server._process is not None
+        assert server._process.wait(60) == ENGINE_FAILED
+        log = server.whole_log
     assert [row.problem for row in rows if row.problem] == []
+    assert caught.value.reason == "ENGINE_FAILED"
+    assert "the process of rank 1 has ended with status -9" in log
 
 
-def test_a_killed_worker_ends_the_server_as_a_failed_engine_does(root) -> None:
-    """Streams under way are told; the process ends with the engine's status."""
+def test_a_killed_server_leaves_no_worker(root) -> None:
+    """In the middle of a step, as likely as not; nor a folder of theirs."""
     with server_process(root, **TWO) as (process, client):
         client.wait_until_ready(120)
         stream = iter(client.stream("hello", **OUTLASTING))
         next(stream)
-        (worker,) = workers(process.pid)
-        os.kill(worker, signal.SIGKILL)
-        with pytest.raises(errors.Unavailable) as caught:
+        started = workers(process.pid)
+        assert len(started) == 1
+        process.kill()
+        deadline = time.monotonic() + 30
+        while any(map(running, started)):
+            assert time.monotonic() < deadline, "a worker outlives its server"
+            time.sleep(0.05)
+        with pytest.raises(errors.Unavailable):
             list(stream)
-        assert caught.value.reason == "ENGINE_FAILED"
-        assert process.wait(60) == ENGINE_FAILED
-    log = process.stderr.read().decode()
-    assert "the process of rank 1 has ended with status -9" in log
 
 
-def test_a_server_that_is_stopped_drains_and_ends_its_workers(root) -> None:
-    """Ctrl-C at a terminal reaches every process of its group; so may SIGTERM."""
-    with server_process(root, **TWO, **{"server.drain_seconds": 20}) as (process, client):
-        client.wait_until_ready(120)
+def test_a_server_that_is_stopped_drains_and_ends_its_workers(configure) -> None:
+    """A signal for the whole group of processes, as a terminal sends it, ends no worker early."""
+    config = configure(engine={"tensor_parallel": 2, "threads": 1})
+    with served(config) as serving, serving.client() as client:
+        team = serving.server._assembly.engine.team
+        (process,) = (w.process for w in team._workers)
         stream = iter(client.stream("hello", max_tokens=40, ignore_eos=True))
         next(stream)
-        started = workers(process.pid)
-        for worker in started:
-            os.kill(worker, signal.SIGTERM)
-        process.terminate()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+        serving.end()
         assert len(list(stream)) > 0
-        assert process.wait(30) == 0
-        wait_for_end(started)
-    log = process.stderr.read().decode()
-    assert "Traceback" not in log
-    assert "has ended" not in log
+        assert process.wait(60) == 0
+    assert not serving.server.failed.is_set()
