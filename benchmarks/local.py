@@ -26,7 +26,12 @@ class LocalEngine:
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
         self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
-        self.engine = Engine(self.base, config, self._open, self.team)
+        try:
+            self.engine = Engine(self.base, config, self._open, self.team)
+        except BaseException:
+            if self.team is not None:
+                self.team.close()
+            raise
         self.steps: list[Sequence[Event | AdapterLoad]] = []
         self._count = 0
 

@@ -349,10 +349,10 @@ def _check(config: Config) -> None:
             "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
             field="engine.step_pace",
         )
-    if config.engine.tensor_parallel > 1 and config.engine.kernels == "native":
+    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
         raise ConfigError(
-            "engine.kernels: 'native' computes a step in one call, which "
-            f"engine.tensor_parallel ({config.engine.tensor_parallel}) cannot share; use 'auto'",
+            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
         )
     if config.adapters.slots < config.adapters.max_mixture:

@@ -27,6 +27,7 @@ import torch
 
 from mora_serve.adapters.validate import ValidatedAdapter
 from mora_serve.core import AdapterLoad
+from mora_serve.engine.failures import DeviceLost
 from mora_serve.engine.followers import ALONE, Followers
 from mora_serve.engine.host_adapters import HostAdapter, HostAdapters
 from mora_serve.engine.kv_cache import IntegrityError
@@ -285,6 +286,8 @@ class AdapterPool:
             self._host.get(digest)
         except Exception:
             log.debug("adapter %s cannot be converted ahead", digest[:12], exc_info=True)
+            with contextlib.suppress(DeviceLost):
+                self._host.forget(digest)
         finally:
             self._staging.discard(digest)
             self._wake()
@@ -307,6 +310,8 @@ class AdapterPool:
                 "LOAD_FAILED",
                 "adapter: it could not be loaded; retry, then register it anew",
             )
+            with contextlib.suppress(DeviceLost):
+                self._host.forget(digest)
         self._done.put(AdapterLoad(digest, time.monotonic() - started, nbytes, error))
         self._wake()
 

@@ -35,6 +35,10 @@ class Followers(Protocol):
         """Hold it no longer."""
         ...
 
+    def forget(self, digest: str) -> None:
+        """Hold it no longer, nor the scales that DoRA has of it."""
+        ...
+
     def filling(self, slot: int, digest: str) -> AbstractContextManager[None]:
         """What they hold of an adapter is written into a slot."""
         ...
@@ -50,6 +54,9 @@ class _Alone:
         pass
 
     def drop(self, digest: str) -> None:
+        pass
+
+    def forget(self, digest: str) -> None:
         pass
 
     def filling(self, slot: int, digest: str) -> AbstractContextManager[None]:

@@ -169,12 +169,8 @@ class HostAdapters:
             self._kept.move_to_end(digest)
             return found
         adapter = self._open(digest)
-        try:
-            with self._followers.converting(digest, adapter) as total:
-                made = self._converter.convert(digest, adapter, total)
-        except Exception:
-            self._converter.forget(digest)  # as the followers do
-            raise
+        with self._followers.converting(digest, adapter) as total:
+            made = self._converter.convert(digest, adapter, total)
         if made.nbytes <= self._limit:
             self._kept[digest] = made
             self._followers.keep(digest)
@@ -184,6 +180,13 @@ class HostAdapters:
                 self._followers.drop(old)
                 self.nbytes -= dropped.nbytes
         return made
+
+    def forget(self, digest: str) -> None:
+        """All that is kept of an adapter, here and at the followers: something went wrong."""
+        self._converter.forget(digest)
+        if digest in self._kept:
+            self.nbytes -= self._kept.pop(digest).nbytes
+        self._followers.forget(digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,8 +110,9 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """For rank 0's log."""
+    """For rank 0's log, under a logger's name."""
 
+    name: str
     level: int
     text: str
 

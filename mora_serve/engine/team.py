@@ -52,7 +52,8 @@ LOAD_SECONDS = 1800.0  # for a worker to load its part of the base after rank 0 
 SERVE_SECONDS = 120.0  # for its slots and pages
 SETTLE_SECONDS = 5.0  # between an exception on one rank and the same on all others
 END_SECONDS = 2.0  # for a worker to end by itself
-LONGEST_SECONDS = 1800.0  # of a step, where engine.step_seconds is 0
+LEAST_SECONDS = 60.0  # that ranks wait for each other; a step's time is the watchdog's matter
+LONGEST_SECONDS = 1800.0  # where engine.step_seconds is 0
 WORKER = "mora_serve.engine.worker"
 
 
@@ -99,7 +100,7 @@ class Team:
         quantised = config.base.quantization == "nf4"
         Shard.of(read_config(directory)[1], 0, ranks, quantised=quantised)
         base = replace(config.base, model=str(directory))
-        seconds = config.engine.step_seconds or LONGEST_SECONDS
+        seconds = max(LEAST_SECONDS, config.engine.step_seconds or LONGEST_SECONDS)
         self._news = threading.Condition()
         self._refused: ConfigError | None = None
         self._lost: DeviceLost | None = None
@@ -281,7 +282,8 @@ class Team:
 
     def _take(self, worker: _Worker, message: object) -> None:
         if isinstance(message, orders.LogLine):
-            log.log(message.level, "rank %d: %s", worker.rank, message.text)
+            lines = logging.getLogger(message.name)
+            lines.log(message.level, "rank %d: %s", worker.rank, message.text)
             return
         with self._news:
             if isinstance(message, orders.Refused):

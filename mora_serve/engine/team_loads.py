@@ -22,7 +22,7 @@ from mora_serve.engine import orders
 from mora_serve.engine.failures import DeviceLost
 from mora_serve.engine.followers import Total
 
-SECONDS = 120.0  # that a worker may take to convert or copy one adapter
+SECONDS = 300.0  # that a worker may take to convert or copy one adapter
 
 
 class TeamLoads:
@@ -59,7 +59,6 @@ class TeamLoads:
             raise
         except BaseException:
             self._abandon()
-            self._tell(orders.Drop(digest, scales=True))
             raise
 
     def keep(self, digest: str) -> None:
@@ -69,6 +68,10 @@ class TeamLoads:
     def drop(self, digest: str) -> None:
         """See Followers."""
         self._tell(orders.Drop(digest))
+
+    def forget(self, digest: str) -> None:
+        """See Followers."""
+        self._tell(orders.Drop(digest, scales=True))
 
     @contextmanager
     def filling(self, slot: int, digest: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ import torch
 
 from mora_serve.engine import orders
 from mora_serve.engine.adapter_pool import start_loading_thread
+from mora_serve.engine.failures import is_memory
 from mora_serve.engine.group import RankGroup
 from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.engine.worker_loads import WorkerLoads
@@ -62,9 +63,12 @@ class Worker:
         except Exception as e:
             log.debug("the start has failed", exc_info=True)
             why = str(e).partition("\n")[0]
+            remedy = "lower it, or mend the device"
+            if is_memory(e):
+                remedy = "lower adapters.slots, adapters.max_rank or engine.kv_bytes"
             self._refuse(
                 f"engine.tensor_parallel: rank {rank} cannot start ({type(e).__name__}: {why}); "
-                "lower it, or free the device",
+                f"{remedy}",
                 "engine.tensor_parallel",
             )
         while True:
@@ -154,12 +158,13 @@ class _Lines(logging.Handler):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._worker = worker
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
         try:
-            self._worker.say(orders.LogLine(record.levelno, self.format(record)))
+            self._worker.say(orders.LogLine(record.name, record.levelno, self.format(record)))
         except Exception:
             self.handleError(record)
 

@@ -141,21 +141,34 @@ def test_a_step_that_raises_on_every_rank_ends_its_request_alone(both):
     assert [tokens(e) for e in drive(local, [local.request(j) for j in JOBS])] == want
 
 
-def test_an_adapter_that_one_rank_cannot_load_fails_alone(both, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_adapter_that_one_rank_cannot_load_fails_alone(both, rank, monkeypatch):
     """Its request is told; the ranks still agree on what the next ones load."""
     local = both[1]
-    convert = local.engine.pool._host._converter.convert
     want = local.generate([(PROMPT, {"dora": 1.0}, GREEDY)])
     for name in list(oracle.VARIANTS)[:8]:  # out of the slots and off the host
         local.generate([(PROMPT[:5], {name: 1.0}, GREEDY)])
 
+    local.engine.pool._host.forget(local.digests["dora"])
+
     def fail(digest, adapter, total):
         raise MemoryError
 
-    monkeypatch.setattr(local.engine.pool._host._converter, "convert", fail)
-    (events,) = drive(local, [local.request((PROMPT, {"dora": 1.0}, GREEDY))])
+    tell = local.team.followers._tell
+
+    def tell_of_no_layer(order):
+        if isinstance(order, orders.Convert):
+            modules = tuple(dataclasses.replace(m, layer=99) for m in order.modules)
+            order = dataclasses.replace(order, modules=modules)
+        tell(order)
+
+    with monkeypatch.context() as patch:
+        if rank == 0:
+            patch.setattr(local.engine.pool._host._converter, "convert", fail)
+        else:
+            patch.setattr(local.team.followers, "_tell", tell_of_no_layer)
+        (events,) = drive(local, [local.request((PROMPT, {"dora": 1.0}, GREEDY))])
     assert events[-1].error.reason == "LOAD_FAILED"
-    monkeypatch.setattr(local.engine.pool._host._converter, "convert", convert)
     assert local.generate([(PROMPT, {"dora": 1.0}, GREEDY)]) == want
 
 

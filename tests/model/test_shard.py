@@ -94,8 +94,24 @@ def test_two_ranks_compute_what_one_does(bases, tmp_path, family, quantization):
         assert base.linear_bytes + other[0].linear_bytes == whole.linear_bytes
 
 
+def test_three_ranks_share_what_three_does_not_divide(tmp_path):
+    """Five blocks of intermediate features, and a vocabulary of 320."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}
+    make_base("llama3", tmp_path, intermediate_size=320, **sizes)
+    config = BaseConfig(str(tmp_path), "main", "nf4", "fp32", "cpu")
+    want = logits(load_base(config))
+
+    def work(group):
+        base = load_base(config, group=group)
+        return base.decoder.shape.intermediate_size, logits(base)
+
+    for got, features in zip(by_ranks(tmp_path, 3, work), (128, 128, 64), strict=True):
+        assert got[0] == features
+        torch.testing.assert_close(got[1], want, rtol=1e-4, atol=2e-4)
+
+
 def test_a_checkpoint_stored_in_nf4_is_cut_between_its_blocks(tmp_path):
-    """The bundled base, over four ranks of one head each."""
+    """The bundled base, whose heads of 32 two ranks can share and four cannot."""
     config = BaseConfig("demo", dtype="fp32", device="cpu")
     whole = load_base(config)
     with pytest.raises(ConfigError, match="inside of NF4's blocks of 64"):

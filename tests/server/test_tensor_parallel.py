@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from tests.server.conftest import OUTLASTING
 from tests.server.conftest import running as served
 from tests.server.process import server_process
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TWO = {"engine.tensor_parallel": 2, "engine.threads": 1}
 
 
