@@ -231,8 +231,15 @@ class Team:
         threading.Thread(target=work, name="join", daemon=True).start()
         while True:
             self._check()
-            with suppress(TimeoutError):
+            try:
                 return joined.result(0.1)
+            except TimeoutError:
+                continue
+            except RuntimeError as e:  # of one that came and went: it says why
+                with self._news:
+                    self._news.wait_for(lambda: self._refused or self._lost, END_SECONDS)
+                self._check()
+                raise self._lose("the ranks cannot meet") from e
 
     def _settle(self) -> None:
         """After an exception here: hear from all ranks that they have come to the same place."""

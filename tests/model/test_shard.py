@@ -42,9 +42,17 @@ def bases(tmp_path_factory):
 
 def by_ranks(path, ranks, work):
     """``work(group)`` on a thread a rank; the results by rank."""
-    group = lambda rank: RankGroup(rank, ranks, CPU, path / f"{ranks}-ranks", 60)  # noqa: E731
+    ended = threading.Barrier(ranks)
+
+    def run(rank):
+        group = RankGroup(rank, ranks, CPU, path / f"{ranks}-ranks", 60)
+        try:
+            return work(group)
+        finally:
+            ended.wait(60)  # who hangs up first would disturb others that are still connecting
+
     with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(lambda rank: work(group(rank)), range(ranks)))
+        return list(threads.map(run, range(ranks)))
 
 
 @torch.no_grad()
