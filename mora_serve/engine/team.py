@@ -12,30 +12,26 @@ orders breaks.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import mora_serve
 from mora_serve.config import Config
 from mora_serve.engine import orders
 from mora_serve.engine.failures import DeviceLost
 from mora_serve.engine.group import RankGroup
 from mora_serve.engine.team_loads import TeamLoads
+from mora_serve.engine.worker_process import WorkerProcess, hang_up, start
 from mora_serve.errors import ConfigError
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.files import read_config, resolve
@@ -54,7 +50,6 @@ SETTLE_SECONDS = 5.0  # between an exception on one rank and the same on all oth
 END_SECONDS = 2.0  # for a worker to end by itself
 LEAST_SECONDS = 60.0  # that ranks wait for each other; a step's time is the watchdog's matter
 LONGEST_SECONDS = 1800.0  # where engine.step_seconds is 0
-WORKER = "mora_serve.engine.worker"
 
 
 def load_ranks(config: Config, progress: Progress | None = None) -> tuple[Base, Team | None]:
@@ -70,16 +65,6 @@ def load_ranks(config: Config, progress: Progress | None = None) -> tuple[Base, 
     except BaseException:
         team.close()
         raise
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    rank: int
-    process: subprocess.Popen[bytes]
-    orders: Connection
-    loads: Connection
-    answers: dict[type, Any] = field(default_factory=dict)
-    raised: float | None = None  # when an order did that has not been settled
 
 
 class Team:
@@ -107,11 +92,11 @@ class Team:
         self._failed: Callable[[], object] | None = None
         self._closing = False
         self._folder = Path(tempfile.mkdtemp(prefix="mora-serve-"))
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._group: RankGroup | None = None
         log.info("starting %d more ranks", ranks - 1)
         try:
-            self._workers += [_start(rank) for rank in range(1, ranks)]
+            self._workers += [start(rank) for rank in range(1, ranks)]
             self.followers = TeamLoads({w.rank: w.loads for w in self._workers}, self._lose)
             threading.Thread(target=self._listen, name="ranks", daemon=True).start()
             self._answers(orders.Hello, HELLO_SECONDS)
@@ -207,7 +192,7 @@ class Team:
         with self._news:
             self._closing = True
         for worker in self._workers:
-            _hang_up(worker.orders)
+            hang_up(worker.orders)
         until = time.monotonic() + END_SECONDS
         for worker in self._workers:
             try:
@@ -287,7 +272,7 @@ class Team:
                 if worker.raised is not None and now - worker.raised > self.settle_seconds:
                     self._lose(f"a step has raised on rank {worker.rank} alone")
 
-    def _take(self, worker: _Worker, message: object) -> None:
+    def _take(self, worker: WorkerProcess, message: object) -> None:
         if isinstance(message, orders.LogLine):
             lines = logging.getLogger(message.name)
             lines.log(message.level, "rank %d: %s", worker.rank, message.text)
@@ -301,7 +286,7 @@ class Team:
                 worker.answers[type(message)] = message
             self._news.notify_all()
 
-    def _ended(self, worker: _Worker) -> None:
+    def _ended(self, worker: WorkerProcess) -> None:
         with self._news:
             if self._closing or self._refused is not None:
                 return
@@ -336,43 +321,3 @@ class Team:
 
 
 _FIELD = "engine.tensor_parallel: "
-
-
-def _start(rank: int) -> _Worker:
-    """Start a worker's process, whose end of the pipes it alone has."""
-    (mine, its), (my_loads, its_loads) = Pipe(), Pipe()
-    root = str(Path(mora_serve.__file__).parents[1])
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    handles = its.fileno(), its_loads.fileno()
-    try:
-        process = subprocess.Popen(  # noqa: S603 - this program's own module
-            [sys.executable, "-m", WORKER, *map(str, handles)],
-            pass_fds=handles,
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno() if _has_handle(sys.stderr) else subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for rank 0, which drains
-        )
-    except OSError as e:
-        raise ConfigError(
-            f"engine.tensor_parallel: the process of rank {rank} cannot be started "
-            f"({e.strerror}); set it to 1",
-            field="engine.tensor_parallel",
-        ) from e
-    finally:
-        its.close()
-        its_loads.close()
-    return _Worker(rank, process, mine, my_loads)
-
-
-def _has_handle(file: Any) -> bool:
-    try:
-        return file is not None and file.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _hang_up(connection: Connection) -> None:
-    """Whoever reads at either end finds it ended; its handle stays, as another thread reads it."""
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)

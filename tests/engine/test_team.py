@@ -234,7 +234,7 @@ def spoiled(order):
 
 def test_a_worker_that_cannot_start_is_an_error_in_one_line(model_root, monkeypatch):
     """Not a process that waits for it."""
-    monkeypatch.setattr("mora_serve.engine.team.WORKER", "mora_serve.no_such_worker")
+    monkeypatch.setattr("mora_serve.engine.worker_process.WORKER", "mora_serve.no_such_worker")
     with pytest.raises(DeviceLost, match="the process of rank 1 has ended with status 1") as caught:
         make(model_root, 2)
     assert "\n" not in str(caught.value)
