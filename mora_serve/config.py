@@ -78,6 +78,11 @@ class EngineConfig:
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
         "as many as torch does",
     )
+    tensor_parallel: int = _doc(
+        1,
+        "devices of this machine that share the base, for one that a single card cannot hold: a "
+        "process each, on cards side by side from base.device on, or on the CPU",
+    )
     kernels: Literal["auto", "native", "torch"] = _doc(
         "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
     )
@@ -312,6 +317,7 @@ _MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 6553
 def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
+        "engine.tensor_parallel",
         *(f"adapters.{k}" for k in ("slots", "max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
     )
@@ -359,6 +365,12 @@ def _check(config: Config) -> None:
             f"engine.step_pace: {config.engine.step_pace:g} is out of range; no step with prompt "
             "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
             field="engine.step_pace",
+        )
+    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+        raise ConfigError(
+            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
+            field="engine.kernels",
         )
     if config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(
