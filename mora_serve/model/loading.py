@@ -57,6 +57,17 @@ class Base:
     quantization: str
 
     @property
+    def dtype(self) -> str:
+        """What it computes in, by the configuration's word."""
+        dtype = str(self.decoder.dtype).removeprefix("torch.")
+        return {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+
+    @property
+    def device(self) -> str:
+        """What it computes on, in torch's words."""
+        return str(self.decoder.device)
+
+    @property
     def linear_bytes(self) -> int:
         """Bytes resident of the layers' weights."""
         return sum(s.nbytes for layer in self.decoder.layers for s in layer.sites.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
@@ -22,8 +22,11 @@ from mora_serve.metrics import Metrics
 class Submitter(Protocol):
     """What the bridge needs of an engine. Both are safe to call from any thread."""
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ResourceExhausted or InvalidArgument."""
+    def submit(self, request: Request) -> Awaitable[None] | None:
+        """Queue a request. Raises ResourceExhausted or InvalidArgument.
+
+        An engine elsewhere gives what is to be awaited, and raises then.
+        """
 
     def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise ResourceExhausted where a tenant's request finds no place, or comes too late.
@@ -50,6 +53,7 @@ class Generation:
         self._ready = asyncio.Event()
         self._ended = False
         self._token_time: float | None = None
+        self.admission: Awaitable[None] | None = None
 
     async def __aenter__(self) -> Generation:
         return self
@@ -80,6 +84,11 @@ class Generation:
                 event, finish=self._last.finish, usage=self._last.usage, error=self._last.error
             )
         return event
+
+    async def admitted(self) -> None:
+        """Wait until the request has its place; raises what ``Bridge.submit`` raises."""
+        if self.admission is not None:
+            await self.admission
 
     @property
     def finished(self) -> bool:
@@ -134,7 +143,7 @@ class Bridge:
         generation = Generation(self, request)
         self._open[request.id] = generation
         try:
-            self._engine.submit(request)
+            generation.admission = self._engine.submit(request)
         except BaseException:
             del self._open[request.id]
             raise

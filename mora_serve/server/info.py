@@ -63,7 +63,6 @@ class ServerServicer(ServerServiceServicer):
 def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
     """What GetServerInfo says and what does not change."""
     config, base = assembly.config, assembly.base
-    dtype = str(base.decoder.dtype).removeprefix("torch.")
     return pb.GetServerInfoResponse(
         version=__version__,
         base=pb.BaseModel(
@@ -71,8 +70,8 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             fingerprint=base.fingerprint,
             architecture=base.shape.model_type,
             quantization=base.quantization,
-            dtype={"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype),
-            device=str(base.decoder.device),
+            dtype=base.dtype,
+            device=base.device,
             vocab_size=base.shape.vocab_size,
             chat=base.tokenizer.has_chat_template,
         ),
