@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from mora_serve.cluster.resume import Diverged, Sent
@@ -65,9 +65,7 @@ class ReplicaLost(Exception):
 class Replicas(Protocol):
     """How the replicas are called; each method raises MoraError besides what it says."""
 
-    def stream(
-        self, request: Request, left: float | None
-    ) -> AsyncIterator[Event | Failure | None]:
+    def stream(self, request: Request, left: float | None) -> AsyncIterator[Event | Failure | None]:
         """Give a request to one of them: None once it is admitted, then its events.
 
         A Failure ends it. ``left`` is the time to its deadline, in seconds. Raises ReplicaLost.
@@ -218,7 +216,8 @@ class RemoteEngine:
                         event = sent.rest(_checked(item))
                         if event is None:
                             continue
-                        self._deliver([event])
+                        # Under its id here: the replica's bridge has given it another.
+                        self._deliver([replace(event, request_id=request.id)])
                         if event.finish is not None:
                             return
                 raise ReplicaLost
