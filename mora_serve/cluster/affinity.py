@@ -37,15 +37,15 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # untyped
         if not wanted:
             pair = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
             return [pair, candidate_replicas]
-        standings = [
-            Standing(
-                replica.replica_id.unique_id,
-                self.replica_queue_len_cache.get(replica.replica_id) or 0,
-                (replica.routing_stats or {}).get("resident", ()),
-            )
-            for replica in candidate_replicas
-        ]
+        standings = [self._standing(replica) for replica in candidate_replicas]
         return [[candidate_replicas[i]] for i in rank(wanted, standings, self._spill)]
+
+    def _standing(self, replica: RunningReplica) -> Standing:
+        queue = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        stats = replica.routing_stats or {}  # none yet of a new one
+        resident = stats.get("resident", ())
+        free = stats.get("slots", 0) - len(resident)
+        return Standing(replica.replica_id.unique_id, queue, resident, free)
 
 
 def _wanted(pending: PendingRequest | None) -> list[str]:

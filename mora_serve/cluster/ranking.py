@@ -16,18 +16,23 @@ SLACK = 2.0  # requests above the mean that nobody is sent away for: a few are n
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A replica as a gateway sees it: ``queue`` requests at work, adapters in its slots."""
+    """A replica as a gateway sees it: ``queue`` requests at work, ``free`` slots, others' digests.
+
+    Slots are those of the last report, a second ago or so.
+    """
 
     name: str
     queue: float
     resident: Collection[str]
+    free: int = 0
 
 
 def rank(wanted: Sequence[str], replicas: Sequence[Standing], spill: float) -> list[int]:
     """The replicas by index, the best first, for a mixture of the digests ``wanted``.
 
     First those whose queue is at most ``spill`` times the mean and SLACK; among these the ones
-    with most of the adapters in slots, then those at home to most of them, then by the hash.
+    with most of the adapters in slots, then those with a slot free for the others, then those at
+    home to most of them, then by the hash.
     """
     if not replicas:
         return []
@@ -35,11 +40,13 @@ def rank(wanted: Sequence[str], replicas: Sequence[Standing], spill: float) -> l
     scores = {d: [score(d, r.name) for r in replicas] for d in wanted}
     best = {d: max(row) for d, row in scores.items()}
 
-    def key(i: int) -> tuple[bool, int, int, int]:
+    def key(i: int) -> tuple[bool, int, bool, int, int]:
         replica = replicas[i]
         resident = sum(d in replica.resident for d in wanted)
+        crowded = len(wanted) - resident > replica.free
         home = sum(scores[d][i] == best[d] for d in wanted)
-        return (replica.queue > limit, -resident, -home, -sum(row[i] for row in scores.values()))
+        hashed = sum(row[i] for row in scores.values())
+        return (replica.queue > limit, -resident, crowded, -home, -hashed)
 
     return sorted(range(len(replicas)), key=key)
 

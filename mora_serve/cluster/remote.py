@@ -1,8 +1,8 @@
 """The engines of all replicas, as one engine for the gateway's server.
 
 What crosses is what crosses between a server and its engine's thread: ``core``'s Request one way,
-its Events the other, an error as a ``Failure``. A request whose replica is lost goes to another one,
-which its caller does not notice (see ``resume``).
+its Events the other, an error as a ``Failure``. A request whose replica is lost goes to another
+one, which its caller does not notice (see ``resume``).
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ class RemoteEngine:
     async def _run(self, request: Request, admission: asyncio.Future[None]) -> None:
         error: MoraError
         try:
-            return await self._serve(request, admission)
+            await self._serve(request, admission)
+            return
         except MoraError as e:
             error = e
         except Exception:
