@@ -1,4 +1,4 @@
-"""A cluster on this machine: one Ray node, the application of ``mora_serve.cluster``, no proxies."""
+"""A cluster on this machine: one Ray node, ``mora_serve.cluster`` on it, no proxies."""
 
 from __future__ import annotations
 
