@@ -92,13 +92,13 @@ class LocalCluster:
         ray.kill(ray.get_actor(first, NAMESPACE))
 
     def wait_for(self, replicas: int, seconds: float) -> float:
-        """Wait until so many replicas are up; the seconds that it took, ``inf`` where it never."""
+        """Wait until so many replicas are up; the seconds that it took. Raises TimeoutError."""
         start = time.monotonic()
         while (waited := time.monotonic() - start) < seconds:
             if len(self.reports()) >= replicas:
                 return waited
             time.sleep(0.5)
-        return float("inf")
+        raise TimeoutError(f"{replicas} replicas are not up in {seconds:g} s")
 
     def _end(self) -> None:
         import ray
