@@ -81,9 +81,11 @@ def compared(single: Client, many: Client) -> dict[str, Any]:
     """Answers of the cluster that are not those of a single server, tokens and decisions."""
     different = count = 0
     for example in read_examples(bundle_path()):
-        for sampling in ({}, {"temperature": 0.8, "seed": 7}):
-            one = single.generate(example.prompt, max_tokens=24, **sampling)
-            two = many.generate(example.prompt, max_tokens=24, **sampling)
+        for heat in (0.0, 0.8):
+            one, two = (
+                client.generate(example.prompt, max_tokens=24, temperature=heat, seed=7)
+                for client in (single, many)
+            )
             count += 1
             different += (one.tokens, one.text, one.decision) != (
                 two.tokens,

@@ -14,12 +14,13 @@ from benchmarks.local_cluster import LocalCluster
 from mora_serve.client import AsyncClient, Client
 from mora_serve.config import Config, ServerConfig
 from mora_serve.demo.bundle import bundle_path, read_examples
-from mora_serve.errors import DeadlineExceeded, InvalidArgument, NotFound
+from mora_serve.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
 from mora_serve.server.app import MoraServer
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'mora-serve[ray]'")
 pytestmark = pytest.mark.timeout(600)
 
+MANY, LONG = 32, 400  # requests at once, and their tokens: seconds of work
 SECONDS = 60.0  # that a condition may take on a busy machine
 
 
@@ -91,31 +92,49 @@ def test_errors_are_typed_and_say_nothing_of_the_inside(client: Client):
     assert e.value.reason == "PROMPT_TOO_LONG"
 
 
-def test_a_deadline_reaches_the_engine(cluster: LocalCluster, client: Client):
-    with pytest.raises(DeadlineExceeded):
-        client.generate("on and on", max_tokens=4000, ignore_eos=True, base=True, timeout=0.3)
+def made(cluster: LocalCluster) -> int:
+    """Tokens that the engines have made, once all have nothing to do."""
     assert becomes(lambda: sum(r.running + r.waiting for r in cluster.reports()) == 0)
+    return sum(r.generation_tokens for r in cluster.reports())
+
+
+def test_a_deadline_reaches_the_engine(cluster: LocalCluster, client: Client):
+    def late(i: int) -> bool:
+        try:
+            client.generate(f"on and on {i}", max_tokens=LONG, ignore_eos=True, timeout=0.3)
+        except (DeadlineExceeded, ResourceExhausted):  # the engine refuses what has no chance
+            return True
+        return False
+
+    before = made(cluster)
+    with ThreadPoolExecutor(MANY) as asking:
+        outcomes = list(asking.map(late, range(MANY)))
+    assert any(outcomes)
+    assert made(cluster) - before < MANY * LONG / 2
 
 
 async def test_a_client_that_leaves_ends_its_request_in_the_engine(cluster: LocalCluster):
+    before = await asyncio.to_thread(made, cluster)
     async with AsyncClient(cluster.address) as client:
-        async with await client.stream(
-            "on and on", max_tokens=4000, ignore_eos=True, base=True
-        ) as stream:
-            async for _ in stream:
-                break
-        idle = await asyncio.to_thread(
-            becomes, lambda: sum(r.running + r.waiting for r in cluster.reports()) == 0
-        )
-        assert idle
+
+        async def leave(i: int) -> None:
+            async with await client.stream(
+                f"on and on {i}", max_tokens=LONG, ignore_eos=True
+            ) as stream:
+                async for _ in stream:
+                    break
+
+        await asyncio.gather(*map(leave, range(MANY)))
+        assert await asyncio.to_thread(made, cluster) - before < MANY * LONG / 2
 
 
 def test_what_one_gateway_registers_all_serve_and_what_it_removes_none(
     cluster: LocalCluster, client: Client
 ):
-    def served(gateway: Client) -> bool:
+    def served(gateway: Client, tokens: int = 2) -> bool:
+        options = {"max_tokens": tokens, "ignore_eos": True}
         try:
-            return bool(gateway.generate("x", adapters={"fresh": 1.0}, max_tokens=2).tokens)
+            return len(gateway.generate("x", adapters={"fresh": 1.0}, **options).tokens) == tokens
         except NotFound:
             return False
 
@@ -123,7 +142,7 @@ def test_what_one_gateway_registers_all_serve_and_what_it_removes_none(
         digest = client.register_adapter("fresh", "reverse").digest
         assert becomes(lambda: served(other))
         with ThreadPoolExecutor(16) as asking:  # so many that both replicas are needed
-            list(asking.map(lambda _: served(other), range(64)))
+            assert all(asking.map(lambda _: served(other, LONG), range(32)))
         assert becomes(lambda: all(digest in r.resident for r in cluster.reports()))
         other.unregister_adapter("fresh")
         assert not served(other)
