@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import (
@@ -46,7 +46,7 @@ class HandleReplicas:
 
     async def stream(
         self, request: Request, left: float | None
-    ) -> AsyncIterator[Event | Failure | None]:
+    ) -> AsyncGenerator[Event | Failure | None, None]:
         """One request's events; leaving the iterator early ends it in the replica."""
         response = self._generate.remote(request, left)
         ended = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +38,9 @@ class ReplicaDeployment:
 
     async def generate(self, request: Request, left: float | None) -> Any:
         """See ``Replica.generate``."""
-        async for item in self._replica.generate(request, left):
-            yield item
+        async with aclosing(self._replica.generate(request, left)) as items:
+            async for item in items:
+                yield item
 
     async def pool(self, *asked: Any) -> Any:
         """See ``Replica.pool``."""

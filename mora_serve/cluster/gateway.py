@@ -76,7 +76,9 @@ class Gateway:
             dtype=said.dtype,
             device=said.device,
         )
-        engine = RemoteEngine(self._replicas, base, said.max_context, config, self._loop)
+        engine = RemoteEngine(
+            self._replicas, base, said.max_context, config, self._loop, self._server.say
+        )
         assembly = join(config, base, lambda registry: engine)
         self._refresher = Refresher(assembly.registry, config.cluster.refresh_seconds)
         return assembly

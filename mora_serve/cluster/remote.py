@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, fields, replace
@@ -65,7 +65,9 @@ class ReplicaLost(Exception):
 class Replicas(Protocol):
     """How the replicas are called; each method raises MoraError besides what it says."""
 
-    def stream(self, request: Request, left: float | None) -> AsyncIterator[Event | Failure | None]:
+    def stream(
+        self, request: Request, left: float | None
+    ) -> AsyncGenerator[Event | Failure | None, None]:
         """Give a request to one of them: None once it is admitted, then its events.
 
         A Failure ends it. ``left`` is the time to its deadline, in seconds. Raises ReplicaLost.
@@ -81,7 +83,10 @@ class Replicas(Protocol):
 
 
 class RemoteEngine:
-    """See ``mora_serve.server.parts.ServedEngine``. Lives on the event loop ``loop``."""
+    """See ``mora_serve.server.parts.ServedEngine``. Lives on the event loop ``loop``.
+
+    ``served`` is told whether there is any replica, each time that this changes.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class RemoteEngine:
         max_context: int,
         config: Config,
         loop: asyncio.AbstractEventLoop,
+        served: Callable[[bool], None] = bool,
     ) -> None:
         self.base = base
         self.max_context = max_context
@@ -97,6 +103,7 @@ class RemoteEngine:
         self._replicas = replicas
         self._config = config
         self._loop = loop
+        self._served = served
         cluster = config.cluster
         most = max(cluster.replicas, cluster.max_replicas) * config.engine.max_batch
         self._places = Places(most + config.engine.max_queue, "requests")
@@ -208,7 +215,7 @@ class RemoteEngine:
             sent.restart()
             left = None if request.deadline is None else request.deadline - time.monotonic()
             try:
-                async with aclosing(self._replicas.stream(request, left)) as items:  # type: ignore[type-var]
+                async with aclosing(self._replicas.stream(request, left)) as items:
                     async for item in items:
                         if item is None:
                             if not admission.done():
@@ -242,6 +249,8 @@ class RemoteEngine:
             except Exception as e:
                 log.warning("the replicas do not report: %s", type(e).__name__)
             else:
+                if bool(reports) != bool(self._serving):
+                    self._served(bool(reports))
                 self._serving = len(reports)
                 self._stats = total(reports)
             await asyncio.sleep(REPORT_SECONDS)

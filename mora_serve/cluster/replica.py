@@ -10,14 +10,12 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
 from mora_serve import __version__
-from mora_serve.adapters.registry import Registry
 from mora_serve.cluster.refreshing import Refresher
 from mora_serve.cluster.remote import Description
 from mora_serve.cluster.uses import Uses
@@ -25,7 +23,7 @@ from mora_serve.config import Config
 from mora_serve.core import EngineStats, Event, Request
 from mora_serve.errors import Failure, MoraError, ResourceExhausted
 from mora_serve.metrics import Metrics
-from mora_serve.server.assembly import load, make_engine
+from mora_serve.server.assembly import load, make_engine, open_registry
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.follow import Pins
 
@@ -54,9 +52,7 @@ class Replica:
         self._failed = threading.Event()
         self._uses = Uses()
         base, team = load(config)
-        self._registry = Registry(
-            Path(config.server.state), config.adapters, base.shape, base.fingerprint
-        )
+        self._registry = open_registry(config, base)
         self._engine = make_engine(config, base, team, self._registry)
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(self._engine, Metrics(__version__), loop)
@@ -104,7 +100,7 @@ class Replica:
 
     async def generate(
         self, request: Request, left: float | None
-    ) -> AsyncIterator[Event | Failure | None]:
+    ) -> AsyncGenerator[Event | Failure | None, None]:
         """One request: None once the engine has it, then its events; or a Failure.
 
         ``left`` is the time to its deadline, in seconds. Closing the iterator ends the request.
@@ -113,8 +109,9 @@ class Replica:
         deadline = None if left is None else now + left
         request = dataclasses.replace(request, arrival=now, deadline=deadline)
         try:
-            async for item in self._answer(request):
-                yield item
+            async with aclosing(self._answer(request)) as items:
+                async for item in items:
+                    yield item
         except MoraError as e:
             yield Failure.of(e)
         except Exception:
@@ -143,7 +140,7 @@ class Replica:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._registry.close()
 
-    async def _answer(self, request: Request) -> AsyncIterator[Event | None]:
+    async def _answer(self, request: Request) -> AsyncGenerator[Event | None, None]:
         digests = [digest for digest, _ in request.mixture.merged()]
         loop = asyncio.get_running_loop()
         held: list[str] = []

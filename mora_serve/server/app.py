@@ -154,6 +154,12 @@ class MoraServer:
         self._health.set(serving=True)
         log.info("serving on %s", self.address)
 
+    def say(self, serving: bool) -> None:
+        """Say by the health whether calls can be served: not while the engines are elsewhere."""
+        if self._gate.state is State.SERVING:
+            log.warning("health: %s", "SERVING" if serving else "NOT_SERVING")
+            self._health.set(serving=serving)
+
     async def stop(self, drain_seconds: float | None = None, *, hang_up: bool = True) -> None:
         """Refuse new calls, wait for those that run, end what is left, free everything.
 

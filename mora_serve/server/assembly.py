@@ -83,12 +83,18 @@ def make_engine(config: Config, base: Base, team: Team | None, registry: Registr
     return engine
 
 
+def open_registry(config: Config, base: BaseModel) -> Registry:
+    """The registry that the configuration names. Raises ConfigError."""
+    state = Path(config.server.state) if config.server.state else None
+    return Registry(state, config.adapters, base.shape, base.fingerprint)
+
+
 def join(
     config: Config, base: BaseModel, engine_of: Callable[[Registry], ServedEngine]
 ) -> Assembly:
     """The parts around a base, with the engine that ``engine_of`` makes for their registry."""
     state = Path(config.server.state) if config.server.state else None
-    registry = Registry(state, config.adapters, base.shape, base.fingerprint)
+    registry = open_registry(config, base)
     feedback = _feedback(config, state)
     if config.base.model == "demo":
         from mora_serve.demo.bundle import register_bundle

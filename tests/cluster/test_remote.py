@@ -50,7 +50,9 @@ class Scripted:
 def engine(*scripts: Script) -> tuple[RemoteEngine, list[Event], Scripted]:
     replicas = Scripted(*scripts)
     base = RemoteBase("b", SHAPE, None, "f", "nf4", "bf16", "cpu")
-    made = RemoteEngine(replicas, base, 64, Config(), asyncio.get_running_loop())
+    told: list[bool] = []
+    made = RemoteEngine(replicas, base, 64, Config(), asyncio.get_running_loop(), told.append)
+    made.told = told
     events: list[Event] = []
     made._deliver = events.extend
     return made, events, replicas
@@ -167,6 +169,7 @@ async def test_without_replicas_calls_are_refused_for_now():
     with pytest.raises(Unavailable) as e:
         made.check_line("t", 1, 1, None)
     assert e.value.retry_after
+    assert made.told == [False]
     made._cancel()
 
 
