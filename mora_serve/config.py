@@ -53,7 +53,16 @@ class EngineConfig:
     )
     page_size: int = _doc(16, "tokens a page of the key/value cache")
     kv_pages: int = _doc(0, "pages of the key/value cache; 0 sizes it from kv_bytes")
-    kv_bytes: int = _doc(1 << 30, "memory for the key/value cache, in bytes")
+    kv_bytes: int = _doc(
+        0,
+        "memory for the key/value cache, in bytes; 0 is 1 GiB on a CPU and, on a card, what "
+        "memory_fraction leaves",
+    )
+    memory_fraction: float = _doc(
+        0.9,
+        "share of a card's memory, free after the base is loaded, that adapter slots, the "
+        "key/value cache and what a step works in may take",
+    )
     prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
     max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
     max_queue: int = _doc(1024, "requests waiting before new ones are refused")
@@ -74,8 +83,10 @@ class EngineConfig:
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
         "as many as torch does",
     )
-    kernels: Literal["auto", "native", "torch"] = _doc(
-        "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
+    kernels: Literal["auto", "native", "triton", "torch"] = _doc(
+        "auto",
+        "what computes a step: native on a CPU, triton on a card, or torch on either; auto is the "
+        "first where it can run",
     )
 
 
@@ -84,7 +95,11 @@ class AdaptersConfig:
     """What may be registered, and how much of it is resident."""
 
     root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
-    slots: int = _doc(32, "adapters on the device at the same time")
+    slots: int = _doc(
+        0,
+        "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
+        "requests run, if a quarter of engine.memory_fraction holds them",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -295,7 +310,7 @@ _MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 6553
 def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
-        *(f"adapters.{k}" for k in ("slots", "max_rank", "max_mixture", "max_adapters")),
+        *(f"adapters.{k}" for k in ("max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
     )
     for key in positive:
@@ -343,7 +358,13 @@ def _check(config: Config) -> None:
             "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
             field="engine.step_pace",
         )
-    if config.adapters.slots < config.adapters.max_mixture:
+    if not 0 < config.engine.memory_fraction <= 1:
+        raise ConfigError(
+            f"engine.memory_fraction: {config.engine.memory_fraction:g} is out of range; it must "
+            "be above 0 and at most 1",
+            field="engine.memory_fraction",
+        )
+    if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(
             f"adapters.slots: {config.adapters.slots} is less than adapters.max_mixture "
             f"({config.adapters.max_mixture}); a full mixture would never fit",

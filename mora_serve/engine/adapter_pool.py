@@ -79,7 +79,7 @@ class AdapterPool:
         self.hits = self.misses = self.evictions = 0
         self._host = HostAdapters(decoder, slots, open_adapter, host_bytes)
         self._wake = wake
-        self._reserve = reserve
+        self.reserve = reserve
         # What each slot holds: (layer, projection) -> rows that are not zero.
         self._filled: list[dict[tuple[int, str], int]] = [{} for _ in range(slots.slots)]
         self._loads = 0  # under way, or in line for the loading thread
@@ -181,10 +181,10 @@ class AdapterPool:
         Raises ResourceExhausted when pins would leave fewer slots than one mixture needs.
         """
         with self._pin_lock:
-            limit = self.slots.slots - self._reserve
+            limit = self.slots.slots - self.reserve
             if digest not in self._pinned and len(self._pinned) >= limit:
                 raise ResourceExhausted(
-                    f"pinned: {self._reserve} of the {self.slots.slots} slots stay free for "
+                    f"pinned: {self.reserve} of the {self.slots.slots} slots stay free for "
                     "mixtures, and the others are pinned; unpin one or raise adapters.slots",
                     field="pinned",
                 )
@@ -254,7 +254,7 @@ class AdapterPool:
         if loading != self._loads:
             raise IntegrityError(f"{loading} slots wait for loads, {self._loads} are under way")
         with self._pin_lock:
-            pinned, most = len(self._pinned), max(0, self.slots.slots - self._reserve)
+            pinned, most = len(self._pinned), max(0, self.slots.slots - self.reserve)
         if pinned > most:
             raise IntegrityError(f"{pinned} adapters are pinned in place of {most}")
 

@@ -26,6 +26,9 @@ class TorchForward:
         self.decoder, self.slots, self.kv = decoder, slots, kv
         self.torch_threads = threads
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch, as they share one product."""
         device = self.decoder.device
@@ -51,7 +54,7 @@ class TorchForward:
         if not last:
             return None
         logits = self.decoder.logits(hidden[torch.tensor(last, device=device)])
-        return Logits(logits, logits.argmax(-1).tolist(), is_finite(logits).tolist())
+        return Logits.of(logits, logits.argmax(-1).tolist(), is_finite(logits).tolist())
 
     def _attention(self, batch: Seq[Chunk], slots: torch.Tensor) -> PagedAttention:
         device, size = self.decoder.device, self.kv.page_size
