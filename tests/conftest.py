@@ -1,12 +1,32 @@
-"""Tests marked ``gpu`` are skipped where torch sees no CUDA device; no example has a deadline."""
+"""Tests marked ``gpu`` are skipped where torch sees no CUDA device; no example has a deadline.
+
+Without a card, Triton interprets its kernels on the CPU. It reads that choice when it is first
+imported, by whomever, so it is made here, before any test module.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import os
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)  # nothing here asserts on time
 settings.load_profile("untimed")
+
+
+def sees_a_card() -> bool:
+    """Whether CUDA's driver finds a device. Importing torch to ask it would take seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0
+
+
+if not sees_a_card():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("directory", "extras"),
     [
-        ("mora_serve", ()),
+        ("mora_serve", ("gpu",)),
         ("router_training", ("train", "eval")),
         ("benchmarks", ("train",)),
         ("tests", ("train", "dev")),
