@@ -12,7 +12,7 @@ from mora_serve.config import Config
 from mora_serve.core import AdapterLoad, AdapterWeight, Event, Mixture, Request, SamplingParams
 from mora_serve.engine.engine import Engine
 from mora_serve.errors import NotFound
-from mora_serve.model.loading import load_base
+from mora_serve.model.loading import Base, load_base
 
 Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 
@@ -20,9 +20,10 @@ Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 class LocalEngine:
     """The real engine over real adapter files, without its thread, the registry or gRPC."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, base: Base | None = None) -> None:
+        """``base`` in place of the one that the configuration names."""
         self.config = config
-        self.base = load_base(config.base)
+        self.base = load_base(config.base) if base is None else base
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
         self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
@@ -38,7 +39,10 @@ class LocalEngine:
 
     def register(self, name: str, root: Path, path: str) -> None:
         """Make the PEFT directory ``path`` under ``root`` usable as ``name``."""
-        adapter = read_directory(root, path, self.base.shape, self.config.adapters)
+        self.add(name, read_directory(root, path, self.base.shape, self.config.adapters))
+
+    def add(self, name: str, adapter: ValidatedAdapter) -> None:
+        """Make an adapter usable as ``name``."""
         self.adapters[adapter.digest] = adapter
         self.digests[name] = adapter.digest
 

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -286,7 +286,8 @@ class AdapterPool:
     def _stage(self, digest: str) -> None:
         """Convert an adapter that has no slot yet. Its load will say what is wrong with it."""
         try:
-            self._host.get(digest)
+            with self._side_stream():
+                self._host.get(digest)
         except Exception:
             log.debug("adapter %s cannot be converted ahead", digest[:12], exc_info=True)
         finally:
@@ -298,9 +299,9 @@ class AdapterPool:
         error: Failure | None = None
         nbytes = 0
         try:
-            adapter = self._host.get(digest)
-            nbytes = adapter.file_bytes
-            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            with self._side_stream():
+                adapter = self._host.get(digest)
+                nbytes = adapter.file_bytes
                 self._fill(slot, adapter)
         except MoraError as e:
             error = Failure.of(e)
@@ -313,6 +314,13 @@ class AdapterPool:
             )
         self._done.put(AdapterLoad(digest, time.monotonic() - started, nbytes, error))
         self._wake()
+
+    def _side_stream(self) -> AbstractContextManager[object]:
+        """On a card, what is launched inside runs beside the steps: DoRA's passes over the base,
+        copies from pinned memory. ``_fill`` waits for it before the engine is told, so that reads
+        come after the copies; the steps' own stream waits for nothing.
+        """
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @torch.no_grad()
     def _fill(self, slot: int, adapter: HostAdapter) -> None:

@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class CudaForward:
         self._steps = StepBuffers(max_batch, max_batch, self._pages, device)
         self._rows = DecodeRows(self._steps, kv.page_size)
         self._adapters = self._make_adapters(max_batch)
-        self._tile_rows = 0  # of the mixtures that were laid out last
+        self._variant = Variant(0)  # but for its rows: of the mixtures that were laid out last
         self._graphs = Graphs(self._decode, device)
         self._prompts = StepBuffers(0, max_batch, self._pages, device)
         self._prompt_adapters = self._make_adapters(1)
@@ -87,19 +88,42 @@ class CudaForward:
         self._pick = Pick(max_batch, shape.vocab_size, device)
         self._picked = torch.zeros(max_batch, dtype=torch.int32, pin_memory=device.type == "cuda")
         with self._on_device():
-            self._product = product or measured(decoder)
-        self._kernels = KernelDecoder(decoder, kv, self._product)
+            self.product = product or measured(decoder)
+        self._kernels = KernelDecoder(decoder, kv, self.product)
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture the graphs that steps without DoRA need, the largest first: they share memory."""
+        """Capture the graphs that steps without DoRA need, the largest first: they share memory.
+
+        On a card the kernels of steps with prompts are compiled as well.
+        """
         with self._on_device():
             self._rows.reset()
             for rows in reversed(self._buckets):
-                for tile_rows in (0, *tile_sizes(rows, self._max_mixture)):
-                    if tile_rows:
-                        self._adapters.fill([()] * rows, [1] * rows, tile_rows)
-                    self._graphs.prepare(self._variant(rows, tile_rows))
+                self._graphs.prepare(Variant(rows))
+                for tile_rows in tile_sizes(rows, self._max_mixture):
+                    self._adapters.fill([()] * rows, [1] * rows, tile_rows)
+                    self._graphs.prepare(Variant(rows, tile_rows, dora_parts(self._slots)))
+            if self._device.type == "cuda":
+                self.compile_prompts()
+
+    @torch.inference_mode()
+    def compile_prompts(self, lengths: Seq[int] = (16, 512)) -> None:
+        """Run prompts of padding: nothing is kept of them."""
+        most = self._pages * self._kv.page_size
+        for length in (min(n, most) for n in lengths):
+            buffers = self._prompt_buffers(length)
+            host = buffers.begin()
+            host["places"][:], host["counts"][0], host["contexts"][0] = -1, length, 0
+            host["tokens"][:], host["positions"][:], host["table"][0] = 0, 0, 0
+            host["starts"][0] = 0
+            buffers.upload(1)
+            attend = self._attend_prompts(0, 1, length)
+            tensors = [buffers.device[n][:length] for n in ("tokens", "positions", "places")]
+            self._kernels.hidden(*tensors, attend)
+            for tile_rows in tile_sizes(length, self._max_mixture):
+                self._prompt_adapters.fill([()], [length], tile_rows)
+                self._kernels.hidden(*tensors, attend, self._prompt_adapters)
 
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch."""
@@ -118,13 +142,13 @@ class CudaForward:
         rows, changed = self._rows.fill(batch, bucket, slot)
         if changed:
             mixtures = self._rows.mixtures[:bucket]
-            self._tile_rows = self._adapters.fill(mixtures, [1] * bucket) if any(mixtures) else 0
-        self._graphs.run(self._variant(bucket, self._tile_rows))
+            self._variant = Variant(bucket)
+            if any(mixtures):
+                tile_rows = self._adapters.fill(mixtures, [1] * bucket)
+                self._variant = Variant(bucket, tile_rows, dora_parts(self._slots))
+        self._graphs.run(replace(self._variant, rows=bucket))
         samples = np.fromiter((chunk.samples for chunk in batch), bool, len(batch))
         return self._steps, rows[samples]
-
-    def _variant(self, rows: int, tile_rows: int) -> Variant:
-        return Variant(rows, tile_rows, dora_parts(self._slots) if tile_rows else 0)
 
     def _decode(self, variant: Variant) -> None:
         """What a graph holds: from the buffers to the tokens of their first rows."""
@@ -149,28 +173,34 @@ class CudaForward:
     ) -> tuple[StepBuffers, Ints]:
         """A step with prompts; where the rows that sample are."""
         total = sum(chunk.length for chunk in batch)
-        if total > self._prompts.tokens:
-            room = 1 << (total - 1).bit_length()
-            self._prompts = StepBuffers(room, self._max_batch, self._pages, self._device)
-            self._prompt_adapters = self._make_adapters(room)
-        buffers, d = self._prompts, self._prompts.device
+        buffers = self._prompt_buffers(total)
+        d = buffers.device
         sampled = fill_prompts(buffers, batch, self._kv.page_size)
+        single = sum(chunk.length == 1 for chunk in batch)
+        longest = max(chunk.length for chunk in batch)
         mixtures = [tuple((slot(x), w) for x, w in c.sequence.weights) for c in batch]
         if any(mixtures):
             self._prompt_adapters.fill(mixtures, [chunk.length for chunk in batch])
         hidden = self._kernels.hidden(
             *(d[name][:total] for name in ("tokens", "positions", "places")),
-            self._attend_prompts(batch),
+            self._attend_prompts(single, len(batch), longest),
             self._prompt_adapters if any(mixtures) else None,
         )
         if sampled:
             self._sample(buffers, hidden[d["last"][:sampled]])
         return buffers, np.arange(sampled)
 
-    def _attend_prompts(self, batch: Seq[Chunk]) -> Attend:
-        d, chunks = self._prompts.device, len(batch)
-        single = sum(chunk.length == 1 for chunk in batch)
-        longest = max(chunk.length for chunk in batch)
+    def _prompt_buffers(self, tokens: int) -> StepBuffers:
+        """Those of steps with prompts, with room for so many tokens."""
+        if tokens > self._prompts.tokens:
+            room = 1 << (tokens - 1).bit_length()
+            self._prompts = StepBuffers(room, self._max_batch, self._pages, self._device)
+            self._prompt_adapters = self._make_adapters(room)
+        return self._prompts
+
+    def _attend_prompts(self, single: int, chunks: int, longest: int) -> Attend:
+        """Of ``chunks`` chunks, the first ``single`` of one token, none above ``longest``."""
+        d = self._prompts.device
         window = self._decoder.shape.sliding_window
         decodes, prompts = slice(0, single), slice(single, chunks)
 
@@ -193,7 +223,7 @@ class CudaForward:
         if isinstance(head, DenseWeight):
             torch.mm(hidden, head.weight.T, out=logits)
         else:
-            logits.copy_(self._product.part(head, hidden))
+            logits.copy_(self.product.part(head, hidden))
         self._pick(logits, *(d[name][:n] for name in ("temperatures", "seeds", "draws")))
 
     def _read(self, buffers: StepBuffers, rows: Ints) -> Logits | None:
@@ -210,9 +240,7 @@ class CudaForward:
             where = torch.from_numpy(rows[list(wanted)]).to(self._device)
             return self._logits[where].float()
 
-        return Logits(
-            read, tokens.clip(0).tolist(), (tokens >= 0).tolist(), buffers.drawn(rows)
-        )
+        return Logits(read, tokens.clip(0).tolist(), (tokens >= 0).tolist(), buffers.drawn(rows))
 
     def _make_adapters(self, rows: int) -> KernelAdapters:
         slots = self._slots
@@ -226,11 +254,12 @@ class CudaForward:
 
 def measured(decoder: Decoder) -> Products:
     """The ways to multiply by this decoder's 4-bit matrices, on a card by measurement."""
-    ways = known_ways()
+    ways = known_ways(decoder.device, decoder.dtype)
     if decoder.device.type != "cuda":
-        return Products(ways, "dense" if "dense" in ways else "kernel")
+        return Products(ways, "dense")
     linears = [site for layer in decoder.layers for site in layer.sites.values()]
-    return Products(ways, "kernel", measure(linears, decoder.dtype, ways, card_seconds))
+    table = measure(linears, decoder.dtype, ways, card_seconds)
+    return Products(ways, "dense" if "dense" in ways else next(iter(ways)), table)
 
 
 def tile_sizes(rows: int, max_mixture: int) -> list[int]:

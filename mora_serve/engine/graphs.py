@@ -68,9 +68,7 @@ class Graphs:
                 self._work(variant)
         graph = torch.cuda.CUDAGraph()
         # Not "global": loads of adapters, on a thread of their own, may allocate meanwhile.
-        with torch.cuda.graph(
-            graph, self._pool, self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             self._work(variant)
         main.wait_stream(self._stream)
         self._graphs[variant] = graph

@@ -128,7 +128,8 @@ class HostAdapters:
         weight = linear.dequantise(torch.float32, part.start, part.start + part.width)
         b = file[module.b].float().T * module.scaling
         parts = file[module.a], b, file[magnitude].flatten()
-        return (dora_scale(weight, *(t.to(weight.device) for t in parts)) - 1).cpu()
+        scale = (dora_scale(weight, *(t.to(weight.device) for t in parts)) - 1).cpu()
+        return scale.pin_memory() if self._slots.device.type == "cuda" else scale
 
 
 class _Tensors:

@@ -1,8 +1,8 @@
 """What a step of kernels reads: tokens, positions, pages, sampling, in memory that does not move.
 
-``StepBuffers`` is the memory. ``DecodeRows`` fills it for steps of single tokens, from what the step
-before left there: a sequence keeps its row while it decodes, and of its page table only new pages
-are written. ``fill_prompts`` fills it anew, for steps with prompts.
+``StepBuffers`` is the memory. ``DecodeRows`` fills it for steps of single tokens, from what the
+step before left there: a sequence keeps its row while it decodes, and of its page table only new
+pages are written. ``fill_prompts`` fills it anew, for steps with prompts.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ class StepBuffers:
 class _Held:
     sequence: Sequence
     pages: list[int]  # the list itself: after a preemption the sequence has another one
-    written: int = 0  # pages of it in the table
 
 
 class DecodeRows:
@@ -97,12 +96,10 @@ class DecodeRows:
         self._lists: list[list[int]] = []
         self._rows: Ints = np.empty(0, np.int64)
         self._prompts: Ints = np.empty(0, np.int64)
-        self._pages = np.zeros(buffers.chunks, np.int64)  # in use, by row
+        self._pages = np.zeros(buffers.chunks, np.int64)  # in the table, by row
         self.mixtures: Mixtures = [()] * buffers.chunks  # by row
 
-    def fill(
-        self, batch: Seq[Chunk], bucket: int, slot: Callable[[str], int]
-    ) -> tuple[Ints, bool]:
+    def fill(self, batch: Seq[Chunk], bucket: int, slot: Callable[[str], int]) -> tuple[Ints, bool]:
         """Lay out a step in the first ``bucket`` rows, and start its copy to the device.
 
         Returns the row of each chunk, and whether ``mixtures`` have changed since the last call.
@@ -122,11 +119,10 @@ class DecodeRows:
         counts = np.fromiter(map(len, lists), np.int64, len(lists))
         table = host["table"]
         for i in np.flatnonzero(counts > self._pages[rows]):
-            row = int(rows[i])
-            held = self._held[row]
-            assert held is not None
-            table[row, held.written : counts[i]] = lists[i][held.written :]
-            held.written = self._pages[row] = counts[i]
+            row, count = rows[i], counts[i]
+            written = self._pages[row]
+            table[row, written:count] = lists[i][written:]
+            self._pages[row] = count
         starts = np.fromiter((chunk.start for chunk in batch), np.int64, len(batch))
         host["tokens"][rows] = [s.tokens[c.start] for s, c in zip(sequences, batch, strict=True)]
         host["positions"][rows] = starts

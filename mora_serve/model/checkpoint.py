@@ -63,16 +63,21 @@ class Checkpoint:
         """The keys stored beside a weight, e.g. its absmax."""
         return (key for key in self._files if key.startswith(name + "."))
 
-    def tensor(
-        self, name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None
-    ) -> Tensor:
-        """One tensor on the device. Raises ConfigError when it is missing or not of that size."""
+    def on_host(self, name: str) -> Tensor:
+        """One tensor as it is in the mapped file. Raises ConfigError when it is missing."""
         if name not in self._files:
             raise ConfigError(
                 f"base.model: tensor {name} is missing; download the model again",
                 field="base.model",
             )
         tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def tensor(
+        self, name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """One tensor on the device. Raises ConfigError when it is missing or not of that size."""
+        tensor = self.on_host(name)
         if size is not None and tensor.shape != size:
             raise ConfigError(
                 f"base.model: tensor {name} is {list(tensor.shape)}, by the configuration it "

@@ -1,7 +1,7 @@
 """Many small arrays that a step needs on the device, taken there by one copy.
 
-Each field is a NumPy view of one host buffer, pinned where the device is a card, and a tensor of one
-device buffer, which stays where it is: a CUDA graph may read it.
+Each field is a NumPy view of one host buffer, pinned where the device is a card, and a tensor of
+one device buffer, which stays where it is: a CUDA graph may read it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The decoder's layers by fused kernels: what model/decoder.py computes, in a dozen launches a layer.
+"""The decoder's layers by fused kernels: what model/decoder.py computes, in few launches a layer.
 
-One plain function over the tensors it is given, without a look at their values, so that a CUDA graph
-can hold it.
+One plain function over the tensors it is given, without a look at their values, so that a CUDA
+graph can hold it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which way to multiply by a 4-bit matrix, by its shape and the number of rows.
 
-Three ways are known: bitsandbytes' own product, our kernel, and dequantising the matrix for a dense
-product. Which is fastest depends on the card, so on a card each is timed once at start, for each
-shape of the base; nothing is guessed. Equal numbers of rows always go the same way.
+Three are known: bitsandbytes' own product, our kernel, which finds a code's value in one of two
+ways, and dequantising the matrix for a dense product. Which is fastest depends on the card, so on a
+card each is timed once at start, for each shape of the base; nothing is guessed. Equal numbers of
+rows always go the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mora_serve.model.kernels.nf4 import MOST_ROWS, NF4Product, default_plan
 from mora_serve.model.quant import BLOCK, Linear, NF4Weight, Weight, product
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 Way = Callable[[NF4Weight, Tensor], Tensor]
 Shape = tuple[int, int]
 
+LOOKUPS = ("table", "tree")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REPEAT = 7
 MATRICES = 8  # of one shape that are timed one after another: more than a cache holds
@@ -40,26 +43,29 @@ def bitsandbytes(weight: NF4Weight, x: Tensor) -> Tensor:
     return out
 
 
-def kernel(weight: NF4Weight, x: Tensor) -> Tensor:
-    """Our own."""
-    from mora_serve.model.kernels.nf4 import nf4_product
+def kernel(product: NF4Product, lookup: str) -> Way:
+    """Our own, by its default plan; raises ValueError for more rows than it is for."""
 
-    return nf4_product(x, weight.codes, weight.absmax)
+    def way(weight: NF4Weight, x: Tensor) -> Tensor:
+        if len(x) > MOST_ROWS:
+            raise ValueError(f"{len(x)} rows")
+        return product(x, weight, default_plan(len(x), *weight.shape, lookup))
+
+    return way
 
 
-def known_ways() -> dict[str, Way]:
-    """Those that this machine has."""
-    ways: dict[str, Way] = {"kernel": kernel, "dense": dense}
+def known_ways(device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
+    """Those that there are on this device, for x in ``dtype``; our kernel's are always there."""
+    product_ = NF4Product(device, dtype)
+    ways: dict[str, Way] = {f"kernel, {name}": kernel(product_, name) for name in LOOKUPS}
     try:
-        import bitsandbytes as package
-
-        if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
-            ways["bitsandbytes"] = bitsandbytes
-    except (ImportError, OSError):
-        del ways["dense"]  # it dequantises by bitsandbytes
-        log.warning("bitsandbytes is not there: 4-bit products by our own kernel alone")
-    else:
-        log.debug("bitsandbytes %s", package.__version__)
+        import bitsandbytes as package  # noqa: F401 - registers torch.ops.bitsandbytes
+    except (ImportError, OSError) as e:
+        log.warning("bitsandbytes cannot be used (%s): 4-bit products by our own kernel", e)
+        return ways
+    ways["dense"] = dense
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since its version 0.50
+        ways["bitsandbytes"] = bitsandbytes
     return ways
 
 

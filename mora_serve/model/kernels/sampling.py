@@ -1,8 +1,8 @@
 """Tokens from logits on the device: the greatest score of each row, with or without noise.
 
-The torch reference is engine/sampler.py. Its noise is Gumbel-max by SplitMix64 from (seed, position,
-token id); here the same numbers are made where the logits are read, in one pass, and a row with a
-number that is not finite is found in the same pass.
+The torch reference is engine/sampler.py. Its noise is Gumbel-max by SplitMix64 from (seed,
+position, token id); here the same numbers are made where the logits are read, in one pass, and a
+row with a number that is not finite is found in the same pass.
 """
 
 from __future__ import annotations
