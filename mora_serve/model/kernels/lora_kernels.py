@@ -9,7 +9,7 @@ so that a grid of a fixed size does any step.
 
 ``*_rows`` are vector products of one row, ``*_tiles`` products of matrices of TILE_ROWS rows.
 Loops over the rank stop at the adapter's own. Layout: a [slots, max_rank, columns], b [slots,
-max_rank, width], scale [slots, max_rank] for int8 slots, inner [projection, entry, split, max_rank].
+max_rank, width], scale [slots, max_rank] of int8 slots, inner [projection, entry, split, max_rank].
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def expand_rows(
                 weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
                 delta += tl.sum(h[:, None] * weights.to(tl.float32), axis=0)
             delta *= weight
-            if DORA != 0:
+            if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
                 if ((DORA >> projection) & facts & 1) != 0:
                     c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
                     delta += c * (delta + weight * base)
@@ -298,7 +298,7 @@ def expand_tiles(
                 weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
                 delta = tl.dot(h.to(OPERAND), weights.to(OPERAND), delta, input_precision="ieee")
             delta *= weight[:, None]
-            if DORA != 0:
+            if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
                 if ((DORA >> projection) & facts & 1) != 0:
                     c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
                     delta += c[None, :] * (delta + weight[:, None] * base)

@@ -22,34 +22,28 @@ from mora_serve.model.kernels.lora_kernels import (
     shrink_tiles,
 )
 from mora_serve.model.kernels.mixtures import (
+    LARGE,
+    SMALL,
     TILE_ROWS,
     VECTOR,
     VECTOR_ENTRIES,
     MixtureBuffers,
 )
-from mora_serve.model.lora import AdapterSlots, ProjectionSlots
+from mora_serve.model.kernels.operands import dot_type
 
 __all__ = ["KernelAdapters", "MixtureBuffers", "Slots", "dora_parts"]
 
-# Columns of x a partial sum; the tiles of an adapter's rows and outputs that a program holds.
-CHUNKS = {VECTOR: 512, 16: 1024, 64: 2048}
-RANKS = 16
+# Columns of x a partial sum: with one row an adapter many programs must share its A, with many
+# rows the tiles are enough and partial sums cost more. None of these was measured on a card yet.
+CHUNKS = {VECTOR: 512, SMALL: 1024, LARGE: 2048}
+RANKS = 16  # rows of A and B that a program holds at a time, the least that tl.dot takes
 DOT_COLUMNS = 64
 OUTPUTS = 128
 PROGRAMS = 8  # a multiprocessor
 
 
-class Part(Protocol):
-    """One projection's adapters in all slots; see ProjectionSlots and Int8Projection."""
-
-    a: Tensor
-    b: Tensor
-    start: int
-    dora: Tensor | None
-
-
 class Slots(Protocol):
-    """What holds the adapters: AdapterSlots or Int8Slots."""
+    """What holds the adapters: AdapterSlots, or Int8Slots whose parts have a ``scale`` besides."""
 
     ranks: list[int]
     has_dora: list[bool]
@@ -74,18 +68,39 @@ def dora_parts(slots: Slots) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """The arguments of a site's two launches that stay what they are."""
+    """A site's projections, padded to three for kernels that take three of each tensor."""
 
     parts: tuple[Any, ...]
-    a: tuple[Tensor, Tensor, Tensor]
-    b: tuple[Tensor, Tensor, Tensor]
-    scale: tuple[Tensor, Tensor, Tensor] | None
-    widths: tuple[int, int, int]
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    scale: tuple[Tensor, ...] | None
+    widths: tuple[int, ...]
     columns: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Any]) -> _Site:
+        three = (*parts, *(parts[0],) * (3 - len(parts)))
+        return cls(
+            tuple(parts),
+            tuple(p.a for p in three),
+            tuple(p.b for p in three),
+            tuple(p.scale for p in three) if hasattr(parts[0], "scale") else None,
+            tuple(p.b.shape[2] for p in parts) + (0,) * (3 - len(parts)),
+            parts[0].a.shape[2],
+        )
 
     def splits(self, tile_rows: int) -> int:
         """Partial sums of an inner product."""
         return -(-self.columns // CHUNKS[tile_rows])
+
+    def dora(self) -> tuple[tuple[Tensor, ...], int]:
+        """The DoRA scales of three projections, and a bit for each that has any."""
+        found = [p.dora for p in self.parts]
+        known = next((d for d in found if d is not None), None)
+        if known is None:
+            return self.b, 0
+        bits = sum(1 << i for i, d in enumerate(found) if d is not None)
+        return tuple(known if d is None else d for d in (*found, None, None)[:3]), bits
 
 
 class KernelAdapters:
@@ -100,15 +115,11 @@ class KernelAdapters:
     def __init__(self, slots: Slots, buffers: MixtureBuffers) -> None:
         self.slots, self.buffers = slots, buffers
         self._sites = [
-            {site: _site(parts) for site, parts in sites.items()} for sites in slots.layers
+            {site: _Site.of(parts) for site, parts in sites.items()} for sites in slots.layers
         ]
-        entries = {
-            rows: min(buffers.max_entries, VECTOR_ENTRIES)
-            if rows == VECTOR
-            else buffers.max_entries
-            for rows in TILE_ROWS
-        }
-        # One layer's sums at a time, so all sites share them; sites of one layer are alike.
+        entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
+        entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
+        # Every site of every layer writes its sums here: launches follow each other.
         self._inner = torch.empty(
             max(
                 entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
@@ -118,14 +129,10 @@ class KernelAdapters:
             dtype=torch.float32,
             device=slots.device,
         )
-        cuda = slots.device.type == "cuda"
-        # The interpreter is one program after the other; it has no products of bfloat16.
-        self._programs = (
-            PROGRAMS * torch.cuda.get_device_properties(slots.device).multi_processor_count
-            if cuda
-            else 2
-        )
-        self._interpreted = not cuda
+        self._programs = 1
+        if slots.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(slots.device)
+            self._programs = PROGRAMS * properties.multi_processor_count
 
     def fill(
         self,
@@ -142,69 +149,58 @@ class KernelAdapters:
 
         x [rows, in], y [rows, out], each row contiguous, and at most the buffers' rows.
         """
-        s, buffers = self._sites[layer][site], self.buffers
-        rows = buffers.tile_rows
-        tiles, row_tiles = buffers.capacity(len(x), rows)
-        splits, projections = s.splits(rows), len(s.parts)
-        common = {"STRIDE": buffers.columns, "RANKS": RANKS}
-        ends = (self._inner, buffers.table)
-        sizes = (buffers.max_entries, self.slots.max_rank)
-        operand = torch.float32 if self._interpreted else x.dtype
-        dots: dict[str, Any] = {}
-        if rows != VECTOR:
-            dots = {"TILE_ROWS": rows, "OPERAND": _TYPES[operand]}
-        shrink = shrink_rows if rows == VECTOR else shrink_tiles
-        chunk = CHUNKS[rows]
-        grid = (min(tiles * projections * splits, self._programs),)
-        shrink[grid](
-            *(x, x.stride(0), *s.a, *ends, s.columns, *sizes),
-            **{**common, **dots, "PROJECTIONS": projections, "SPLITS": splits, "CHUNK": chunk},
-            BLOCK=triton.next_power_of_2(min(chunk, s.columns)) if rows == VECTOR else DOT_COLUMNS,
-        )
-        scales = s.b if s.scale is None else s.scale
-        dora, mask = _dora(s)
-        if rows == VECTOR:
-            dots = {"SPLITS_UP": triton.next_power_of_2(splits)}
-        expand = expand_rows if rows == VECTOR else expand_tiles
-        blocks = sum(-(-width // OUTPUTS) for width in s.widths)
-        grid = (min(row_tiles * blocks, self._programs),)
-        expand[grid](
-            *(y, y.stride(0), *s.b, *scales, *dora, *s.widths, *ends, *sizes),
-            **{**common, **dots, "SCALED": s.scale is not None, "DORA": mask, "SPLITS": splits},
-            BLOCK=OUTPUTS,
-        )
+        s = self._sites[layer][site]
+        self._shrink(s, x)
+        self._expand(s, y)
         return y
 
+    def _shrink(self, s: _Site, x: Tensor) -> None:
+        rows = self.buffers.tile_rows
+        splits, projections = s.splits(rows), len(s.parts)
+        tiles, _ = self.buffers.capacity(len(x), rows)
+        grid = (min(tiles * projections * splits, self._programs),)
+        sizes = (s.columns, self.buffers.max_entries, self.slots.max_rank)
+        arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
+        constants = {
+            "PROJECTIONS": projections,
+            "SPLITS": splits,
+            "CHUNK": CHUNKS[rows],
+            "RANKS": RANKS,
+            "STRIDE": self.buffers.columns,
+        }
+        if rows == VECTOR:
+            block = triton.next_power_of_2(min(CHUNKS[rows], s.columns))
+            shrink_rows[grid](*arguments, **constants, BLOCK=block, num_warps=4)
+        else:
+            tile = {"BLOCK": DOT_COLUMNS, "TILE_ROWS": rows, "OPERAND": dot_type(x.dtype)}
+            shrink_tiles[grid](*arguments, **constants, **tile, num_warps=4, num_stages=4)
 
-_TYPES = {
-    torch.float32: triton.language.float32,
-    torch.float16: triton.language.float16,
-    torch.bfloat16: triton.language.bfloat16,
-}
-
-
-def _site(parts: Sequence[Any]) -> _Site:
-    three = (*parts, *(parts[0],) * (3 - len(parts)))
-    widths = (*(p.b.shape[2] for p in parts), 0, 0)[:3]
-    scales = None
-    if getattr(parts[0], "scale", None) is not None:
-        scales = tuple(p.scale for p in three)
-    return _Site(
-        tuple(parts),
-        tuple(p.a for p in three),  # type: ignore[arg-type]
-        tuple(p.b for p in three),  # type: ignore[arg-type]
-        scales,  # type: ignore[arg-type]
-        widths,
-        parts[0].a.shape[2],
-    )
-
-
-def _dora(site: _Site) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """The DoRA scales of three projections, and a bit for each that has any."""
-    found = [p.dora for p in site.parts]
-    known = next((d for d in found if d is not None), None)
-    if known is None:
-        return site.b, 0
-    three = [known if d is None else d for d in (*found, None, None)[:3]]
-    mask = sum(1 << i for i, d in enumerate(found) if d is not None)
-    return (three[0], three[1], three[2]), mask
+    def _expand(self, s: _Site, y: Tensor) -> None:
+        rows = self.buffers.tile_rows
+        _, tiles = self.buffers.capacity(len(y), rows)
+        blocks = sum(-(-width // OUTPUTS) for width in s.widths)
+        grid = (min(tiles * blocks, self._programs),)
+        dora, bits = s.dora()
+        sizes = (self.buffers.max_entries, self.slots.max_rank)
+        arguments = (
+            *(y, y.stride(0), *s.b, *(s.scale or s.b), *dora, *s.widths),
+            *(self._inner, self.buffers.table, *sizes),
+        )
+        splits = s.splits(rows)
+        constants = {
+            "SCALED": s.scale is not None,
+            "DORA": bits,
+            "SPLITS": splits,
+            "BLOCK": OUTPUTS,
+            "RANKS": RANKS,
+            "STRIDE": self.buffers.columns,
+        }
+        if rows == VECTOR:
+            up = triton.next_power_of_2(splits)
+            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=4)
+        else:
+            # One stage: a pipelined wgmma with an operand in registers can be compiled wrong by
+            # ptxas before 13.3 (triton-lang/triton#9433).
+            tile = {"TILE_ROWS": rows, "OPERAND": dot_type(y.dtype)}
+            warps = 8 if rows == LARGE else 4
+            expand_tiles[grid](*arguments, **constants, **tile, num_warps=warps, num_stages=1)

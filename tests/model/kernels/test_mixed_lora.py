@@ -1,0 +1,360 @@
+"""The mixed adapter product by kernels against its formula in float64, row by row.
+
+Without a card Triton interprets the kernels, on small shapes; the tests marked ``gpu`` do the same
+on large ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mora_serve.model.kernels.int8_slots import LEVELS, Int8Slots, quantise_rows
+from mora_serve.model.kernels.mixed_lora import KernelAdapters, dora_parts
+from mora_serve.model.kernels.mixtures import LARGE, SMALL, TILE_ROWS, VECTOR, MixtureBuffers
+from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.shape import SITES, ModelShape
+
+from .compiling import SHARED_LIMIT, Case, compiled
+
+SMALL_SHAPE = ModelShape("llama", 32, 40, 72, 1, 4, 2, 11, 64, 1e-6)
+LARGE_SHAPE = ModelShape("llama", 32, 1048, 3000, 1, 9, 3, 120, 64, 1e-6)
+Mixtures = Sequence[tuple[tuple[int, float], ...]]
+
+
+def make_slots(
+    shape: ModelShape,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dora: Sequence[bool] = (),
+) -> AdapterSlots:
+    """Slots of these ranks, DoRA where ``dora`` says so; one projection has no DoRA scales."""
+    generator = torch.Generator().manual_seed(len(ranks) + sum(ranks))
+    slots = AdapterSlots(shape, len(ranks), max(ranks), dtype, device)
+    slots.ranks[:] = ranks
+    for part in slots.parts():
+        for slot, rank in enumerate(ranks):
+            a = torch.randn(rank, part.a.shape[2], generator=generator) * part.a.shape[2] ** -0.5
+            part.a[slot, :rank] = a.to(device, dtype)
+            b = torch.randn(rank, part.width, generator=generator) * rank**-0.5
+            part.b[slot, :rank] = b.to(device, dtype)
+    for slot, has in enumerate(dora):
+        slots.has_dora[slot] = has
+        for site, parts in slots.layers[0].items():
+            for part in parts[: 1 if site == "gate_up" else None]:
+                if part.dora is None:
+                    part.dora = torch.zeros(len(ranks), part.width, dtype=dtype, device=device)
+                if has:
+                    c = torch.rand(part.width, generator=generator) - 0.5
+                    part.dora[slot] = c.to(device, dtype)
+    return slots
+
+
+def inputs(slots: AdapterSlots, site: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    parts = slots.layers[0][site]
+    x = torch.randn(rows, parts[0].a.shape[2], generator=generator)
+    y = torch.randn(rows, sum(p.width for p in parts), generator=generator)
+    return x.to(slots.device, slots.dtype), y.to(slots.device, slots.dtype)
+
+
+def formula(
+    slots: AdapterSlots, site: str, x: Tensor, y: Tensor, rows: Mixtures
+) -> tuple[Tensor, Tensor]:
+    """The result in float64, and the sum of the magnitudes of what was added up to it."""
+    want, size = y.double(), y.double().abs()
+    for row, mixture in enumerate(rows):
+        for slot, weight in mixture:
+            for part in slots.layers[0][site]:
+                out = slice(part.start, part.start + part.width)
+                rank = slots.ranks[slot]
+                h = part.a[slot, :rank].double() @ x[row].double()
+                b = part.b[slot, :rank].double()
+                delta, reach = h @ b, h.abs() @ b.abs()
+                if part.dora is not None and slots.has_dora[slot]:
+                    c = part.dora[slot].double()
+                    delta = delta + c * (delta + y[row, out].double())
+                    reach = reach + c.abs() * (reach + y[row, out].double().abs())
+                want[row, out] += weight * delta
+                size[row, out] += abs(weight) * reach
+    return want, size
+
+
+def kernel_adapters(slots, rows: int, widest: int = 4) -> KernelAdapters:
+    buffers = MixtureBuffers(rows, widest, len(slots.ranks), slots.device)
+    return KernelAdapters(slots, buffers)
+
+
+def by_row(mixtures: Mixtures, lengths: Sequence[int]) -> Mixtures:
+    return [mixture for mixture, n in zip(mixtures, lengths, strict=True) for _ in range(n)]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of the magnitudes: two roundings of 16 bits (inner product, y), or float32's sums."""
+    return 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: adapters' ranks, and how many adapters each chunk has."""
+
+    name: str
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    dora: tuple[bool, ...] = ()
+
+    def mixtures(self) -> list[tuple[tuple[int, float], ...]]:
+        random_ = random.Random(self.name)
+        return [
+            tuple(
+                (slot, random_.uniform(-2, 2))
+                for slot in random_.sample(range(len(self.ranks)), size)
+            )
+            for size in self.sizes
+        ]
+
+
+def check(shape, step: Step, dtype, tile_rows: int, device, sites=tuple(SITES)) -> None:
+    slots = make_slots(shape, step.ranks, dtype, device, step.dora)
+    mixtures = step.mixtures()
+    adapters = kernel_adapters(slots, sum(step.lengths))
+    adapters.fill(mixtures, step.lengths, tile_rows)
+    rows = by_row(mixtures, step.lengths)
+    for site in sites:
+        x, y = inputs(slots, site, len(rows))
+        got = adapters.apply(0, site, x, y.clone())
+        again = adapters.apply(0, site, x, y.clone())
+        assert torch.equal(got, again)
+        want, size = formula(slots, site, x, y, rows)
+        worst = ((got.double() - want).abs() / size).max().item()
+        assert worst <= tolerance(dtype)
+        idle = [row for row, mixture in enumerate(rows) if not mixture]
+        assert torch.equal(got[idle], y[idle])
+
+
+SMALL_STEPS = [
+    Step("decode", (1, 16, 3, 40, 8), (1, 0, 2, 4), (1, 1, 1, 1)),
+    Step("prefill", (5, 17, 33), (2, 1, 0, 1), (9, 1, 2, 20)),
+    Step("wide", (128, 1), (1, 2, 1), (1, 1, 1)),
+    Step("dora", (4, 9, 2), (3, 1, 2), (1, 2, 1), (True, False, True)),
+]
+
+
+@pytest.mark.parametrize("step", SMALL_STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_every_row_gets_its_own_mixture(step: Step, tile_rows: int, device: torch.device):
+    """In all four sites; two runs are alike to the bit; rows without adapters are not touched."""
+    sites = tuple(SITES) if step.name == "dora" else ("qkv", "down")
+    if tile_rows == VECTOR and step.name == "prefill":
+        sites = ("o",)  # interpreted, a row is slow
+    check(SMALL_SHAPE, step, torch.float32, tile_rows, device, sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_sixteen_bits_are_within_their_rounding(dtype, tile_rows: int, device: torch.device):
+    check(SMALL_SHAPE, SMALL_STEPS[0], dtype, tile_rows, device, ("qkv",))
+    check(SMALL_SHAPE, SMALL_STEPS[2], dtype, tile_rows, device, ("gate_up",))
+
+
+def large_steps() -> list[Step]:
+    """Ranks 1 to 128, 1 to 128 adapters, mixtures of 0 to 4, odd lengths, some with DoRA."""
+    random_ = random.Random(7)
+    steps = []
+    for i, adapters in enumerate((1, 2, 5, 16, 33, 128)):
+        ranks = tuple(random_.choice((1, 2, 7, 8, 16, 33, 64, 128)) for _ in range(adapters))
+        for kind in ("decode", "prefill"):
+            chunks = random_.randint(1, 70) if kind == "decode" else random_.randint(1, 7)
+            sizes = tuple(random_.randint(0, min(4, adapters)) for _ in range(chunks))
+            lengths = tuple(1 if kind == "decode" else random_.randint(1, 97) for _ in sizes)
+            dora = tuple(random_.random() < 0.3 for _ in ranks) if i % 2 else ()
+            steps.append(Step(f"{kind}-{adapters}", ranks, sizes, lengths, dora))
+    return steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", large_steps(), ids=lambda step: step.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_shapes_on_a_card(step: Step, dtype: torch.dtype):
+    for tile_rows in TILE_ROWS:
+        check(LARGE_SHAPE, step, dtype, tile_rows, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_a_row_does_not_depend_on_what_else_is_in_the_batch(tile_rows: int, device: torch.device):
+    """To the bit, and wherever it stands."""
+    slots = make_slots(SMALL_SHAPE, (20, 3, 16), torch.float32, device)
+    mine = ((2, 0.5), (0, -1.5))
+    x, y = inputs(slots, "qkv", 6)
+    adapters = kernel_adapters(slots, 6)
+    adapters.fill([((1, 1.0),), mine, ((0, 1.0), (2, 1.0)), (), mine], [1, 1, 2, 1, 1], tile_rows)
+    full = adapters.apply(0, "qkv", x, y.clone())
+    for row in (1, 5):
+        adapters.fill([mine], [1], tile_rows)
+        here = slice(row, row + 1)
+        assert torch.equal(adapters.apply(0, "qkv", x[here], y[here].clone())[0], full[row])
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_adapters_are_added_in_the_mixtures_order_whatever_their_slots(
+    tile_rows: int, device: torch.device
+):
+    """After a restart adapters stand in other slots, and an answer is what it was."""
+    slots = make_slots(SMALL_SHAPE, (6, 6, 6), torch.float32, device)
+    x, y = inputs(slots, "o", 2)
+    adapters = kernel_adapters(slots, 2)
+    adapters.fill([((0, 0.3), (1, 0.7), (2, -1.1))] * 2, [1, 1], tile_rows)
+    before = adapters.apply(0, "o", x, y.clone())
+    for part in slots.parts():
+        part.a[:] = part.a.flip(0)
+        part.b[:] = part.b.flip(0)
+    adapters.fill([((2, 0.3), (1, 0.7), (0, -1.1))] * 2, [1, 1], tile_rows)
+    assert torch.equal(adapters.apply(0, "o", x, y.clone()), before)
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_nan_stays_in_its_adapter_and_its_row(tile_rows: int, device: torch.device):
+    """Beyond an adapter's rank, in a slot that nobody uses, in another row: nothing is read."""
+    slots = make_slots(SMALL_SHAPE, (4, 7, 3, 7), torch.float32, device)
+    for part in slots.parts():
+        part.a[2], part.b[2] = float("nan"), float("nan")
+        part.a[0, 4:], part.b[0, 4:] = float("nan"), float("inf")
+    x, y = inputs(slots, "qkv", 7)
+    x[5] = float("nan")
+    mixtures = [((0, 1.0),), ((2, 1.0), (1, 1.0)), ((1, 1.0),), (), ((0, 1.0), (3, 2.0))]
+    adapters = kernel_adapters(slots, 7)
+    adapters.fill([*mixtures, ((0, 1.0),), ((0, 1.0),)], [1] * 7, tile_rows)
+    got = adapters.apply(0, "qkv", x, y.clone())
+    assert torch.isnan(got[[1, 5]]).all()
+    assert torch.isfinite(got[[0, 2, 3, 4, 6]]).all()
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_nothing_is_left_of_the_step_before(tile_rows: int, device: torch.device):
+    """A graph's launches are made for the most; what a step does not use they leave alone."""
+    slots = make_slots(SMALL_SHAPE, (4, 30, 3), torch.float32, device)
+    x, y = inputs(slots, "down", 5)
+    adapters = kernel_adapters(slots, 5)
+    adapters.fill([((0, 1.0), (1, 1.0), (2, 1.0))] * 5, [1] * 5, tile_rows)
+    adapters.apply(0, "down", x, y.clone())
+    adapters.fill([(), ((2, 2.0),)], [1, 1], tile_rows)
+    got = adapters.apply(0, "down", x, y.clone())
+    want, _ = formula(slots, "down", x, y, [(), ((2, 2.0),)])
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
+    adapters.fill([()], [5], tile_rows)
+    assert torch.equal(adapters.apply(0, "down", x, y.clone()), y)
+
+
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_int8_adapters_give_what_their_numbers_say(tile_rows: int, device: torch.device):
+    slots = make_slots(SMALL_SHAPE, (5, 18), torch.float32, device, (True, False))
+    small = Int8Slots(slots)
+    mixtures = [((0, 1.0), (1, -0.5)), (), ((1, 2.0),)]
+    adapters = kernel_adapters(small, 3)
+    adapters.fill(mixtures, [1, 1, 1], tile_rows)
+    for sites in slots.layers:
+        for site in sites:
+            sites[site] = tuple(map(small.dequantised, small.layers[0][site]))
+    for site in ("qkv", "gate_up"):
+        x, y = inputs(slots, site, 3)
+        got = adapters.apply(0, site, x, y.clone())
+        want, size = formula(slots, site, x, y, mixtures)
+        assert ((got.double() - want).abs() / size).max() < 1e-5
+
+
+def test_quantised_rows_are_off_by_half_a_step_at_most():
+    rows = torch.randn(3, 4, 50) * torch.logspace(-3, 3, 4)[:, None]
+    rows[0, 0] = 0
+    numbers, scale = quantise_rows(rows)
+    assert numbers.dtype == torch.int8
+    assert (numbers.float() * scale[..., None] - rows).abs().le(scale[..., None] * 0.501).all()
+    assert numbers.abs().amax(-1).eq(LEVELS).sum() == 11
+    rows[1, 1, 7] = float("nan")
+    assert quantise_rows(rows)[1].isfinite().logical_not().nonzero().tolist() == [[1, 1]]
+
+
+def test_int8_slots_take_half_the_memory():
+    slots = make_slots(SMALL_SHAPE, (16, 16), torch.bfloat16, torch.device("cpu"))
+    assert Int8Slots(slots).nbytes < 0.6 * slots.nbytes
+
+
+def test_the_number_of_dora_parts_says_when_a_graph_is_out_of_date():
+    cpu = torch.device("cpu")
+    assert dora_parts(make_slots(SMALL_SHAPE, (2, 2), torch.float32, cpu)) == 0
+    assert dora_parts(make_slots(SMALL_SHAPE, (2, 2), torch.float32, cpu, (True,))) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+def test_a_captured_graph_does_whatever_mixture_is_filled_in(tile_rows: int):
+    device = torch.device("cuda")
+    slots = make_slots(LARGE_SHAPE, (16, 64, 3, 128), torch.bfloat16, device, (False, True))
+    x, y = inputs(slots, "qkv", 32)
+    adapters = kernel_adapters(slots, 32)
+    out = y.clone()
+    adapters.fill([()], [32], tile_rows)
+    adapters.apply(0, "qkv", x, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.copy_(y)
+        adapters.apply(0, "qkv", x, out)
+    for seed in range(5):
+        random_ = random.Random(seed)
+        mixtures = [
+            tuple((s, random_.uniform(-1, 1)) for s in random_.sample(range(4), size))
+            for size in (random_.randint(0, 4) for _ in range(32))
+        ]
+        adapters.fill(mixtures, [1] * 32, tile_rows)
+        graph.replay()
+        assert torch.equal(out, adapters.apply(0, "qkv", x, y.clone()))
+        want, size = formula(slots, "qkv", x, y, mixtures)
+        assert ((out.double() - want).abs() / size).max() <= tolerance(torch.bfloat16)
+
+
+K = "mora_serve.model.kernels.lora_kernels"
+SIZES = dict.fromkeys(("columns", "entries", "max_rank", "width0", "width1", "width2"), "i32")
+STRIDES = {"x_stride": "i32", "y_stride": "i32", "inner": "*fp32", "table": "*i32"}
+ALIGNED = ("columns", "max_rank", "width0", "width1", "width2", "x_stride", "y_stride")
+
+
+def case(name: str, tile_rows: int, slots: str = "*bf16", dora: int = 0) -> Case:
+    """A kernel as it is compiled for q, k and v of a Llama of 8 billion parameters."""
+    threes = {f"{n}{i}": slots for n in "ab" for i in range(3)}
+    threes |= {f"scale{i}": "*fp32" for i in range(3)} | {f"dora{i}": "*bf16" for i in range(3)}
+    chunk = {VECTOR: 512, SMALL: 1024, LARGE: 2048}[tile_rows]
+    constants: dict[str, object] = {"SPLITS": 4096 // chunk, "RANKS": 16, "STRIDE": 25}
+    if name.startswith("shrink"):
+        constants |= {"PROJECTIONS": 3, "CHUNK": chunk}
+        constants["BLOCK"] = chunk if tile_rows == VECTOR else 64
+    else:
+        constants |= {"SCALED": slots == "*i8", "DORA": dora, "BLOCK": 128}
+    if tile_rows == VECTOR and name == "expand_rows":
+        constants["SPLITS_UP"] = 8
+    if tile_rows != VECTOR:
+        constants |= {"TILE_ROWS": tile_rows, "OPERAND": "tl.bfloat16"}
+    arguments = {"x": "*bf16", "y": "*bf16", **threes, **SIZES, **STRIDES}
+    stages = {"shrink_tiles": 4, "expand_tiles": 1}.get(name, 3)
+    warps = 8 if (name, tile_rows) == ("expand_tiles", LARGE) else 4
+    options = {"num_warps": warps, "num_stages": stages}
+    label = f"{name}-{tile_rows}-{slots[1:]}-{dora}"
+    return Case(label, f"{K}:{name}", arguments, constants, options, ALIGNED)
+
+
+def test_the_kernels_compile_for_cards_that_are_not_here():
+    """Nothing spills out of the registers; tiles are multiplied by tensor cores."""
+    cases = [case("shrink_rows", VECTOR), case("expand_rows", VECTOR, "*i8", dora=1)]
+    cases += [case("shrink_tiles", SMALL), case("expand_tiles", SMALL, "*i8")]
+    cases += [case("shrink_tiles", LARGE), case("expand_tiles", LARGE, dora=7)]
+    for (name, architecture), result in compiled(cases).items():
+        assert not result.error, name
+        assert result.shared <= SHARED_LIMIT[architecture], name
+        assert result.stack == 0, name
+        assert result.tensor_cores == ("tiles" in name), name
