@@ -54,11 +54,9 @@ def directory(family: str, root: Path) -> Path:
 
 
 @functools.cache
-def reference(
-    family: str, root: Path, quantization: str, dtype: str, device: str = "cpu"
-) -> Decoder:
+def reference(family: str, root: Path, quantization: str, dtype: str) -> Decoder:
     """Left as it is loaded; for torch."""
-    return decoder(family, root, quantization, dtype, device)
+    return decoder(family, root, quantization, dtype)
 
 
 def decoder(
@@ -66,10 +64,9 @@ def decoder(
     root: Path,
     quantization: str = "none",
     dtype: str = "fp32",
-    device: str = "cpu",
 ) -> Decoder:
     config = BaseConfig(
-        str(directory(family, root)), quantization=quantization, dtype=dtype, device=device
+        str(directory(family, root)), quantization=quantization, dtype=dtype, device="cpu"
     )
     return load_base(config).decoder
 
