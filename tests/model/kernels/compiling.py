@@ -1,8 +1,9 @@
 """Compile Triton kernels for cards that are not here, down to ptxas.
 
 The interpreter takes more than the compiler does, and a process that interprets kernels cannot
-compile them. So ``compiled`` starts another one, which compiles for the architectures asked for;
-no card or driver is needed.
+compile them. So ``compiled`` starts another process, which calls functions that launch kernels on
+tensors of the device "meta": each launch is specialised by Triton as on a card, compiled, and not
+run. No card or driver is needed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,10 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 
 @dataclass(frozen=True)
-class Case:
-    """One specialisation of a kernel.
-
-    ``kernel`` is "package.module:name". ``arguments`` gives the type of each argument that is not
-    in ``constants``, as Triton writes it ("*bf16", "i32"); pointers are taken as aligned to 16
-    bytes, and the integers in ``aligned`` as multiples of 16, as Triton does when it sees such a
-    value. A constant "tl.float32" stands for that Triton type. ``options`` are the compiler's
-    (num_warps, num_stages).
-    """
-
-    name: str
-    kernel: str
-    arguments: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, int] = field(default_factory=dict)
-    aligned: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
 class Compiled:
-    """What came of a case on one architecture; ``error`` is empty if it compiled."""
+    """One kernel as one launch compiled it; ``error`` is empty if that went well."""
 
+    kernel: str
     error: str = ""
     registers: int = 0  # of a thread
     stack: int = 0  # bytes of a thread in local memory: what did not fit in registers
@@ -55,10 +38,14 @@ class Compiled:
 
 
 def compiled(
-    cases: Sequence[Case], architectures: Sequence[int] = (80, 90)
-) -> dict[tuple[str, int], Compiled]:
-    """Compile every case for every architecture (80 is sm_80): by (name, architecture)."""
-    request = {"cases": [asdict(case) for case in cases], "architectures": list(architectures)}
+    module: str, cases: Sequence[str], architectures: Sequence[int] = (80, 90)
+) -> dict[tuple[str, int], list[Compiled]]:
+    """By (case, architecture), the kernels that the case launches, in their order.
+
+    ``module`` has a dictionary ``LAUNCHES`` of functions without arguments, by the cases' names.
+    Architecture 80 is sm_80.
+    """
+    request = {"module": module, "cases": list(cases), "architectures": list(architectures)}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
@@ -72,43 +59,60 @@ def compiled(
             env={**environment, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)},
         )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    return {(row["name"], row["architecture"]): Compiled(**row["result"]) for row in rows}
+    return {
+        (row["case"], row["architecture"]): [Compiled(**kernel) for kernel in row["kernels"]]
+        for row in json.loads(done.stdout)
+    }
 
 
-def _compile(case: Case, architecture: int) -> Compiled:
+class _Absent:
+    """The driver of a card that is not here."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # Triton's caches are by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _launched(launch: Any, architecture: int) -> list[Compiled]:
     import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
-    module, _, name = case.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    constants = {
-        key: getattr(tl, value[3:]) if isinstance(value, str) and value[:3] == "tl." else value
-        for key, value in case.constants.items()
-    }
-    signature = {n: "constexpr" if n in constants else case.arguments[n] for n in kernel.arg_names}
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*") or n in case.aligned
-    }
-    source = ASTSource(kernel, signature, constants, attributes)
-    try:
-        result = triton.compile(
-            source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options)
+    found: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        assert all(1 <= size < 1 << 31 for size in grid), grid
+        try:
+            result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            cause = error.__cause__ or error.__context__
+            text = f"{type(error).__name__}: {error} ({cause})"
+            found.append(Compiled(kernel.__name__, text))
+            return None
+        usage = _usage(result.asm["cubin"])
+        shared, ptx = result.metadata.shared, result.asm["ptx"]
+        found.append(
+            Compiled(kernel.__name__, "", usage["REG"], usage["STACK"], shared, "mma" in ptx)
         )
-    except Exception as error:
-        cause = error.__cause__ or error.__context__
-        return Compiled(error=f"{type(error).__name__}: {error}" + (f" ({cause})" if cause else ""))
-    usage = _usage(result.asm["cubin"])
-    return Compiled(
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        shared=result.metadata.shared,
-        tensor_cores="mma" in result.asm["ptx"],
-    )
+        return result
+
+    triton.runtime.driver.set_active(_Absent(architecture))
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return found
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -127,11 +131,12 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     """Read a request as JSON from standard input, write the results to standard output."""
     request = json.load(sys.stdin)
+    launches = importlib.import_module(request["module"]).LAUNCHES
     rows = [
         {
-            "name": case["name"],
+            "case": case,
             "architecture": architecture,
-            "result": asdict(_compile(Case(**case), architecture)),
+            "kernels": [asdict(kernel) for kernel in _launched(launches[case], architecture)],
         }
         for case in request["cases"]
         for architecture in request["architectures"]

@@ -2,115 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import torch
 
-from tests.model.kernels.compiling import SHARED_LIMIT, Case, compiled
+from mora_serve.model.kernels.activation import swiglu
+from mora_serve.model.kernels.nf4 import NF4Product, Plan, default_plan
+from mora_serve.model.kernels.norms import add_norm
+from mora_serve.model.kernels.paged_attention import (
+    DecodeScratch,
+    decode_attention,
+    prefill_attention,
+)
+from mora_serve.model.kernels.rotary import Rotary
+from mora_serve.model.quant import NF4Weight
+from tests.model.kernels.compiling import SHARED_LIMIT, compiled
 
-K = "mora_serve.model.kernels"
-PAGED = {"table": "*i32", "lengths": "*i32", "scale": "fp32", "table_stride": "i32"}
-SPLIT = {"parts": "*fp32", "tops": "*fp32", "totals": "*fp32"}
-
-
-def pointers(kind: str, *names: str) -> dict[str, str]:
-    return {name: f"*{kind}" for name in names}
-
-
-def decode(kind: str, heads: int, group: int, dim: int, window: int = 0, splits: int = 32) -> Case:
-    return Case(
-        f"decode-{kind}-{heads}-{group}-{dim}-{window}-{splits}",
-        f"{K}.paged_attention:_decode_kernel",
-        {**pointers(kind, "q", "keys", "values", "out"), **PAGED, **SPLIT, "head_stride": "i64"},
-        {
-            "HEADS": heads,
-            "GROUP": group,
-            "ROWS": 16,
-            "DIM": dim,
-            "COLUMNS": 1 << (dim - 1).bit_length(),
-        }
-        | {"PAGE": 16, "WINDOW": window, "SPLITS": splits, "LEAST": 2, "TILE": 64}
-        | {"DOT": f"tl.{NAMES[kind]}"},
-        {"num_warps": 4, "num_stages": 3},
-        ("head_stride",),
-    )
+META = torch.device("meta")
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def prefill(kind: str, heads: int, group: int, dim: int, window: int = 0) -> Case:
-    rows = 64 if dim > 128 else 128
-    return Case(
-        f"prefill-{kind}-{heads}-{group}-{dim}-{window}",
-        f"{K}.paged_attention:_prefill_kernel",
-        {**pointers(kind, "q", "keys", "values", "out"), **PAGED, "head_stride": "i64"}
-        | pointers("i32", "starts", "contexts"),
-        {"HEADS": heads, "GROUP": group, "DIM": dim, "COLUMNS": 1 << (dim - 1).bit_length()}
-        | {"PAGE": 16, "WINDOW": window, "ROWS": rows, "TILE": 64 if dim <= 128 else 32}
-        | {"DOT": f"tl.{NAMES[kind]}"},
-        {"num_warps": 8 if rows == 128 else 4, "num_stages": 2},
-        ("head_stride",),
-    )
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
-NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-CASES = [
-    decode("bf16", 32, 4, 128),
-    decode("bf16", 28, 7, 128, window=4096),
-    decode("fp32", 4, 1, 16, splits=1),
-    Case(
-        "combine",
-        f"{K}.paged_attention:_combine_kernel",
-        {"lengths": "*i32", **SPLIT, "out": "*bf16"},
-        {"HEADS": 32, "DIM": 128, "COLUMNS": 128, "ROOM": 32, "WINDOW": 0}
-        | {"SPLITS": 32, "LEAST": 2, "TILE": 64},
-    ),
-    prefill("bf16", 32, 4, 128),
-    prefill("bf16", 16, 2, 256, window=4096),
-    Case(
-        "add_norm",
-        f"{K}.norms:_add_norm_kernel",
-        {**pointers("bf16", "h", "delta", "weight", "out"), "columns": "i32", "eps": "fp32"},
-        {"bias": None, "BLOCK": 4096},
-        {"num_warps": 8},
-        ("columns",),
-    ),
-    Case(
-        "swiglu",
-        f"{K}.activation:_swiglu_kernel",
-        {**pointers("bf16", "gate_up", "bias", "out"), "columns": "i32"},
-        {"BLOCK": 1024},
-        {},
-        ("columns",),
-    ),
-    Case(
-        "rotary",
-        f"{K}.rotary:_rotary_kernel",
-        {
-            **pointers("bf16", "qkv", "bias", "q_norm", "k_norm", "cos", "sin"),
-            **pointers("bf16", "q", "keys", "values"),
-            **pointers("i64", "positions", "places"),
-            "head_stride": "i64",
-            "eps": "fp32",
-        },
-        {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK": 4, "HALF": 64},
-        {"num_warps": 1},
-        ("head_stride",),
-    ),
-]
+def ints(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def decode(heads, kv_heads, dim, window=None, width=512, dtype=BF16) -> None:
+    q, keys = empty(16, heads, dim, dtype=dtype), empty(kv_heads, 4096, 16, dim, dtype=dtype)
+    scratch = DecodeScratch.of(16, heads, dim, width * 16, META)
+    decode_attention(q, keys, keys, ints(16, width), ints(16), window, q, scratch)
+
+
+def prefill(heads, kv_heads, dim, window=None, longest=512, dtype=BF16) -> None:
+    q, keys = empty(512, heads, dim, dtype=dtype), empty(kv_heads, 4096, 16, dim, dtype=dtype)
+    table, each = ints(4, 512), ints(4)
+    prefill_attention(q, keys, keys, table, each, each, each, longest, window, q)
+
+
+def rotary(heads, kv_heads, dim, extras: bool) -> None:
+    qkv, angles = empty(16, (heads + 2 * kv_heads) * dim), empty(8192, dim)
+    norm = empty(dim) if extras else None
+    bias = empty(qkv.shape[1]) if extras else None
+    keys, places = empty(kv_heads, 4096, 16, dim), empty(16, dtype=torch.int64)
+    layer = Rotary(heads, kv_heads, angles, angles, bias, norm, norm, 1e-6)
+    layer(qkv, places, places, empty(16, heads, dim), keys, keys)
+
+
+def norm(columns: int, biased: bool) -> None:
+    h = empty(16, columns)
+    add_norm(h, h, h[0], 1e-5, h, h[0] if biased else None)
+
+
+def nf4(rows, out, columns, plan: Plan | None = None, dtype=BF16) -> None:
+    codes = empty(out, columns // 2, dtype=torch.uint8)
+    weight = NF4Weight(codes, empty(out, columns // 64, dtype=FP32))
+    plan = plan or default_plan(rows, out, columns)
+    NF4Product(META, dtype)(empty(rows, columns, dtype=dtype), weight, plan)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "decode": partial(decode, 32, 8, 128),
+    "decode-window": partial(decode, 28, 4, 128, window=4096),
+    "decode-one-split": partial(decode, 4, 4, 16, width=8, dtype=FP32),
+    "prefill": partial(prefill, 32, 8, 128),
+    "prefill-wide": partial(prefill, 16, 8, 256, window=4096),
+    "prefill-short": partial(prefill, 8, 8, 64, longest=16),
+    "norm": partial(norm, 4096, biased=False),
+    "swiglu": lambda: swiglu(empty(16, 2 * 14336), empty(16, 14336)),
+    "swiglu-bias": lambda: swiglu(empty(1, 2 * 100), empty(1, 100), empty(2 * 100)),
+    "rotary": partial(rotary, 32, 8, 128, extras=False),
+    "rotary-extras": partial(rotary, 28, 4, 80, extras=True),
+    "nf4-one": partial(nf4, 1, 4096, 14336),
+    "nf4-one-tree": partial(nf4, 1, 4096, 4096, Plan(0, 16, 4, 1, "tree")),
+    "nf4-few": partial(nf4, 16, 6144, 4096),
+    "nf4-few-tree": partial(nf4, 16, 6144, 4096, Plan(16, 64, 2, 4, "tree")),
+    "nf4-many": partial(nf4, 256, 6144, 4096, Plan(128, 128, 1, 1, "table", 8)),
+    "nf4-float32": partial(nf4, 4, 96, 128, dtype=FP32),
+}
+ON_TENSOR_CORES = {"decode", "decode-window", "prefill", "prefill-wide", "nf4-few", "nf4-many"}
 ARCHITECTURES = (80, 90)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return compiled(CASES, ARCHITECTURES)
+    return compiled(__name__, tuple(LAUNCHES), ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", [case.name for case in CASES])
-def test_a_kernel_compiles_and_fits(results, name: str, architecture: int):
-    result = results[name, architecture]
-    assert not result.error
-    assert result.shared <= SHARED_LIMIT[architecture]
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_a_launch_compiles_and_fits(results, case: str, architecture: int):
+    kernels = results[case, architecture]
+    assert kernels
+    for kernel in kernels:
+        assert not kernel.error
+        assert kernel.shared <= SHARED_LIMIT[architecture]
+        assert kernel.stack <= 256
+    if case in ON_TENSOR_CORES:
+        assert kernels[0].tensor_cores
 
 
-def test_half_precision_products_run_on_tensor_cores(results):
-    for name in ("decode-bf16-32-4-128-0-32", "prefill-bf16-32-4-128-0"):
-        for architecture in ARCHITECTURES:
-            assert results[name, architecture].tensor_cores
+def test_split_rows_take_a_second_launch(results):
+    assert [k.kernel for k in results["decode", 90]] == ["_decode_kernel", "_combine_kernel"]
+    assert [k.kernel for k in results["decode-one-split", 90]] == ["_decode_kernel"]
