@@ -32,7 +32,7 @@ ROPE = {
 # Llama-3.1-8B
 LLAMA = ModelShape("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, rope=ROPE)
 # The same in small, for machines without a card
-TINY = ModelShape("llama", 512, 128, 192, 2, 4, 2, 32, 2048, 1e-5, rope=ROPE)
+TINY = ModelShape("llama", 320, 64, 64, 1, 2, 1, 32, 2048, 1e-5, rope=ROPE)
 
 
 def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Base:

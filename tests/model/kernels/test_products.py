@@ -38,7 +38,7 @@ def test_each_shape_and_number_of_rows_gets_its_own_way(device: torch.device) ->
         return run
 
     ways = {"few": way("few"), "many": way("many"), "broken": way("broken")}
-    cost = {"few": lambda n: n, "many": lambda n: 10.0, "broken": lambda n: 1.0}
+    cost = {"few": lambda n: n, "many": lambda n: 10.0, "broken": lambda n: 0.5}
 
     def seconds(work: Callable[[], object]) -> float:
         called.clear()
