@@ -30,9 +30,9 @@ ROPE = {
     "original_max_position_embeddings": 8192,
 }
 # Llama-3.1-8B
-LLAMA = ModelShape("llama", 128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, rope=ROPE)
+LLAMA = ModelShape("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, rope=ROPE)
 # The same in small, for machines without a card
-TINY = ModelShape("llama", 320, 64, 64, 1, 2, 1, 32, 2048, 1e-5, rope=ROPE)
+TINY = ModelShape("llama", 320, 64, 64, 1, 2, 1, 32, 16384, 1e-5, rope=ROPE)
 
 
 def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Base:
@@ -69,7 +69,7 @@ def add_adapters(local: LocalEngine, count: int, rank: int, prefix: str = "a") -
     shape, limits = local.base.shape, local.config.adapters
     template = Template(shape, rank, PROJECTIONS)
     names = [f"{prefix}{i}" for i in range(count)]
-    for i, name in enumerate(names):
-        weights = template.weights(len(local.adapters) + i)
+    for seed, name in enumerate(names, len(local.adapters)):
+        weights = template.weights(seed)
         local.add(name, read_upload(template.config, weights, None, shape, limits))
     return names

@@ -106,7 +106,7 @@ def transformers_model(base: Base) -> Any:
         module.post_attention_layernorm.weight = parameter(layer.post_norm)
     model.model.embed_tokens.weight = parameter(decoder.embedding.dequantise(decoder.dtype))
     model.model.norm.weight = parameter(decoder.norm)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=decoder.device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(decoder.device)
     model.lm_head.weight = parameter(decoder.head.dequantise(decoder.dtype))
     model.generation_config.eos_token_id = None
     return model.eval()

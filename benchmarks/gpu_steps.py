@@ -45,7 +45,8 @@ class Sizes:
     long_prompt: int = 512
     streams: int = 32
     repeat: int = 7
-    load_seconds: float = 8.0
+    load_turns: int = 4
+    load_seconds: float = 1.0  # a turn
     context: int = 2048
 
     @property
@@ -54,7 +55,7 @@ class Sizes:
         return self.requests
 
 
-TINY = Sizes(2, 4, 2, 4, 6, 2, 1, 0.05, 64)  # for the interpreter
+TINY = Sizes(2, 3, 1, 4, 5, 1, 0, 1, 0.0, 64)  # for the interpreter
 
 
 def make_engine(base: Base, sizes: Sizes, device: str, kernels: str = "auto") -> LocalEngine:
@@ -201,7 +202,7 @@ def first_tokens(local: LocalEngine, sizes: Sizes) -> list[dict[str, Any]]:
                 ):
                     pass
                 times.append(time.perf_counter() - start)
-        times = times[1:]  # the first compiles
+        times = times[1:] or times  # the first compiles
         rows.append(
             {
                 "streams": count,
@@ -228,17 +229,21 @@ def loads_beside_streams(local: LocalEngine, sizes: Sizes) -> dict[str, Any]:
     loading: list[float] = []
     loads: list[float] = []
     with streams(local, mixtures("distinct", count), sizes.prompt, 200):
-        turns = 4
-        for turn in range(2 * turns):
-            busy, pinned = turn % 2 == 1, ""
-            end = time.perf_counter() + sizes.load_seconds / (2 * turns)
+        for turn in range(2 * sizes.load_turns):
+            busy, pinned, before = turn % 2 == 1, "", len(loads)
             gaps = loading if busy else quiet
-            last = time.perf_counter()
-            while time.perf_counter() < end:
+            last = start = time.perf_counter()
+            while (
+                last - start < sizes.load_seconds
+                or last == start
+                or (busy and len(loads) == before)
+            ):
                 if busy and not pinned:
                     pinned = local.digests[next(more)]
                     local.engine.pin(pinned)
                 events = local.engine.step()
+                if len(local.engine.scheduler.running) != count:
+                    raise RuntimeError("a stream ended while adapters were to load beside it")
                 now = time.perf_counter()
                 gaps.append(now - last)
                 last = now

@@ -36,7 +36,7 @@ def measured() -> dict[str, Any]:
 
 
 def test_every_part_runs_in_small_by_the_kernels_of_a_card(measured: dict[str, Any]) -> None:
-    assert [measured[name] for name in IN_PROCESS if "error" in measured[name]] == []
+    assert {name: measured[name] for name in IN_PROCESS if "error" in measured[name]} == {}
     assert measured["kernels_used"] == "CudaForward"
     cases = [(row["requests"], row["adapters"]) for row in measured["steps"]]
     assert cases == [(1, "none"), (1, "distinct")]
