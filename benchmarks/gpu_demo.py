@@ -68,6 +68,6 @@ def at_a_near_tie(one: Result, other: Result) -> bool:
     """Whether the first token in which two answers differ was nearly as likely as the other's."""
     for a, b in zip(one.tokens, other.tokens, strict=False):
         if a.id != b.id:
-            found = {t.id: t.logprob for t in a.top}
+            found = dict(a.top)
             return a.logprob is not None and a.logprob - found.get(b.id, -9.0) <= NEAR
     return False  # one is the beginning of the other

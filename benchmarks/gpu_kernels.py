@@ -1,7 +1,10 @@
 """The mixed adapter product on a card, beside the LoRA kernels of vLLM and SGLang, as one JSON.
 
-    python -m benchmarks.lora_peers FOLDER
-    python -m benchmarks.gpu_kernels --peers FOLDER
+    python -m benchmarks.lora_peers
+    python -m benchmarks.gpu_kernels
+
+The first command downloads the peers' kernels, where there is a network; without them ours are
+measured alone.
 
 All sites of layers of the Llama-3.1-8B shape, rank-16 adapters on all seven projections, 1 to 256
 rows; every implementation is captured in a CUDA graph over enough layers that no adapter is left in
@@ -19,15 +22,18 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import lora_peers
 from benchmarks.report import emit, environment, log
+from mora_serve.model.lora import AdapterSlots
+from mora_serve.model.shape import SITES, ModelShape
 
 ROWS = (1, 16, 64, 256)
 KINDS = ("uniform", "skewed", "distinct")
@@ -52,14 +58,14 @@ class Sizes:
 
 
 # Triton's interpreter cannot multiply bfloat16, and peers do not go round that.
-TINY = Sizes(48, 80, 4, 2, (1, 5), 16, "float16", "cpu")
+TINY = Sizes(48, 80, 4, 2, (1, 3), 16, "float16", "cpu")
 
 
 def steps(sizes: Sizes) -> list[tuple[str, int, list[int]]]:
     """(kind, rows, the adapter of each row), adapters numbered from 0."""
     found = []
     for rows in sizes.rows:
-        random_ = random.Random(rows)
+        random_ = random.Random(rows + 4)
         weights = [1 / (i + 1) for i in range(rows)]
         drawn = random_.choices(range(rows), weights, k=rows)
         numbers = {adapter: i for i, adapter in enumerate(dict.fromkeys(drawn))}
@@ -73,19 +79,14 @@ def steps(sizes: Sizes) -> list[tuple[str, int, list[int]]]:
     return found
 
 
-def measure(sizes: Sizes, peers_folder: Path | None) -> dict[str, Any]:
-    """All steps; see the module. Times are None without a card."""
-    from benchmarks import lora_peers
-
-    makers: dict[str, Any] = {}
+def measure(sizes: Sizes, peers: Path) -> dict[str, Any]:
+    """All steps; see the module. No times without a card, no peers without their folder."""
+    makers: Mapping[str, lora_peers.Maker] = {}
     failed: dict[str, str] = {}
-    if peers_folder is None:
-        failed["peers"] = "no --peers folder"
-    else:
-        try:
-            makers = dict(lora_peers.load(peers_folder))
-        except Exception as e:  # whatever their code raises, it is theirs
-            failed["peers"] = f"{type(e).__name__}: {e}"
+    try:
+        makers = lora_peers.load(peers)
+    except Exception as e:  # whatever their code raises, it is theirs
+        failed["peers"] = f"{type(e).__name__}: {e}"
     rows = []
     for kind, count, adapters in steps(sizes):
         row = _Step(sizes, adapters).measure(makers, failed)
@@ -108,21 +109,17 @@ class _Step:
     """The adapters of one step in all layers that are measured, and its inputs."""
 
     def __init__(self, sizes: Sizes, adapters: Sequence[int]) -> None:
-        import torch
-
-        from mora_serve.model.lora import AdapterSlots
-        from mora_serve.model.shape import SITES, ModelShape
-
         self.adapters, self.sizes = list(adapters), sizes
+        self.cuda = sizes.device == "cuda"
         self.device, self.dtype = torch.device(sizes.device), getattr(torch, sizes.dtype)
         count = max(adapters) + 1
-        shape = self._shape(ModelShape, 1)
+        shape = self._shape(1)
         one = sum(sum(shape.projection(p)) for s in SITES.values() for p in s)
         self.adapter_bytes = one * sizes.rank * self.dtype.itemsize * count
         self.layers = 1
-        if sizes.device == "cuda":
+        if self.cuda:
             self.layers = max(2, min(32, -(-COLD_BYTES // self.adapter_bytes)))
-        shape = self._shape(ModelShape, self.layers)
+        shape = self._shape(self.layers)
         self.slots = AdapterSlots(shape, count, sizes.rank, self.dtype, self.device)
         self.slots.ranks[:] = [sizes.rank] * count
         torch.manual_seed(count)
@@ -137,64 +134,77 @@ class _Step:
             for site, parts in self.slots.layers[0].items()
         }
 
-    def _shape(self, kind: Any, layers: int) -> Any:
+    def _shape(self, layers: int) -> ModelShape:
         s = self.sizes
         head = s.hidden // s.heads
         sizes = (s.hidden, s.intermediate, layers, s.heads, s.kv_heads, head)
-        return kind("llama", 32, *sizes, 64, 1e-6)
+        return ModelShape("llama", 32, *sizes, 64, 1e-6)
 
-    def measure(self, makers: dict[str, Any], failed: dict[str, str]) -> dict[str, Any]:
-        from mora_serve.model.kernels.int8_slots import Int8Slots
-        from mora_serve.model.kernels.mixed_lora import KernelAdapters, MixtureBuffers
-        from mora_serve.model.kernels.mixtures import TILE_ROWS, best_tile_rows
-
-        rows, cuda = len(self.adapters), self.device.type == "cuda"
-        mixtures = [((adapter, 1.0),) for adapter in self.adapters]
-        buffers = MixtureBuffers(rows, 2, self.slots.slots, self.device)
-        ours = KernelAdapters(self.slots, buffers)
-        chosen = best_tile_rows(rows, self.slots.slots)
-        microseconds: dict[str, float] = {}
-        within = repeats = True
-        for tile_rows in TILE_ROWS:
-            ours.fill(mixtures, [1] * rows, tile_rows)
-            first, second = self._outputs(ours.apply), self._outputs(ours.apply)
-            within = within and self._within(first)
-            repeats = repeats and all((first[s] == second[s]).all().item() for s in first)
-            if cuda:
-                microseconds[f"tiles_of_{tile_rows}"] = self._time(ours.apply)
-        result: dict[str, Any] = {
-            "tile_rows": chosen,
-            "layers": self.layers,
-            "adapter_bytes": self.adapter_bytes,
-            "within_rounding": within,
-            "repeats": repeats,
-        }
-        agree = []
+    def measure(
+        self, makers: Mapping[str, lora_peers.Maker], failed: dict[str, str]
+    ) -> dict[str, Any]:
+        """One row of the result; what a peer fails with is noted in ``failed``."""
+        times: dict[str, float] = {}
+        result = self._ours(times)
+        result["peers_agree"] = agree = []
         for name, make in makers.items():
             try:
-                peer = make(self.slots, rows, SCALING)
+                peer = make(self.slots, len(self.adapters), SCALING)
                 peer.fill(self.adapters)
                 if self._within(self._outputs(peer.apply)):
                     agree.append(name)
                 else:
-                    failed[name] = f"another result at {rows} rows"
-                if cuda:
-                    microseconds[name] = self._time(peer.apply)
+                    failed[name] = f"another result at {len(self.adapters)} rows"
+                if self.cuda:
+                    times[name] = self._time(peer.apply)
             except Exception as e:  # whatever their code raises, it is theirs
                 failed[name] = f"{type(e).__name__}: {e}"
-        result["peers_agree"] = agree
-        if cuda:
-            pairs = [((a, 0.7), ((a + 1) % self.slots.slots, 0.3)) for a in self.adapters]
+        if self.cuda:
+            result["microseconds"] = times
+            if makers and all(name in times for name in makers):
+                best = min(times[name] for name in makers)
+                result["times_faster"] = best / times[f"tiles_of_{result['tile_rows']}"]
+        return result
+
+    def _ours(self, times: dict[str, float]) -> dict[str, Any]:
+        """Our product with each size of tiles, checked and timed."""
+        # Not before now: Triton reads whether to interpret as kernels are defined.
+        from mora_serve.model.kernels.int8_slots import Int8Slots
+        from mora_serve.model.kernels.mixed_lora import KernelAdapters, MixtureBuffers
+        from mora_serve.model.kernels.mixtures import TILE_ROWS, best_tile_rows
+
+        rows = len(self.adapters)
+        mixtures = [((adapter, 1.0),) for adapter in self.adapters]
+        buffers = MixtureBuffers(rows, 2, self.slots.slots, self.device)
+        ours = KernelAdapters(self.slots, buffers)
+        chosen = best_tile_rows(rows, self.slots.slots)
+        result: dict[str, Any] = {
+            "tile_rows": chosen,
+            "layers": self.layers,
+            "adapter_bytes": self.adapter_bytes,
+            "within_rounding": True,
+            "repeats": True,
+        }
+
+        def check(adapters: KernelAdapters, name: str) -> None:
+            first, second = self._outputs(adapters.apply), self._outputs(adapters.apply)
+            result["within_rounding"] &= self._within(first)
+            result["repeats"] &= all(torch.equal(first[site], second[site]) for site in first)
+            if self.cuda:
+                times[name] = self._time(adapters.apply)
+
+        for tile_rows in TILE_ROWS:
+            ours.fill(mixtures, [1] * rows, tile_rows)
+            check(ours, f"tiles_of_{tile_rows}")
+        if self.cuda:
+            ours.fill(mixtures, [1] * rows, chosen)
+            if torch.cuda.get_device_capability() >= (9, 0):
+                check(KernelAdapters(self.slots, buffers, early=True), "early_launches")
+            times["int8"] = self._time(KernelAdapters(Int8Slots(self.slots), buffers).apply)
             if self.slots.slots > 1:
+                pairs = [((a, 0.7), ((a + 1) % self.slots.slots, 0.3)) for a in self.adapters]
                 ours.fill(pairs, [1] * rows)
-                microseconds["two_adapters_a_row"] = self._time(ours.apply)
-            small = KernelAdapters(Int8Slots(self.slots), buffers)
-            small.fill(mixtures, [1] * rows, chosen)
-            microseconds["int8"] = self._time(small.apply)
-            result["microseconds"] = microseconds
-            others = [microseconds[name] for name in makers if name in microseconds]
-            if others and len(others) == len(makers):
-                result["times_faster"] = min(others) / microseconds[f"tiles_of_{chosen}"]
+                times["two_adapters_a_row"] = self._time(ours.apply)
         return result
 
     def _outputs(self, apply: Callable[..., Any]) -> dict[str, Any]:
@@ -207,8 +217,6 @@ class _Step:
 
     def _within(self, outputs: dict[str, Any]) -> bool:
         """Two roundings of 16 bits (the inner product, y) of the magnitudes that are added."""
-        import torch
-
         for site, (x, y) in self.inputs.items():
             want, size = y.float(), y.float().abs()
             for part in self.slots.layers[0][site]:
@@ -224,7 +232,6 @@ class _Step:
 
     def _time(self, apply: Callable[..., Any]) -> float:
         """Microseconds a layer: all sites of all layers in one CUDA graph, the median of RUNS."""
-        import torch
 
         def work() -> None:
             for layer in range(self.layers):
@@ -239,11 +246,14 @@ class _Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        times = []
+        times: list[float] = []
         for _ in range(RUNS + 2):
             for site, (_, y) in self.inputs.items():
                 y.copy_(kept[site])  # sums must stay finite: what is added is added each time
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             torch.cuda.synchronize()
             start.record()
             graph.replay()
@@ -284,35 +294,25 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
-    parser.add_argument("--peers", type=Path, help="folder of benchmarks.lora_peers")
-    parser.add_argument("--fetch", action="store_true", help="download the peers' files first")
+    parser.add_argument(
+        "--peers", type=Path, default=lora_peers.FOLDER, help="folder of benchmarks.lora_peers"
+    )
+    parser.add_argument("--fetch", action="store_true", help="download the peers if not there")
     parser.add_argument("--interpret", action="store_true", help="check on the CPU, time nothing")
     parser.add_argument("--out", type=Path, help="write the JSON here, and a table beside it (.md)")
     args = parser.parse_args(argv)
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-
     if not args.interpret and not torch.cuda.is_available():
         log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
         return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        peers: Path | None = args.peers
-        if args.fetch:
-            from benchmarks import lora_peers
-
-            peers = peers or Path(scratch)
-            try:
-                lora_peers.fetch(peers)
-            except (subprocess.SubprocessError, OSError, ValueError) as e:
-                log(f"error: {e}")
-        result = {**environment(), "interpreted": args.interpret}
-        if args.interpret:
-            result |= measure(TINY, peers)
-        else:
-            from benchmarks.gpu_check import card
-
-            result |= {"card": card(), **measure(Sizes(), peers)}
+    if args.fetch and not args.peers.exists():
+        lora_peers.main([str(args.peers)])
+    result = {**environment(), "interpreted": args.interpret}
+    if args.interpret:
+        result |= measure(TINY, args.peers)
+    else:
+        result |= {"device": torch.cuda.get_device_name(), **measure(Sizes(), args.peers)}
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
         if not args.interpret:

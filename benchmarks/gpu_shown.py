@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.plots import KINDS
@@ -15,10 +15,12 @@ BYTES = ("4-bit weights", "head", "adapters", "keys and values")
 
 def table(result: Result) -> str:
     """A table a part; a part that failed says why."""
-    shown = (("card", _card), ("steps", _steps), ("first", _first), ("loads", _pairs))
-    others = (("peft", _pairs), ("demo", _pairs), ("tests", _pairs))
+    shown: tuple[tuple[str, Callable[[Any], str]], ...] = (
+        *(("card", _card), ("steps", _steps), ("first", _first), ("loads", _pairs)),
+        *(("peft", _pairs), ("demo", _pairs), ("tests", _pairs)),
+    )
     found = []
-    for name, form in (*shown, *others):
+    for name, form in shown:
         part = result.get(name)
         if isinstance(part, Mapping) and "error" in part:
             found.append(f"**{name}**: {part['error']}")

@@ -122,18 +122,19 @@ def decode_steps(local: LocalEngine, sizes: Sizes, bandwidth: float) -> list[dic
                 steps = [step_seconds(local, count) for _ in range(warm + timed)]
         middle = sizes.prompt + warm + timed // 2
         parts = step_bytes(local, wanted, middle, sizes.rank)
-        row = {
+        step, floor = statistics.median(steps[warm:]), sum(parts.values()) / bandwidth
+        row: dict[str, Any] = {
             "requests": count,
             "adapters": kind,
-            "step_seconds": statistics.median(steps[warm:]),
+            "step_seconds": step,
             "forward_seconds": statistics.median(forwards[-timed:]),
             "slowest_seconds": max(steps[warm:]),
             "bytes": parts,
-            "floor_seconds": sum(parts.values()) / bandwidth,
+            "floor_seconds": floor,
+            "over_floor": step / floor,
+            "tokens_per_second": count / step,
         }
-        row["over_floor"] = row["step_seconds"] / row["floor_seconds"]
-        row["tokens_per_second"] = count / row["step_seconds"]
-        log(f"{count} {kind}: {1e3 * row['step_seconds']:.2f} ms, {row['over_floor']:.2f} x floor")
+        log(f"{count} {kind}: {1e3 * step:.2f} ms, {step / floor:.2f} x floor")
         rows.append(row)
     return rows
 
@@ -257,7 +258,7 @@ def loads_beside_streams(local: LocalEngine, sizes: Sizes) -> dict[str, Any]:
                 local.engine.unpin(pinned)
             while local.engine.pool.loading:
                 local.step()
-    result = {
+    result: dict[str, Any] = {
         "streams": count,
         "loads": len(loads),
         "load_seconds": statistics.median(loads) if loads else 0.0,

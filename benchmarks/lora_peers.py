@@ -1,6 +1,6 @@
 """The LoRA kernels of vLLM and SGLang, taken out of their published wheels.
 
-    python -m benchmarks.lora_peers FOLDER
+    python -m benchmarks.lora_peers [FOLDER]
 
 downloads the two wheels with pip and unpacks the few pure-Python files that hold the kernels and
 their launches. The rest of those packages is not needed: what these files import from it is stood
@@ -29,9 +29,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.report import log
+from benchmarks.report import ROOT, log
 from mora_serve.model.lora import AdapterSlots
 
+FOLDER = ROOT / "benchmarks" / "results" / "tmp" / "lora_peers"
 _VLLM = "vllm/lora/ops/triton_ops/"
 _SGLANG = "sglang/kernels/ops/lora/dense/"
 WHEELS: Mapping[str, tuple[str, ...]] = {
@@ -53,6 +54,7 @@ WHEELS: Mapping[str, tuple[str, ...]] = {
         f"{_SGLANG}csgmv_configs/",
     ),
 }
+DOWNLOAD_SECONDS = 600  # 360 MB
 SGLANG_CHUNK = 16  # rows of a segment, the server's default
 
 
@@ -68,20 +70,23 @@ class Peer(Protocol):
         ...
 
 
+Maker = Callable[[AdapterSlots, int, float], Peer]
+
+
 def fetch(folder: Path) -> None:
     """Download the wheels and unpack what is needed of them into ``folder``."""
     for wheel, names in WHEELS.items():
         with tempfile.TemporaryDirectory() as scratch:
             log(f"downloading {wheel} ...")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch]
-            subprocess.run([*command, wheel], check=True, timeout=1200)
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--retries", "1"]
+            subprocess.run([*command, "-d", scratch, wheel], check=True, timeout=DOWNLOAD_SECONDS)
             (path,) = Path(scratch).glob("*.whl")
             with zipfile.ZipFile(path) as archive:
                 wanted = [n for n in archive.namelist() if n.startswith(names)]
                 archive.extractall(folder, wanted)
 
 
-def load(folder: Path) -> dict[str, Callable[[AdapterSlots, int, float], Peer]]:
+def load(folder: Path) -> Mapping[str, Maker]:
     """The peers by name; each takes slots, the most rows, and the scaling that B holds.
 
     Raises ImportError when the folder has no kernels, or they ask for what is not stood in for.
@@ -270,7 +275,9 @@ def _stand_in_for_sglang(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lora_peers", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the files are put")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=FOLDER, help="where the files are put"
+    )
     args = parser.parse_args(argv)
     try:
         fetch(args.folder)

@@ -119,11 +119,11 @@ class CudaForward:
             host["starts"][0] = 0
             buffers.upload(1)
             attend = self._attend_prompts(0, 1, length)
-            tensors = [buffers.device[n][:length] for n in ("tokens", "positions", "places")]
-            self._kernels.hidden(*tensors, attend)
+            rows = buffers.rows(length)
+            self._kernels.hidden(*rows, attend)
             for tile_rows in tile_sizes(length, self._max_mixture):
                 self._prompt_adapters.fill([()], [length], tile_rows)
-                self._kernels.hidden(*tensors, attend, self._prompt_adapters)
+                self._kernels.hidden(*rows, attend, self._prompt_adapters)
 
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch."""
@@ -162,7 +162,7 @@ class CudaForward:
             return out.flatten(1)
 
         hidden = self._kernels.hidden(
-            *(d[name][:n] for name in ("tokens", "positions", "places")),
+            *self._steps.rows(n),
             attend,
             self._adapters if variant.tile_rows else None,
         )
@@ -182,7 +182,7 @@ class CudaForward:
         if any(mixtures):
             self._prompt_adapters.fill(mixtures, [chunk.length for chunk in batch])
         hidden = self._kernels.hidden(
-            *(d[name][:total] for name in ("tokens", "positions", "places")),
+            *buffers.rows(total),
             self._attend_prompts(single, len(batch), longest),
             self._prompt_adapters if any(mixtures) else None,
         )
@@ -210,8 +210,9 @@ class CudaForward:
                 lengths, table = d["lengths"][decodes], d["table"][decodes]
                 of = q[decodes], keys, values, table, lengths, window, out[decodes]
                 decode_attention(*of, self._scratch)
-            which = (d[name][prompts] for name in ("table", "starts", "contexts", "counts"))
-            prefill_attention(q, keys, values, *which, longest, window, out)
+            table, starts = d["table"][prompts], d["starts"][prompts]
+            sizes = d["contexts"][prompts], d["counts"][prompts]
+            prefill_attention(q, keys, values, table, starts, *sizes, longest, window, out)
             return out.flatten(1)
 
         return attend

@@ -40,7 +40,7 @@ class Graphs:
         self._work = work
         self._cuda = device.type == "cuda"
         self._graphs: dict[Variant, Any] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def run(self, variant: Variant) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from mora_serve.engine.sampler import draws_plainly, signed
 from mora_serve.engine.scheduler import Chunk
@@ -61,6 +62,11 @@ class StepBuffers:
     def begin(self) -> dict[str, npt.NDArray[Any]]:
         """The host's side, free to be written."""
         return self._packed.begin()
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """On the device, of the first tokens: ids, positions and places [count]."""
+        d = self.device
+        return d["tokens"][:count], d["positions"][:count], d["places"][:count]
 
     def upload(self, chunks: int) -> None:
         """One copy to the device; of the table the first ``chunks`` rows."""

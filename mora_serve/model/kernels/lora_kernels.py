@@ -8,6 +8,8 @@ depend on what else is in the batch. Programs take work from the table (see mixt
 so that a grid of a fixed size does any step.
 
 ``*_rows`` are vector products of one row, ``*_tiles`` products of matrices of TILE_ROWS rows.
+With EARLY a launch overlaps the end of the one before (programmatic dependent launch, from Hopper
+on): it reads the table, then waits for that one's results.
 Loops over the rank stop at the adapter's own. Layout: a [slots, max_rank, columns], b [slots,
 max_rank, width], scale [slots, max_rank] of int8 slots, inner [projection, entry, split, max_rank].
 """
@@ -32,6 +34,10 @@ ROW = tl.constexpr(_m.ROW)
 ROW_ADAPTERS = tl.constexpr(_m.ROW_ADAPTERS)
 MIXTURE = tl.constexpr(_m.MIXTURE)
 PER_ADAPTER = tl.constexpr(_m.PER_ADAPTER)
+ENTRY = tl.constexpr(_m.ENTRY)
+SLOT = tl.constexpr(_m.SLOT)
+WEIGHT = tl.constexpr(_m.WEIGHT)
+FACTS = tl.constexpr(_m.FACTS)
 
 
 @triton.jit
@@ -52,9 +58,13 @@ def shrink_rows(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One entry, one projection, one chunk of x an item; tiles are single entries."""
     items = tl.load(table + SHRINK_TILES) * (PROJECTIONS * SPLITS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = item % SPLITS
         projection = (item // SPLITS) % PROJECTIONS
@@ -108,11 +118,15 @@ def expand_rows(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One row, BLOCK outputs of one projection an item. DORA has a bit for each projection."""
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = tl.load(table + EXPAND_TILES) * blocks
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         record = table + (1 + item // blocks) * STRIDE
@@ -134,12 +148,14 @@ def expand_rows(
         total = base
         split = tl.arange(0, SPLITS_UP)
         for j in range(adapters):
-            entry = tl.load(record + MIXTURE + PER_ADAPTER * j)
-            slot = tl.load(record + MIXTURE + PER_ADAPTER * j + 1).to(tl.int64)
-            weight = tl.load(record + MIXTURE + PER_ADAPTER * j + 2).to(tl.float32, bitcast=True)
-            facts = tl.load(record + MIXTURE + PER_ADAPTER * j + 3)
+            adapter = record + MIXTURE + PER_ADAPTER * j
+            entry = tl.load(adapter + ENTRY)
+            slot = tl.load(adapter + SLOT).to(tl.int64)
+            weight = tl.load(adapter + WEIGHT).to(tl.float32, bitcast=True)
+            facts = tl.load(adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
+            matrix = b + slot * max_rank * width
             delta = tl.zeros([BLOCK], tl.float32)
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
@@ -149,8 +165,7 @@ def expand_rows(
                 if SCALED:
                     h *= tl.load(scale + slot * max_rank + r, mask=r < rank, other=0)
                 mask = (r < rank)[:, None] & inside[None, :]
-                rows = (slot * max_rank + r)[:, None] * width
-                weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
+                weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta += tl.sum(h[:, None] * weights.to(tl.float32), axis=0)
             delta *= weight
             if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
@@ -179,11 +194,15 @@ def shrink_tiles(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """One tile of entries, one projection, one chunk of x an item; operands in type OPERAND."""
     items = tl.load(table + SHRINK_TILES) * (PROJECTIONS * SPLITS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = item % SPLITS
         projection = (item // SPLITS) % PROJECTIONS
@@ -243,6 +262,7 @@ def expand_tiles(
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
     STRIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -250,6 +270,9 @@ def expand_tiles(
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = tl.load(table + EXPAND_TILES) * blocks
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         record = table + (1 + item // blocks) * STRIDE
@@ -276,14 +299,15 @@ def expand_tiles(
         base = tl.load(at, mask=here, other=0).to(tl.float32)
         total = base
         for j in range(adapters):
-            mixture = MIXTURE + PER_ADAPTER * j
-            entry = tl.load(records + mixture, mask=live, other=0)
-            slot = tl.load(leader + mixture + 1).to(tl.int64)
-            weight = tl.load(records + mixture + 2, mask=live, other=0)
+            adapter = MIXTURE + PER_ADAPTER * j
+            entry = tl.load(records + adapter + ENTRY, mask=live, other=0)
+            slot = tl.load(leader + adapter + SLOT).to(tl.int64)
+            weight = tl.load(records + adapter + WEIGHT, mask=live, other=0)
             weight = weight.to(tl.float32, bitcast=True)
-            facts = tl.load(leader + mixture + 3)
+            facts = tl.load(leader + adapter + FACTS)
             rank = facts // 2
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
+            matrix = b + slot * max_rank * width
             delta = tl.zeros([TILE_ROWS, BLOCK], tl.float32)
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
@@ -294,8 +318,7 @@ def expand_tiles(
                 if SCALED:
                     h *= tl.load(scale + slot * max_rank + r, mask=r < rank, other=0)[None, :]
                 mask = (r < rank)[:, None] & inside[None, :]
-                rows = (slot * max_rank + r)[:, None] * width
-                weights = tl.load(b + rows + n[None, :], mask=mask, other=0)
+                weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta = tl.dot(h.to(OPERAND), weights.to(OPERAND), delta, input_precision="ieee")
             delta *= weight[:, None]
             if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled

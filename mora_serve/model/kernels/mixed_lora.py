@@ -33,13 +33,25 @@ from mora_serve.model.kernels.operands import dot_type
 
 __all__ = ["KernelAdapters", "MixtureBuffers", "Slots", "dora_parts"]
 
-# Columns of x a partial sum: with one row an adapter many programs must share its A, with many
-# rows the tiles are enough and partial sums cost more. None of these was measured on a card yet.
-CHUNKS = {VECTOR: 512, SMALL: 1024, LARGE: 2048}
 RANKS = 16  # rows of A and B that a program holds at a time, the least that tl.dot takes
-DOT_COLUMNS = 64
-OUTPUTS = 128
-PROGRAMS = 8  # a multiprocessor
+DOT_COLUMNS = 64  # of x and A at a time, where they are tiles
+PROGRAMS = 8  # a multiprocessor, about what fits
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How much of a step a program does, by reckoning: none of it was measured on a card yet.
+
+    ``columns`` of x a partial sum: where an adapter has one row many programs must share its A,
+    where it has many the tiles are enough. ``outputs`` of expand, with ``warps`` warps.
+    """
+
+    columns: int
+    outputs: int
+    warps: int = 4
+
+
+BLOCKS = {VECTOR: Blocks(512, 256), SMALL: Blocks(1024, 128), LARGE: Blocks(2048, 128, 8)}
 
 
 class Slots(Protocol):
@@ -91,7 +103,7 @@ class _Site:
 
     def splits(self, tile_rows: int) -> int:
         """Partial sums of an inner product."""
-        return -(-self.columns // CHUNKS[tile_rows])
+        return -(-self.columns // BLOCKS[tile_rows].columns)
 
     def dora(self) -> tuple[tuple[Tensor, ...], int]:
         """The DoRA scales of three projections, and a bit for each that has any."""
@@ -110,19 +122,25 @@ class KernelAdapters:
     ``buffers.tile_rows`` alone, so they can be captured in a CUDA graph and then do any mixtures
     that are filled in for that size of tiles (see also dora_parts). Rows without adapters are
     not touched. Sums are in float32; y is rounded once.
+
+    ``early`` starts each kernel before the one ahead of it in the stream has ended, on a card of
+    capability 9.0 or more. It is off until it has been seen to be right and faster on one.
     """
 
-    def __init__(self, slots: Slots, buffers: MixtureBuffers) -> None:
+    def __init__(self, slots: Slots, buffers: MixtureBuffers, early: bool = False) -> None:
         self.slots, self.buffers = slots, buffers
+        self._options: dict[str, Any] = {"EARLY": early}
+        if early:
+            self._options["launch_pdl"] = True
         self._sites = [
             {site: _Site.of(parts) for site, parts in sites.items()} for sites in slots.layers
         ]
-        entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
-        entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
+        self._entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
+        self._entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
         # Every site of every layer writes its sums here: launches follow each other.
         self._inner = torch.empty(
             max(
-                entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
+                self._entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
                 for site in self._sites[0].values()
                 for rows in TILE_ROWS
             ),
@@ -156,20 +174,21 @@ class KernelAdapters:
 
     def _shrink(self, s: _Site, x: Tensor) -> None:
         rows = self.buffers.tile_rows
-        splits, projections = s.splits(rows), len(s.parts)
+        splits, projections, chunk = s.splits(rows), len(s.parts), BLOCKS[rows].columns
         tiles, _ = self.buffers.capacity(len(x), rows)
         grid = (min(tiles * projections * splits, self._programs),)
-        sizes = (s.columns, self.buffers.max_entries, self.slots.max_rank)
+        sizes = (s.columns, self._entries[rows], self.slots.max_rank)
         arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
-        constants = {
+        constants: dict[str, Any] = {
             "PROJECTIONS": projections,
             "SPLITS": splits,
-            "CHUNK": CHUNKS[rows],
+            "CHUNK": chunk,
             "RANKS": RANKS,
             "STRIDE": self.buffers.columns,
+            **self._options,
         }
         if rows == VECTOR:
-            block = triton.next_power_of_2(min(CHUNKS[rows], s.columns))
+            block = triton.next_power_of_2(min(chunk, s.columns))
             shrink_rows[grid](*arguments, **constants, BLOCK=block, num_warps=4)
         else:
             tile = {"BLOCK": DOT_COLUMNS, "TILE_ROWS": rows, "OPERAND": dot_type(x.dtype)}
@@ -178,10 +197,11 @@ class KernelAdapters:
     def _expand(self, s: _Site, y: Tensor) -> None:
         rows = self.buffers.tile_rows
         _, tiles = self.buffers.capacity(len(y), rows)
-        blocks = sum(-(-width // OUTPUTS) for width in s.widths)
+        size = BLOCKS[rows]
+        blocks = sum(-(-width // size.outputs) for width in s.widths)
         grid = (min(tiles * blocks, self._programs),)
         dora, bits = s.dora()
-        sizes = (self.buffers.max_entries, self.slots.max_rank)
+        sizes = (self._entries[rows], self.slots.max_rank)
         arguments = (
             *(y, y.stride(0), *s.b, *(s.scale or s.b), *dora, *s.widths),
             *(self._inner, self.buffers.table, *sizes),
@@ -191,16 +211,16 @@ class KernelAdapters:
             "SCALED": s.scale is not None,
             "DORA": bits,
             "SPLITS": splits,
-            "BLOCK": OUTPUTS,
+            "BLOCK": size.outputs,
             "RANKS": RANKS,
             "STRIDE": self.buffers.columns,
+            **self._options,
         }
         if rows == VECTOR:
             up = triton.next_power_of_2(splits)
-            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=4)
+            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=size.warps)
         else:
             # One stage: a pipelined wgmma with an operand in registers can be compiled wrong by
             # ptxas before 13.3 (triton-lang/triton#9433).
             tile = {"TILE_ROWS": rows, "OPERAND": dot_type(y.dtype)}
-            warps = 8 if rows == LARGE else 4
-            expand_tiles[grid](*arguments, **constants, **tile, num_warps=warps, num_stages=1)
+            expand_tiles[grid](*arguments, **constants, **tile, num_warps=size.warps, num_stages=1)

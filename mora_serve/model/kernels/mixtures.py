@@ -13,6 +13,7 @@ one index stand side by side, so that what a step uses is one short copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,15 @@ Ints = npt.NDArray[np.int64]
 
 # The header.
 SHRINK_TILES, EXPAND_TILES = 0, 1
-# A record: the entry's row; a tile of entries; a tile of rows; a row and its mixture, four
-# columns an adapter: entry, slot, weight (the bits of a float32), 2 * rank + (1 with DoRA).
+# A record: the entry's row; a tile of entries; a tile of rows (tiles of one row are the entries and
+# the rows themselves, first and count are not written); a row and its mixture. Each adapter of it
+# has four columns: entry, slot, weight (the bits of a float32), 2 * rank + (1 with DoRA).
 ENTRY_ROW = 0
 SHRINK_SLOT, SHRINK_FIRST, SHRINK_COUNT, SHRINK_RANK = 1, 2, 3, 4
 EXPAND_FIRST, EXPAND_COUNT = 5, 6
 ROW, ROW_ADAPTERS = 7, 8
 MIXTURE, PER_ADAPTER = 9, 4
+ENTRY, SLOT, WEIGHT, FACTS = 0, 1, 2, 3
 
 # Rows of a tile: 1 is a vector product a row, more is a product of matrices.
 VECTOR, SMALL, LARGE = 1, 16, 64
@@ -60,10 +63,7 @@ class MixtureBuffers:
         pinned = device.type == "cuda"
         self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._views = [host.numpy() for host in self._hosts]
-        self._copied: list[torch.cuda.Event] = [
-            torch.cuda.Event()  # type: ignore[no-untyped-call]
-            for _ in range(2 if pinned else 0)
-        ]
+        self._copied = [torch.cuda.Event() for _ in range(2 if pinned else 0)]
         self._turn = 0
 
     def capacity(self, rows: int, tile_rows: int) -> tuple[int, int]:
@@ -96,11 +96,10 @@ class MixtureBuffers:
                 f"a step of {total} rows with up to {widest} adapters a row; there is room for "
                 f"{self.max_rows} and {self.max_mixture}"
             )
-        chunk_rows = lengths if total != len(lengths) else None
-        n = sum(counts)
-        if chunk_rows is not None:
-            n = sum(c * length for c, length in zip(counts, lengths, strict=True))
         slots = [slot for mixture in mixtures for slot, _ in mixture]
+        n = len(slots)
+        if total != len(lengths):
+            n = sum(c * length for c, length in zip(counts, lengths, strict=True))
         tile_rows = tile_rows or best_tile_rows(n, len(set(slots)))
         if tile_rows == VECTOR and n > VECTOR_ENTRIES:
             raise ValueError(f"{n} entries in tiles of one row; at most {VECTOR_ENTRIES} fit")
@@ -108,18 +107,17 @@ class MixtureBuffers:
         table = self._next_host()
         table[0, : EXPAND_TILES + 1] = 0
         if n:
-            facts = [2 * rank + dora for rank, dora in zip(ranks, has_dora, strict=True)]
-            weights = [weight for mixture in mixtures for _, weight in mixture]
-            lists = [tuple(slot for slot, _ in mixture) for mixture in mixtures]
-            rows, chunks = _rows(np.array(counts), chunk_rows)
-            if tile_rows == VECTOR:
-                groups = np.zeros(len(rows), np.int64)
-            else:
+            rows, chunks = _rows(counts, lengths if total != len(lengths) else None)
+            groups = rows
+            if tile_rows != VECTOR:
+                lists = [tuple(slot for slot, _ in mixture) for mixture in mixtures]
                 rows, chunks, groups = _by_list(rows, chunks, lists)
-            entries = _Entries(
-                np.array(counts), chunks, np.array(slots), np.array(weights, np.float32)
-            )
-            _write(table, entries, rows, groups, np.array(facts), tile_rows)
+            facts = np.empty((len(slots), PER_ADAPTER), np.int32)
+            facts[:, SLOT] = slots
+            facts[:, WEIGHT] = _bits([weight for mixture in mixtures for _, weight in mixture])
+            facts[:, FACTS] = [2 * ranks[slot] + has_dora[slot] for slot in slots]
+            _write(table, np.array(counts), chunks, rows, facts)
+            _write_tiles(table, n, groups, tile_rows)
         self._copy(1 + n)
         return tile_rows
 
@@ -144,59 +142,66 @@ def best_tile_rows(entries: int, adapters: int) -> int:
     return VECTOR
 
 
-class _Entries:
-    """The entries of the rows in their order, and where each stands when sorted by slot."""
-
-    def __init__(
-        self, counts: Ints, chunks: Ints, slots: Ints, weights: npt.NDArray[np.float32]
-    ) -> None:
-        """``counts`` adapters of each chunk, whose slots and weights follow each other."""
-        adapters = counts[chunks]
-        self.row = np.repeat(np.arange(len(chunks)), adapters)
-        self.number = np.arange(len(self.row)) - np.repeat(_starts(adapters), adapters)
-        source = _starts(counts)[chunks][self.row] + self.number
-        self.adapters, self.slot, self.weight = adapters, slots[source], weights[source]
-        self.order = np.argsort(self.slot, kind="stable")
-        self.place = np.empty_like(self.order)
-        self.place[self.order] = np.arange(len(self.order))
-
-
-def _write(
-    table: npt.NDArray[np.int32],
-    entries: _Entries,
-    rows: Ints,
-    groups: Ints,
-    facts: Ints,
-    tile_rows: int,
-) -> None:
-    records = table[1:]
-    n = len(entries.row)
-    records[:n, ENTRY_ROW] = rows[entries.row[entries.order]]
-    slots = entries.slot[entries.order]
-    first, count = _tiles(slots, tile_rows)
-    tiles = records[: len(first)]
-    tiles[:, SHRINK_FIRST], tiles[:, SHRINK_COUNT] = first, count
-    tiles[:, SHRINK_SLOT], tiles[:, SHRINK_RANK] = slots[first], facts[slots[first]] >> 1
-    table[0, SHRINK_TILES] = len(first)
-    first, count = _tiles(groups, tile_rows)
-    records[: len(first), EXPAND_FIRST], records[: len(first), EXPAND_COUNT] = first, count
-    table[0, EXPAND_TILES] = len(first)
-    records[: len(rows), ROW], records[: len(rows), ROW_ADAPTERS] = rows, entries.adapters
-    at = MIXTURE + PER_ADAPTER * entries.number
-    records[entries.row, at] = entries.place
-    records[entries.row, at + 1] = entries.slot
-    records[entries.row, at + 2] = entries.weight.view(np.int32)
-    records[entries.row, at + 3] = facts[entries.slot]
-
-
-def _rows(counts: Ints, lengths: Sequence[int] | None) -> tuple[Ints, Ints]:
+def _rows(counts: Sequence[int], lengths: Sequence[int] | None) -> tuple[Ints, Ints]:
     """The rows that use adapters, and the chunk of each; every chunk is one row without lengths."""
     if lengths is None:
         rows = np.flatnonzero(counts)
         return rows, rows
     chunks = np.repeat(np.arange(len(counts)), lengths)
-    rows = np.flatnonzero(counts[chunks])
+    rows = np.flatnonzero(np.array(counts)[chunks])
     return rows, chunks[rows]
+
+
+def _bits(weights: Sequence[float]) -> npt.NDArray[np.int32]:
+    return np.array(weights, np.float32).view(np.int32)
+
+
+def _write(
+    table: npt.NDArray[np.int32],
+    counts: Ints,
+    chunks: Ints,
+    rows: Ints,
+    facts: npt.NDArray[np.int32],
+) -> None:
+    """Write the entries, sorted by slot, and the mixtures of ``rows``, in their order.
+
+    ``facts`` are the records of the adapters of all chunks, one after the other, but for the entry.
+    """
+    records, adapters = table[1:], counts[chunks]
+    row = number = None
+    if len(facts) != len(rows) or adapters.max() > 1:
+        row = np.repeat(np.arange(len(rows)), adapters)
+        number = np.arange(len(row)) - np.repeat(_starts(adapters), adapters)
+        facts = facts[_starts(counts)[chunks][row] + number]
+    n = len(facts)
+    order = facts[:, SLOT].argsort(kind="stable")
+    facts[order, ENTRY] = np.arange(n)
+    records[:n, ENTRY_ROW] = rows[order] if row is None else rows[row[order]]
+    records[:n, SHRINK_SLOT] = facts[order, SLOT]
+    records[:n, SHRINK_RANK] = facts[order, FACTS] >> 1
+    records[: len(rows), ROW], records[: len(rows), ROW_ADAPTERS] = rows, adapters
+    if row is None or number is None:
+        records[:n, MIXTURE : MIXTURE + PER_ADAPTER] = facts
+    else:
+        mixtures = records[:, MIXTURE:].reshape(len(records), -1, PER_ADAPTER)
+        mixtures[row, number] = facts
+
+
+def _write_tiles(table: npt.NDArray[np.int32], n: int, groups: Ints, tile_rows: int) -> None:
+    """Cut the entries and the rows, which are written already, into tiles."""
+    table[0, SHRINK_TILES], table[0, EXPAND_TILES] = n, len(groups)
+    records = table[1:]
+    if tile_rows == VECTOR:  # the entries and the rows themselves
+        return
+    slots, ranks = records[:n, SHRINK_SLOT].copy(), records[:n, SHRINK_RANK].copy()
+    first, count = _tiles(slots, tile_rows)
+    tiles = records[: len(first)]
+    tiles[:, SHRINK_FIRST], tiles[:, SHRINK_COUNT] = first, count
+    tiles[:, SHRINK_SLOT], tiles[:, SHRINK_RANK] = slots[first], ranks[first]
+    table[0, SHRINK_TILES] = len(first)
+    first, count = _tiles(groups, tile_rows)
+    records[: len(first), EXPAND_FIRST], records[: len(first), EXPAND_COUNT] = first, count
+    table[0, EXPAND_TILES] = len(first)
 
 
 def _by_list(rows: Ints, chunks: Ints, lists: Sequence[tuple[int, ...]]) -> tuple[Ints, Ints, Ints]:
@@ -212,7 +217,7 @@ def _starts(counts: Ints) -> Ints:
     return np.cumsum(counts) - counts
 
 
-def _tiles(sorted_keys: Ints, tile_rows: int) -> tuple[Ints, Ints]:
+def _tiles(sorted_keys: npt.NDArray[Any], tile_rows: int) -> tuple[Ints, Ints]:
     """Cut runs of equal keys into tiles: the first index of each, and how many it has."""
     starts = np.flatnonzero(np.concatenate(([True], sorted_keys[1:] != sorted_keys[:-1])))
     counts = np.diff(np.append(starts, len(sorted_keys)))

@@ -31,6 +31,14 @@ def filled(chunks, tile_rows: int) -> MixtureBuffers:
     return buffers
 
 
+def tiles(buffers: MixtureBuffers, number: int, first: int) -> list[tuple[int, int]]:
+    """First and count of each tile; a tile of one row is the record itself."""
+    count = buffers.table[0, number].item()
+    if buffers.tile_rows == m.VECTOR:
+        return [(i, 1) for i in range(count)]
+    return buffers.table[1 : 1 + count, first : first + 2].tolist()
+
+
 @given(chunks=steps, tile_rows=st.sampled_from((0, *TILE_ROWS)))
 def test_every_row_stands_once_with_each_adapter_of_its_mixture(chunks, tile_rows):
     """Read back by the rows' records, the table is the step: rows, slots, weights, facts, order."""
@@ -38,8 +46,7 @@ def test_every_row_stands_once_with_each_adapter_of_its_mixture(chunks, tile_row
     table = buffers.table.numpy()
     rows = [mixture for mixture, length in chunks for _ in range(length)]
     found = {}
-    for tile in table[1 : 1 + table[0, m.EXPAND_TILES]]:
-        first, count = tile[m.EXPAND_FIRST], tile[m.EXPAND_COUNT]
+    for first, count in tiles(buffers, m.EXPAND_TILES, m.EXPAND_FIRST):
         assert 1 <= count <= buffers.tile_rows
         lists = set()
         for record in table[1 + first : 1 + first + count]:
@@ -65,8 +72,8 @@ def test_tiles_of_entries_have_one_slot_and_leave_out_none(chunks, tile_rows):
         for part in record[m.MIXTURE :].reshape(WIDEST, -1)[: record[m.ROW_ADAPTERS]]:
             slot_of[part[0]] = part[1]
     covered = []
-    for tile in table[1 : 1 + table[0, m.SHRINK_TILES]]:
-        entries = range(tile[m.SHRINK_FIRST], tile[m.SHRINK_FIRST] + tile[m.SHRINK_COUNT])
+    for i, (first, count) in enumerate(tiles(buffers, m.SHRINK_TILES, m.SHRINK_FIRST)):
+        entries, tile = range(first, first + count), table[1 + i]
         assert len(entries) <= tile_rows
         assert {slot_of[entry] for entry in entries} == {tile[m.SHRINK_SLOT]}
         assert tile[m.SHRINK_RANK] == RANKS[tile[m.SHRINK_SLOT]]
