@@ -12,6 +12,7 @@ import logging
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def card_seconds(work: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    event: Any = torch.cuda.Event
+    events = [event(enable_timing=True) for _ in range(2)]
     took = []
     for _ in range(REPEAT):
         events[0].record()
