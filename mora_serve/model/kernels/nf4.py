@@ -7,13 +7,11 @@ codes' values are rounded to x's type and absmax is applied in float32 after eac
 The input dimension can be split over programs; the parts are summed in their order, so that a plan
 gives the same bits each time, and a row's do not depend on the other rows.
 
-Which plan is fastest, and whether any beats bitsandbytes, only a card can tell: a benchmark times
-``candidates`` there, and its results go to ``NF4Product``.
+Whether a plan beats bitsandbytes only a card can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +29,7 @@ VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-MOST_ROWS = 256  # beyond, dequantising once and multiplying densely is what a card is good at
+MOST_ROWS = 256  # that it is meant for; more are better served by dequantising once
 PROGRAMS = 264  # that the default plan aims at: two for each of an H100's processors
 LONGEST_TILE = 128  # columns that one tl.dot takes
 
@@ -55,14 +53,12 @@ class Plan:
     stages: int = 3
 
 
-# By (rows of x, out, in); None: another product is faster there.
-Plans = Mapping[tuple[int, int, int], Plan | None]
-
-
 def default_plan(rows: int, out: int, columns: int, lookup: str = "table") -> Plan:
-    """A plan from sizes alone, for what has not been measured."""
+    """A plan from sizes alone, none of which was measured on a card yet."""
     if rows == 1:
-        tile_rows, tile_out, blocks = 0, 16, 4
+        # 512 bytes of a feature a turn: enough loads on their way to keep a card's memory busy
+        # without splits, whose sum would be a launch more.
+        tile_rows, tile_out, blocks = 0, 4, 16
         programs = triton.cdiv(out, tile_out)
     else:
         tile_rows = min(max(triton.next_power_of_2(rows), 16), 64)
@@ -73,45 +69,12 @@ def default_plan(rows: int, out: int, columns: int, lookup: str = "table") -> Pl
     return Plan(tile_rows, tile_out, blocks, splits, lookup)
 
 
-def candidates(rows: int, out: int, columns: int) -> list[Plan]:
-    """Plans that a benchmark should time for one size."""
-    found = []
-    for lookup in ("table", "tree"):
-        base = default_plan(rows, out, columns, lookup)
-        for splits in sorted({1, base.splits, 2 * base.splits}):
-            if rows <= 4:
-                found += [Plan(0, n, s, splits, lookup) for n in (8, 16, 32) for s in (2, 4)]
-            tile_rows = min(max(triton.next_power_of_2(rows), 16), 128)
-            found += [
-                Plan(tile_rows, n, s, splits, lookup, warps)
-                for n, warps in ((32, 4), (64, 4), (128, 8))
-                for s in (1, 2)
-            ]
-    return found
-
-
 class NF4Product:
-    """The product of one device and type of x, with what was measured there.
+    """The product on one device for x of one type."""
 
-    ``measured`` [(rows, out, in)] has a plan, or None where another product is faster. For rows
-    between two measured numbers the larger counts.
-    """
-
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, measured: Plans | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.values = torch.tensor(VALUES, dtype=torch.float32, device=device)
         self.rounded = self.values.to(dtype)
-        self.measured = dict(measured or {})
-
-    def plan(self, rows: int, out: int, columns: int) -> Plan | None:
-        """How to cut a product of that size; None if it should be left to another product."""
-        if rows > MOST_ROWS:
-            return None
-        known = [r for r, *sizes in self.measured if r >= rows and sizes == [out, columns]]
-        if known:
-            return self.measured[min(known), out, columns]
-        return default_plan(rows, out, columns)
 
     def __call__(
         self, x: Tensor, weight: NF4Weight, plan: Plan, out: Tensor | None = None
@@ -210,6 +173,18 @@ def _pair(x, at, mask):
 
 
 @triton.jit
+def _weights(of_codes, of_absmax, turn, real, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Codes and absmax of a tile of features in the blocks of one turn."""
+    packed = tl.load(
+        of_codes + turn * (BLOCKS * BLOCK // 2),
+        mask=real[:, None, None],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    return packed, tl.load(of_absmax + turn * BLOCKS, mask=real[:, None], other=0.0)
+
+
+@triton.jit
 def _row_kernel(
     x,
     codes,
@@ -230,30 +205,26 @@ def _row_kernel(
     split = tl.program_id(2)
     real = feature < features
     block = tl.arange(0, BLOCKS)
-    byte = tl.arange(0, BLOCK // 2)
+    byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     wide = feature.to(tl.int64)
+    of_codes = codes + wide[:, None, None] * (COLUMNS // 2) + byte[None, :, :]
+    of_absmax = absmax + wide[:, None] * (COLUMNS // BLOCK) + block[None, :]
     acc = tl.zeros([TILE_OUT, BLOCKS, BLOCK // 2], tl.float32)
     turns: tl.constexpr = COLUMNS // (BLOCK * BLOCKS)
     each: tl.constexpr = (turns + SPLITS - 1) // SPLITS
+    # The next turn's weights are on their way while this one's are multiplied.
+    ahead = tl.minimum(split * each, turns - 1)
+    packed, scale = _weights(of_codes, of_absmax, ahead, real, BLOCK, BLOCKS)
     for turn in range(split * each, tl.minimum(split * each + each, turns)):
-        first = turn * BLOCKS + block
-        at = first[:, None] * (BLOCK // 2) + byte[None, :]
-        packed = tl.load(
-            codes + wide[:, None, None] * (COLUMNS // 2) + at[None, :, :],
-            mask=real[:, None, None],
-            other=0,
-            eviction_policy="evict_first",
-        )
-        scale = tl.load(
-            absmax + wide[:, None] * (COLUMNS // BLOCK) + first[None, :],
-            mask=real[:, None],
-            other=0.0,
-        )
-        even, odd = _pair(x, row * (COLUMNS // 2) + at, at >= 0)
+        ahead = tl.minimum(turn + 1, turns - 1)
+        coming, coming_scale = _weights(of_codes, of_absmax, ahead, real, BLOCK, BLOCKS)
+        at = row * (COLUMNS // 2) + turn * (BLOCKS * BLOCK // 2) + byte
+        even, odd = _pair(x, at, at >= 0)
         even, odd = even.to(tl.float32)[None, :, :], odd.to(tl.float32)[None, :, :]
         high = _value(packed >> 4, table, LOOKUP)
         low = _value(packed & 15, table, LOOKUP)
         acc += (high * even + low * odd) * scale[:, :, None]
+        packed, scale = coming, coming_scale
     y = tl.sum(tl.sum(acc, 2), 1)
     target = out + (split * rows + row) * features + feature
     tl.store(target, y.to(out.dtype.element_ty), mask=real)
@@ -313,6 +284,7 @@ def _sum_kernel(parts, out, count, SPLITS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < count
     total = tl.load(parts + at, mask=inside, other=0.0)
-    for split in range(1, SPLITS):
-        total += tl.load(parts + split * count.to(tl.int64) + at, mask=inside, other=0.0)
+    for _ in range(1, SPLITS):
+        parts += count
+        total += tl.load(parts + at, mask=inside, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

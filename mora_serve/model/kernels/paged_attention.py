@@ -156,7 +156,7 @@ def prefill_attention(
         ROWS=rows,
         TILE=TILE if columns <= 128 else TILE // 2,
         DOT=dot_type(q.dtype),
-        num_warps=8 if rows == 128 else 4,
+        num_warps=8 if rows * columns > 8192 else 4,
         num_stages=2,
     )
 

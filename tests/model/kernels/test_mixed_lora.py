@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,8 +28,7 @@ from mora_serve.model.kernels.mixtures import (
 )
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
-
-from .compiling import SHARED_LIMIT, Case, compiled
+from tests.model.kernels.compiling import SHARED_LIMIT, compiled
 
 SMALL_SHAPE = ModelShape("llama", 32, 40, 72, 1, 4, 2, 11, 64, 1e-6)
 LARGE_SHAPE = ModelShape("llama", 32, 1048, 3000, 1, 9, 3, 120, 64, 1e-6)
@@ -357,50 +357,42 @@ def test_a_captured_graph_does_whatever_mixture_is_filled_in(tile_rows: int, ear
         assert ((out.double() - want).abs() / size).max() <= tolerance(torch.bfloat16)
 
 
-K = "mora_serve.model.kernels.lora_kernels"
-SIZES = dict.fromkeys(("columns", "entries", "max_rank", "width0", "width1", "width2"), "i32")
-STRIDES = {"x_stride": "i32", "y_stride": "i32", "inner": "*fp32", "table": "*i32"}
-ALIGNED = ("columns", "max_rank", "width0", "width1", "width2", "x_stride", "y_stride")
+def launch(
+    site: str, tile_rows: int, scaled: bool = False, dora: int = 0, early: bool = False
+) -> None:
+    """A site of a Llama of 8 billion parameters; ``dora`` has a bit for each projection."""
+    meta = torch.device("meta")
+    shape = ModelShape("llama", 128256, 4096, 14336, 1, 32, 8, 128, 8192, 1e-5)
+    slots = AdapterSlots(shape, 32, 64, torch.bfloat16, meta)
+    for i, part in enumerate(slots.layers[0][site]):
+        if dora & 1 << i:
+            part.dora = torch.empty(32, part.width, dtype=torch.bfloat16, device=meta)
+    buffers = MixtureBuffers(64, 4, 32, meta)
+    buffers.tile_rows = tile_rows
+    adapters = KernelAdapters(Int8Slots(slots) if scaled else slots, buffers, early)
+    parts = slots.layers[0][site]
+    x = torch.empty(64, parts[0].a.shape[2], dtype=torch.bfloat16, device=meta)
+    y = torch.empty(64, sum(part.width for part in parts), dtype=torch.bfloat16, device=meta)
+    adapters.apply(0, site, x, y)
 
 
-def case(
-    name: str, tile_rows: int, slots: str = "*bf16", dora: int = 0, early: bool = False
-) -> Case:
-    """A kernel as it is compiled for q, k and v of a Llama of 8 billion parameters."""
-    threes = {f"{n}{i}": slots for n in "ab" for i in range(3)}
-    threes |= {f"scale{i}": "*fp32" for i in range(3)} | {f"dora{i}": "*bf16" for i in range(3)}
-    blocks = BLOCKS[tile_rows]
-    chunk = blocks.columns
-    constants: dict[str, object] = {"SPLITS": 4096 // chunk, "RANKS": 16, "STRIDE": 25}
-    constants["EARLY"] = early
-    if name.startswith("shrink"):
-        constants |= {"PROJECTIONS": 3, "CHUNK": chunk}
-        constants["BLOCK"] = chunk if tile_rows == VECTOR else 64
-    else:
-        constants |= {"SCALED": slots == "*i8", "DORA": dora, "BLOCK": blocks.outputs}
-    if tile_rows == VECTOR and name == "expand_rows":
-        constants["SPLITS_UP"] = 8
-    if tile_rows != VECTOR:
-        constants |= {"TILE_ROWS": tile_rows, "OPERAND": "tl.bfloat16"}
-    arguments = {"x": "*bf16", "y": "*bf16", **threes, **SIZES, **STRIDES}
-    stages = {"shrink_tiles": 4, "expand_tiles": 1}.get(name, 3)
-    warps = blocks.warps if name.startswith("expand") else 4
-    options = {"num_warps": warps, "num_stages": stages}
-    label = f"{name}-{tile_rows}-{slots[1:]}-{dora}"
-    if early:
-        label, options = f"{label}-early", options | {"launch_pdl": True}
-    return Case(label, f"{K}:{name}", arguments, constants, options, ALIGNED)
+# On Ampere and on Hopper; the early ones are for cards from Hopper on.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "rows": partial(launch, "qkv", VECTOR),
+    "rows-int8": partial(launch, "qkv", VECTOR, scaled=True, dora=1),
+    "small": partial(launch, "gate_up", SMALL, scaled=True),
+    "large": partial(launch, "qkv", LARGE, dora=7),
+    "early": partial(launch, "down", VECTOR, early=True),
+}
 
 
 def test_the_kernels_compile_for_cards_that_are_not_here():
     """Nothing spills out of the registers; tiles are multiplied by tensor cores."""
-    cases = [case("shrink_rows", VECTOR), case("expand_rows", VECTOR, "*i8", dora=1)]
-    cases += [case("shrink_tiles", SMALL), case("expand_tiles", SMALL, "*i8")]
-    cases += [case("shrink_tiles", LARGE), case("expand_tiles", LARGE, dora=7)]
-    results = compiled(cases[:4], (80,))
-    results |= compiled([*cases, case("expand_rows", VECTOR, early=True)], (90,))
-    for (name, architecture), result in results.items():
-        assert not result.error, name
-        assert result.shared <= SHARED_LIMIT[architecture], name
-        assert result.stack == 0, name
-        assert result.tensor_cores == ("tiles" in name), name
+    both = compiled(__name__, [case for case in LAUNCHES if case != "early"])
+    for (case, architecture), kernels in {**both, **compiled(__name__, ["early"], (90,))}.items():
+        assert [kernel.kernel.split("_")[0] for kernel in kernels] == ["shrink", "expand"]
+        for kernel in kernels:
+            assert not kernel.error, case
+            assert kernel.shared <= SHARED_LIMIT[architecture], case
+            assert kernel.stack == 0, case
+            assert kernel.tensor_cores == ("tiles" in kernel.kernel), case

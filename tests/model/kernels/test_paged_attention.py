@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mora_serve.model.attention import KVPages, PagedAttention, Prefill, prefill_mask
+from mora_serve.model.kernels import paged_attention
 from mora_serve.model.kernels.paged_attention import (
     SPLIT,
     DecodeScratch,
@@ -18,6 +19,7 @@ from mora_serve.model.kernels.paged_attention import (
 from tests.model.kernels.compare import DTYPES, assert_close, same_bits
 
 NAN = float("nan")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,19 @@ class Case:
 CASES = [
     Case(4, 4, 16, 4, (1, 3, 4, 5, 60)),
     Case(6, 2, 20, 16, (64, 1, 65)),
-    Case(8, 1, 32, 8, (7, SPLIT + 1), window=5),
-    Case(14, 2, 64, 16, (3 * SPLIT - 5, 33), window=100),
+    Case(8, 1, 32, 8, (7, SPLIT + 1)),
+    Case(14, 2, 64, 16, (3 * SPLIT - 5, 33), window=300),
+    Case(2, 1, 16, 16, (70, 9), window=5),
     Case(3, 1, 256, 16, (40,)),
 ]
+
+
+def random_case(seed: int) -> Case:
+    r = random.Random(seed)
+    kv_heads = r.choice((1, 2, 3))
+    lengths = tuple(r.randint(1, 90) for _ in range(r.randint(1, 3)))
+    dim, page = r.choice((2, 18, 48, 80)), r.choice((4, 8, 32))
+    return Case(kv_heads * r.randint(1, 8), kv_heads, dim, page, lengths, r.choice((None, 1, 40)))
 
 
 class Pages:
@@ -63,6 +74,11 @@ class Pages:
                 store.flatten(1, 2)[:, places] = new.to(device, dtype)
         self.table = self.table.to(device)
         self.q = self.random(len(needed), g)
+
+    def clean(self) -> None:
+        """Zeros where there was NaN, for the reference."""
+        for pages in (self.keys, self.values):
+            pages.nan_to_num_(0.0)
 
     def random(self, tokens: int, g: torch.Generator) -> torch.Tensor:
         shape = (tokens, self.case.heads, self.case.dim)
@@ -100,6 +116,12 @@ class Pages:
 def test_decode_rows_attend_as_the_reference(case, dtype, device):
     pages = Pages(case, dtype, device)
     assert_close(pages.decode(), pages.decode_reference(), steps=2)
+
+
+def test_long_rows_share_the_splits_there_are(device, monkeypatch):
+    monkeypatch.setattr(paged_attention, "SPLITS", 2)
+    pages = Pages(CASES[3], torch.float32, device)
+    assert_close(pages.decode(), pages.decode_reference())
 
 
 @pytest.mark.parametrize("case", CASES[1:4], ids=str)
@@ -153,8 +175,9 @@ CHUNKS = [
     (CASES[0], [(0, 1), (1, 2), (0, 4), (0, 0), (9, 51)]),
     (CASES[1], [(0, 64), (0, 1), (40, 25)]),
     (CASES[2], [(2, 5), (60, SPLIT - 59)]),
-    (CASES[3], [(150, 100), (0, 33)]),
-    (CASES[4], [(0, 40)]),
+    (Case(14, 2, 64, 16, (250, 33), window=100), [(150, 100), (0, 33)]),
+    (CASES[4], [(30, 40), (0, 9)]),
+    (CASES[5], [(0, 40)]),
 ]
 
 
@@ -208,7 +231,7 @@ def test_chunks_attend_as_the_reference(case, chunks, dtype, device):
     assert_close(prefill(pages, chunks, q, starts), expected, steps=2)
 
 
-@pytest.mark.parametrize(("case", "chunks"), CHUNKS[:4], ids=str)
+@pytest.mark.parametrize(("case", "chunks"), CHUNKS[:5], ids=str)
 def test_what_a_chunk_may_not_see_cannot_spread(case, chunks, device):
     sound = Pages(case, torch.float32, device)
     spoilt = Pages(case, torch.float32, device, rest=NAN)
@@ -237,6 +260,19 @@ def test_a_prompt_s_last_token_attends_alike_in_decode_and_in_prefill(device):
     case = Case(4, 2, 32, 8, (50,))
     pages = Pages(case, torch.float32, device)
     assert_close(prefill(pages, [(49, 1)], pages.q, [0]), pages.decode())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_shapes_attend_as_the_reference(seed, device):
+    case = random_case(seed)
+    pages = Pages(case, torch.float32, device, rest=NAN)
+    cuts = [random.Random(seed).randint(0, length) for length in case.lengths]
+    chunks = [(cut, length - cut) for cut, length in zip(cuts, case.lengths, strict=True)]
+    q, starts = layout(pages, chunks)
+    out, decoded = prefill(pages, chunks, q, starts), pages.decode()
+    pages.clean()
+    assert_close(decoded, pages.decode_reference())
+    assert_close(out, prefill_reference(pages, chunks, q, starts))
 
 
 LARGE = Case(32, 8, 128, 16, (1, 900, 4096, 17, 2500))
