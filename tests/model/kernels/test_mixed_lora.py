@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mora_serve.model.kernels.int8_slots import LEVELS, Int8Slots, quantise_rows
-from mora_serve.model.kernels.mixed_lora import BLOCKS, KernelAdapters, dora_parts
+from mora_serve.model.kernels.mixed_lora import KernelAdapters, dora_parts
 from mora_serve.model.kernels.mixtures import (
     LARGE,
     SMALL,
