@@ -78,6 +78,7 @@ class CudaForward:
         self._rows = DecodeRows(self._steps, kv.page_size)
         self._adapters = self._make_adapters(max_batch)
         self._variant = Variant(0)  # but for its rows: of the mixtures that were laid out last
+        self._stale = True  # they are not those of the rows
         self._graphs = Graphs(self._decode, device)
         self._prompts = StepBuffers(0, max_batch, self._pages, device)
         self._prompt_adapters = self._make_adapters(1)
@@ -99,6 +100,7 @@ class CudaForward:
         """
         with self._on_device():
             self._rows.reset()
+            self._stale = True
             for rows in reversed(self._buckets):
                 self._graphs.prepare(Variant(rows))
                 for tile_rows in tile_sizes(rows, self._max_mixture):
@@ -140,12 +142,14 @@ class CudaForward:
         """A step of single tokens; where the rows that sample are."""
         bucket = self._buckets[bisect_left(self._buckets, len(batch))]
         rows, changed = self._rows.fill(batch, bucket, slot)
-        if changed:
+        self._stale |= changed
+        if self._stale:
             mixtures = self._rows.mixtures[:bucket]
             self._variant = Variant(bucket)
             if any(mixtures):
                 tile_rows = self._adapters.fill(mixtures, [1] * bucket)
                 self._variant = Variant(bucket, tile_rows, dora_parts(self._slots))
+            self._stale = False
         self._graphs.run(replace(self._variant, rows=bucket))
         samples = np.fromiter((chunk.samples for chunk in batch), bool, len(batch))
         return self._steps, rows[samples]

@@ -74,6 +74,7 @@ class Engine:
         )
         free = None
         if decoder.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading used in passing is free as well
             free, _ = torch.cuda.mem_get_info(decoder.device)
         sizes = choose_sizes(base.shape, config, self.max_context, decoder.dtype.itemsize, free)
         pages = sizes.pages

@@ -59,7 +59,7 @@ class Graphs:
         if not self._cuda or variant in self._graphs:
             return
         started = time.monotonic()
-        for other in [v for v in self._graphs if v.scaled and v.scaled < variant.scaled]:
+        for other in [v for v in self._graphs if v.tile_rows and v.scaled < variant.scaled]:
             del self._graphs[other]  # it does not read the scales that came since
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
