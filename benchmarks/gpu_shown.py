@@ -17,7 +17,7 @@ def table(result: Result) -> str:
     """A table a part; a part that failed says why."""
     shown: tuple[tuple[str, Callable[[Any], str]], ...] = (
         *(("card", _card), ("steps", _steps), ("first", _first), ("loads", _pairs)),
-        *(("peft", _pairs), ("demo", _pairs), ("tests", _pairs)),
+        *(("peft", _pairs), ("kernels", _kernels), ("demo", _pairs), ("tests", _pairs)),
     )
     found = []
     for name, form in shown:
@@ -93,6 +93,12 @@ def _first(rows: Sequence[Result]) -> str:
         for r in rows
     ]
     return markdown(headers, cells)
+
+
+def _kernels(part: Result) -> str:
+    """Only what its claims name; its own table is that of benchmarks.gpu_kernels."""
+    names = ("within_rounding", "repeats", "least_times_faster")
+    return _pairs({name: part[name] for name in names if name in part})
 
 
 def _products(rows: Sequence[Result]) -> str:

@@ -46,8 +46,8 @@ class Sizes:
     streams: int = 32
     repeat: int = 7
     load_turns: int = 4
-    load_seconds: float = 1.0  # a turn
-    context: int = 2048
+    load_seconds: float = 0.75  # a turn
+    context: int = 8192
 
     @property
     def adapters(self) -> int:

@@ -239,8 +239,7 @@ def llama() -> CudaForward:
     decoder = random_base(shape, meta, torch.bfloat16).decoder
     slots = AdapterSlots(shape, 32, 16, torch.bfloat16, meta)
     kv = KVPages(1, shape.kv_heads, shape.head_dim, 4096, 16, torch.bfloat16, meta)
-    product = Products(known_ways(meta, torch.bfloat16), "kernel, table")
-    return CudaForward(decoder, slots, kv, 8192, 32, 4, product)
+    return CudaForward(decoder, slots, kv, 8192, 32, 4)  # the 4-bit product compiles elsewhere
 
 
 def launch_prompts() -> None:
