@@ -15,8 +15,9 @@ from benchmarks.local import LocalEngine
 from benchmarks.many_adapters import Template
 from mora_serve.adapters.validate import read_upload
 from mora_serve.model.decoder import Decoder, Layer
+from mora_serve.model.footprint import BLOCK
 from mora_serve.model.loading import Base, rope_frequencies
-from mora_serve.model.quant import BLOCK, DenseWeight, Linear, NF4Weight
+from mora_serve.model.quant import DenseWeight, Linear, NF4Weight
 from mora_serve.model.shape import PROJECTIONS, SITES, ModelShape
 from mora_serve.model.tokenizer import Tokenizer
 

@@ -11,8 +11,9 @@ import torch
 from benchmarks.gpu_card import wait
 from benchmarks.report import log
 from mora_serve.model.attention import DenseCausal
+from mora_serve.model.footprint import BLOCK
 from mora_serve.model.loading import Base
-from mora_serve.model.quant import BLOCK, NF4Weight
+from mora_serve.model.quant import NF4Weight
 from mora_serve.model.shape import PROJECTIONS, SITES
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
 
@@ -33,7 +34,11 @@ class BaseConfig:
 
     model: str = _doc("demo", "Hugging Face directory or hub id; 'demo' is the bundled one")
     revision: str = _doc("main", "revision of a hub id")
-    quantization: Literal["nf4", "none"] = _doc("nf4", "4-bit NF4, or the weights as they are")
+    quantization: Literal["auto", "nf4", "none"] = _doc(
+        "auto",
+        "auto is as the checkpoint is stored, and 4-bit NF4 for one of 16 or 32 bits; none keeps "
+        "those as they are",
+    )
     dtype: Literal["auto", "bf16", "fp32"] = _doc(
         "auto", "compute type; auto is bf16 where the processor has it"
     )
@@ -130,7 +135,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Addresses and limits of the gRPC server."""
+    """Addresses and limits of the server."""
 
     host: str = _doc("127.0.0.1", "address to listen on")
     port: int = _doc(50051, "gRPC port; 0 takes a free one")
@@ -140,12 +145,19 @@ class ServerConfig:
     allow_plaintext: bool = _doc(
         False, "listen without TLS on an address that other machines can reach"
     )
+    http_host: str = _doc("127.0.0.1", "address of the HTTP port")
+    http_port: int = _doc(
+        -1,
+        "port of the OpenAI-compatible HTTP API, with the TLS and the keys of the gRPC port; 0 "
+        "takes a free one, -1 switches it off",
+    )
     metrics_host: str = _doc(
         "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
     )
     metrics_port: int = _doc(9464, "Prometheus port; 0 takes a free one, -1 switches it off")
     max_message_bytes: int = _doc(
-        16 << 20, "largest gRPC message to the server; a larger router is loaded by its path"
+        16 << 20,
+        "largest gRPC message or HTTP body to the server; a larger router is loaded by its path",
     )
     admin_host: str = _doc("127.0.0.1", "address for administrators")
     admin_port: int = _doc(
@@ -165,6 +177,11 @@ class ServerConfig:
     )
     log_format: Literal["text", "json"] = _doc("text", "lines of the log: text, or JSON objects")
     log_calls: bool = _doc(True, "log a line for each call that ends")
+    traces: bool = _doc(
+        False,
+        "send OpenTelemetry traces, without prompts and answers, to where the environment's "
+        "OTEL_EXPORTER_OTLP_ENDPOINT and its like say; setting that one switches them on as well",
+    )
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
     )
@@ -304,6 +321,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 
 
 # By key, or by its last word; other numbers end where the API's and gRPC's 32 bits do.
+_MAY_BE_OFF = ("server.metrics_port", "server.admin_port", "server.http_port")
 _MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 65535}
 
 
@@ -321,7 +339,7 @@ def _check(config: Config) -> None:
     for key in keys():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        least = -1 if key in ("server.metrics_port", "server.admin_port") else 0
+        least = -1 if key in _MAY_BE_OFF else 0
         if not isinstance(value, (int, float)):
             continue
         most = _MOST.get(key, _MOST.get(name.rpartition("_")[2], 2**31 - 1))

@@ -187,6 +187,7 @@ class EngineStats:
     waiting: int = 0
     kv_pages: int = 0
     kv_pages_used: int = 0
+    page_size: int = 0  # tokens a page
     slots: int = 0
     slots_used: int = 0  # by running requests
     resident: tuple[str, ...] = ()  # digests in device slots

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mora_serve.core import AdapterLoad, Decision, EngineStats, Finish, Mixture, Source, Usage
+from mora_serve.errors import MoraError
 
 MAX_ADAPTER_LABELS = 100
 OTHER = "other"
@@ -47,6 +48,7 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
     "waiting": ("mora_num_requests_waiting", "Requests in the engine's queue."),
     "kv_pages": ("mora_kv_cache_pages", "Pages of the key/value cache."),
     "kv_pages_used": ("mora_kv_cache_pages_used", "Pages of the key/value cache in use."),
+    "page_size": ("mora_kv_cache_page_tokens", "Tokens that a page of that cache holds."),
     "slots": ("mora_adapter_slots", "Device slots for adapters."),
     "slots_used": ("mora_adapter_slots_used", "Device slots whose adapters running requests use."),
 }
@@ -130,6 +132,12 @@ class Metrics:
         )
         self._rpc_seconds = self._histogram(
             "mora_grpc_request_seconds", "Duration of a call.", _REQUEST_SECONDS, ("method",)
+        )
+        self._refusals = self._make(
+            Counter,
+            "mora_refusals",
+            "Calls answered with an error of the server's own, by its reason.",
+            ("reason",),
         )
         finished = self._make(
             Counter,
@@ -252,6 +260,10 @@ class Metrics:
         """A call ended; ``method`` is one the server implements."""
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
+
+    def refused(self, error: MoraError) -> None:
+        """A caller got an error; reasons are constants of the code, never what a caller sent."""
+        self._refusals.labels(error.reason).inc()
 
     def decided(self, decision: Decision, seconds: float) -> None:
         """A mixture was chosen."""

@@ -21,12 +21,13 @@ COMMANDS = (
     ["adapters"],
     *(
         ["adapters", a]
-        for a in ("list", "show", "register", "upload", "update", "unregister", "pin")
+        for a in ("list", "show", "check", "register", "upload", "update", "unregister", "pin")
     ),
     ["route"],
     ["feedback"],
     ["feedback", "export"],
     ["info"],
+    ["plan"],
 )
 
 

@@ -162,6 +162,16 @@ class TestRequests:
         with pytest.raises(errors.InvalidArgument, match=r"path: .* give a text"):
             requests.register("a", tmp_path, False, {})
 
+    def test_a_directory_without_an_adapter_is_refused_with_where_the_adapter_is(self, tmp_path):
+        (tmp_path / "checkpoint-3").mkdir()
+        for file in requests.UPLOAD_FILES:
+            (tmp_path / "checkpoint-3" / file).touch()
+        with pytest.raises(errors.InvalidArgument, match="in the folder 'checkpoint-3'") as e:
+            requests.upload("a", tmp_path, False, {})
+        assert (e.value.field, e.value.reason) == ("directory", "MISSING_FILE")
+        with pytest.raises(errors.InvalidArgument, match="cannot be opened"):
+            requests.upload("a", tmp_path / "none", False, {})
+
     def test_one_text_is_a_list_of_one(self):
         """It is not taken apart into its letters."""
         assert list(ask("x", candidates="json").selection.auto.candidates) == ["json"]

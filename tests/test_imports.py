@@ -44,6 +44,19 @@ def test_only_the_server_and_the_client_import_grpc():
     assert set().union(*map(places, GRPC)) == {"server", "client"}
 
 
+@pytest.mark.parametrize("package", ["fastapi", "starlette", "uvicorn", "pydantic"])
+def test_only_the_http_api_imports_what_its_extra_brings(package: str):
+    assert places(package) == {"http"}
+
+
+def test_a_server_without_the_extras_ports_loads_none_of_them():
+    """They may not be installed, and they take a second."""
+    extras = ("fastapi", "starlette", "uvicorn", "pydantic", "opentelemetry")
+    code = f"import sys, mora_serve.server.app; print([m for m in {extras} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_model_shape_and_the_scheduler_do_without_torch():
     for name in ("model/shape.py", "engine/scheduler.py"):
         assert "torch" not in imported(PACKAGE / name)
@@ -86,10 +99,10 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("directory", "extras"),
     [
-        ("mora_serve", ("gpu",)),
+        ("mora_serve", ("gpu", "http", "otel")),
         ("router_training", ("train", "eval")),
-        ("benchmarks", ("train",)),
-        ("tests", ("train", "dev")),
+        ("benchmarks", ("train", "eval", "dev")),
+        ("tests", ("train", "http", "otel", "dev")),
     ],
 )
 def test_what_is_imported_is_asked_for(directory: str, extras: tuple[str, ...]):

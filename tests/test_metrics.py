@@ -23,6 +23,7 @@ from mora_serve.core import (
     Source,
     Usage,
 )
+from mora_serve.errors import ResourceExhausted
 from mora_serve.metrics import OTHER, AdapterLabels, Dropped, Metrics
 
 ONE = Mixture((AdapterWeight("json", 1.0, "d1"), AdapterWeight("upper", 0.5, "d2")))
@@ -266,6 +267,14 @@ def test_a_removed_adapter_leaves_its_place(busy):
     busy.metrics.finished(Finish.STOP, USAGE, ONE)  # a request that began before
     assert busy("mora_adapter_request_latency_seconds_count", adapter="json") is None
     assert busy("mora_adapter_request_latency_seconds_count", adapter=OTHER) == 1
+
+
+def test_errors_that_callers_get_are_counted_by_their_reason(world):
+    """The gate's, a tenant's and the queue's refusals share a gRPC code, and are told apart."""
+    for reason in ("QUEUE_FULL", "TENANT_RATE", "QUEUE_FULL"):
+        world.metrics.refused(ResourceExhausted("full", reason=reason))
+    assert world("mora_refusals_total", reason="QUEUE_FULL") == 2
+    assert world("mora_refusals_total", reason="TENANT_RATE") == 1
 
 
 def test_promtool_finds_nothing_wrong(busy):

@@ -18,7 +18,7 @@ def _calls(service: str, calls: Iterable[str], *roles: Role) -> dict[str, frozen
     return {f"/mora_serve.v1.{service}/{call}": frozenset(roles) for call in calls}
 
 
-ALLOWED: Mapping[str, frozenset[Role]] = {
+_GRPC: Mapping[str, frozenset[Role]] = {
     **_calls("GenerationService", ("Generate", "GenerateStream"), Role.GENERATE),
     **_calls("RouterService", ("Route",), Role.GENERATE),
     **_calls(
@@ -37,7 +37,19 @@ ALLOWED: Mapping[str, frozenset[Role]] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": frozenset(Role),
 }
 
+# Paths of the HTTP API, as they are declared.
+_HTTP: Mapping[str, frozenset[Role]] = {
+    "/v1/chat/completions": frozenset({Role.GENERATE}),
+    "/v1/completions": frozenset({Role.GENERATE}),
+    "/v1/models": frozenset(Role),
+    "/v1/models/{model:path}": frozenset(Role),
+    "/console/map": frozenset({Role.GENERATE}),
+    "/metrics": frozenset({Role.ADMIN}),  # names adapters of all tenants
+}
+
+ALLOWED: Mapping[str, frozenset[Role]] = {**_GRPC, **_HTTP}
+
 # Calls whose effect is on all tenants; they have an address of their own where one is configured.
 ADMINISTRATIVE = frozenset(
-    method for method, roles in ALLOWED.items() if roles == frozenset({Role.ADMIN})
+    method for method, roles in _GRPC.items() if roles == frozenset({Role.ADMIN})
 )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from mora_serve.adapters import card, header, peft_config
+from mora_serve.adapters import absent, card, header, peft_config
 from mora_serve.adapters.untrusted import quoted
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import FailedPrecondition, InvalidArgument, MoraError, NotFound
 
 CONFIG, WEIGHTS, CARD = peft_config.FIELD, header.FIELD, card.FILE
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_MAX_ENTRIES = 1000
 _FOLLOW_NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -30,8 +27,8 @@ def check_file(name: str, limits: AdaptersConfig) -> int:
     most = {CONFIG: peft_config.MAX_BYTES, WEIGHTS: limits.max_bytes, CARD: card.MAX_BYTES}
     if name in most:
         return most[name]
-    if name.lower().endswith(_PICKLES):
-        raise _pickle()
+    if absent.is_pickle(name):
+        raise absent.pickle()
     raise InvalidArgument(
         f"file: {quoted(name)} is no part of an adapter; send {CONFIG}, {WEIGHTS} and, "
         f"if there is one, {CARD}",
@@ -127,24 +124,6 @@ def read_regular(
     return data
 
 
-def missing_weights(directory: int) -> MoraError:
-    """Why a directory without ``adapter_model.safetensors`` is refused; nothing is opened."""
-    with os.scandir(directory) as entries:
-        names = [e.name for e in itertools.islice(entries, _MAX_ENTRIES)]
-    if any(name.lower().endswith(_PICKLES) for name in names):
-        return _pickle()
-    return missing(WEIGHTS)
-
-
-def missing(name: str) -> InvalidArgument:
-    """An adapter's file is not there."""
-    return InvalidArgument(
-        f"{name}: the adapter has no such file; give what PEFT's save_pretrained wrote",
-        field=name,
-        reason="MISSING_FILE",
-    )
-
-
 def _parts(root: Path, base: str, path: str) -> list[str]:
     if not path or "\0" in path:
         raise _outside("it is empty or holds a zero byte")
@@ -231,14 +210,4 @@ def _linked(name: str) -> InvalidArgument:
         f"{name}: it is a hard link that somebody else may have made; put a copy there",
         field=name,
         reason="INVALID_PATH",
-    )
-
-
-def _pickle() -> InvalidArgument:
-    return InvalidArgument(
-        f"{WEIGHTS}: the adapter has only pickle files, which can run code when they are opened, "
-        "so they were not opened; where you trust them, load the adapter with PEFT and save it "
-        "with save_pretrained(..., safe_serialization=True)",
-        field=WEIGHTS,
-        reason="PICKLE",
     )

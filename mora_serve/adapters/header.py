@@ -149,7 +149,13 @@ def _tensor(key: str, entry: Any, data_start: int) -> TensorRef:
             f"tensor {name} has type {quoted(dtype)}; only F32, F16 and BF16 can be served",
             "convert the adapter, for example with model.to(torch.bfloat16), and save it again",
         )
-    if not _integers(shape) or not 1 <= len(shape) <= 2 or not all(shape):
+    if _integers(shape) and 0 in shape:
+        raise _invalid(
+            f"tensor {name} has shape {quoted(shape)}, without any value",
+            "the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered: save the "
+            "adapter again with the full state",
+        )
+    if not _integers(shape) or not 1 <= len(shape) <= 2:
         raise _invalid(f"tensor {name} has shape {quoted(shape)}, not one or two positive sizes")
     if not _integers(offsets) or len(offsets) != 2:
         raise _invalid(f"tensor {name} has data_offsets {quoted(offsets)}, not two numbers")

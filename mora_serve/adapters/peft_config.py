@@ -42,6 +42,7 @@ _NO_EFFECT = frozenset(
         "corda_config",
         "loftq_config",
         "lora_ga_config",
+        "nvfp4_merge_aware",  # Axolotl's note for merging the adapter later
     )
 )
 _READ = frozenset(
@@ -55,6 +56,7 @@ _READ = frozenset(
         "alpha_pattern",
         "bias",
         "init_lora_weights",
+        "fan_in_fan_out",
     )
 )
 _RETRAIN = "train without it"
@@ -63,10 +65,10 @@ _UNSERVED = {
     "trainable_token_indices": ("it changes the base's embeddings, which all adapters share", ""),
     "layer_replication": ("it changes the base's layers, which all adapters share", ""),
     "lora_bias": ("biases of lora_B are not served", ""),
-    "fan_in_fan_out": ("the supported bases store no transposed weights", "set it to false"),
     "megatron_config": ("Megatron's parallel layers are not served", ""),
     "alora_invocation_tokens": ("activated LoRA (aLoRA) is not served", ""),
     "use_qalora": ("QALoRA is not served", ""),
+    "use_mora": ("square high-rank updates (MoRA, a fork of PEFT) are not served", ""),
     "use_bdlora": ("block-diagonal LoRA (BD-LoRA) is not served", ""),
     "velora_config": ("VeLoRA is not served", ""),
     "monteclora_config": ("MonteCLoRA is not served", ""),
@@ -146,6 +148,15 @@ def parse_config(data: bytes) -> LoraSettings:
             config["bias"],
             "it changes the base's biases, which all adapters share",
             'train with bias="none"',
+        )
+    if config.get("fan_in_fan_out") and config.get("use_dora"):
+        # For plain LoRA PEFT itself sets it to false on the linear layers that the bases have.
+        raise _refused(
+            "fan_in_fan_out",
+            config["fan_in_fan_out"],
+            "with DoRA, magnitudes may have been taken along the wrong side of transposed weights, "
+            "which the supported bases do not have",
+            "train with it set to false",
         )
     for key, value in config.items():
         if key in _NO_EFFECT or key in _READ or _empty(value):

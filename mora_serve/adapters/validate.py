@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from typing import Any
 
 import numpy.typing as npt
 
-from mora_serve.adapters import files
+from mora_serve.adapters import absent, files
 from mora_serve.adapters.card import RoutingCard, parse_card
 from mora_serve.adapters.checksum import check_sum
 from mora_serve.adapters.files import open_directory
 from mora_serve.adapters.header import TensorRef, check_finite, read_header, tensor_array
 from mora_serve.adapters.peft_config import LoraSettings, parse_config
-from mora_serve.adapters.untrusted import quoted
+from mora_serve.adapters.tensor_keys import parse_key, unfit
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import InvalidArgument
-from mora_serve.model.shape import PROJECTIONS, ModelShape, projection_path
+from mora_serve.model.shape import PROJECTIONS, ProjectionSizes, projection_path
 
 __all__ = [
     "LoraModule",
@@ -39,12 +38,6 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
-
-_KEY = re.compile(
-    r"base_model\.model\.(?P<path>model\.layers\.(?P<layer>0|[1-9][0-9]{0,4})"
-    r"\.(?:self_attn|mlp)\.(?P<projection>[a-z]+_proj))"
-    r"\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +92,7 @@ class ValidatedAdapter:
 def read_directory(
     root: str | Path,
     path: str,
-    shape: ModelShape,
+    shape: ProjectionSizes,
     limits: AdaptersConfig,
     fingerprint: str = "",
     *,
@@ -116,9 +109,9 @@ def read_directory(
         card = files.read_file(directory, files.CARD, limits)
         weights = files.read_file(directory, files.WEIGHTS, limits)
         if weights is None:
-            raise files.missing_weights(directory)
+            raise absent.missing(files.WEIGHTS, directory)
         if config is None:
-            raise files.missing(files.CONFIG)
+            raise absent.missing(files.CONFIG, directory)
     return read_upload(config, weights, card, shape, limits, fingerprint, sha256=sha256)
 
 
@@ -126,7 +119,7 @@ def read_upload(
     config: bytes,
     weights: Buffer,
     card: bytes | None,
-    shape: ModelShape,
+    shape: ProjectionSizes,
     limits: AdaptersConfig,
     fingerprint: str = "",
     *,
@@ -163,7 +156,7 @@ def content_digest(canonical: bytes) -> hashlib._Hash:
 
 
 def read_stored(
-    digest: str, config: bytes, weights: Buffer, shape: ModelShape, limits: AdaptersConfig
+    digest: str, config: bytes, weights: Buffer, shape: ProjectionSizes, limits: AdaptersConfig
 ) -> ValidatedAdapter:
     """An adapter of the registry: as ``read_upload``, without what its digest stands for.
 
@@ -215,7 +208,7 @@ def _check_base(named: str, fingerprint: str) -> str | None:
 def _modules(
     settings: LoraSettings,
     tensors: Mapping[str, TensorRef],
-    shape: ModelShape,
+    shape: ProjectionSizes,
     limits: AdaptersConfig,
 ) -> tuple[LoraModule, ...]:
     ranks, alphas = settings.ranks(), settings.alphas()
@@ -225,13 +218,13 @@ def _modules(
         rank = _check_shapes(path, parts, shape.projection(projection), settings.use_dora)
         expected = ranks.get(path, settings.r)
         if rank != expected:
-            raise _unfit(
+            raise unfit(
                 path,
                 f"its tensors have rank {rank}, {files.CONFIG} says {expected}",
                 "save the adapter again so that both agree",
             )
         if rank > limits.max_rank:
-            raise _unfit(
+            raise unfit(
                 path,
                 f"rank {rank} is above adapters.max_rank ({limits.max_rank})",
                 "train with a smaller rank or raise adapters.max_rank",
@@ -248,30 +241,16 @@ def _modules(
 
 
 def _by_module(
-    tensors: Mapping[str, TensorRef], shape: ModelShape
+    tensors: Mapping[str, TensorRef], shape: ProjectionSizes
 ) -> dict[tuple[int, str], dict[str, TensorRef]]:
     modules: dict[tuple[int, str], dict[str, TensorRef]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["projection"] not in PROJECTIONS:
-            raise _unfit(
-                quoted(key),
-                "this tensor is not lora_A, lora_B or lora_magnitude_vector of a projection "
-                f"({', '.join(PROJECTIONS)}) of a layer",
-                "target only these projections, and save neither embeddings nor whole modules",
-                "UNSUPPORTED_ADAPTER",
-            )
-        layer, projection, part = int(match["layer"]), match["projection"], match["part"]
-        if match["path"] != projection_path(layer, projection):
-            raise _unfit(
-                quoted(key), "the projection stands in the wrong block", "save the adapter again"
-            )
-        if layer >= shape.layers:
-            raise _unfit(
-                match["path"], f"the base has only {shape.layers} layers", _TRAIN_ON_THIS_BASE
-            )
-        if modules.setdefault((layer, projection), {}).setdefault(part, tensor) is not tensor:
-            raise _unfit(match["path"], f"lora_{part} is there twice", "save the adapter again")
+        place = parse_key(key)
+        if place.layer >= shape.layers:
+            raise unfit(place.path, f"the base has only {shape.layers} layers", _TRAIN_ON_THIS_BASE)
+        parts = modules.setdefault((place.layer, place.projection), {})
+        if parts.setdefault(place.part, tensor) is not tensor:
+            raise unfit(place.path, f"lora_{place.part} is there twice", "save the adapter again")
     return modules
 
 
@@ -282,9 +261,9 @@ def _check_shapes(
     needed = {"A", "B", "magnitude_vector"} if dora else {"A", "B"}
     missing = sorted(needed - parts.keys())
     if missing:
-        raise _unfit(path, f"lora_{missing[0]} is missing", "save the adapter again")
+        raise unfit(path, f"lora_{missing[0]} is missing", "save the adapter again")
     if parts.keys() - needed:
-        raise _unfit(
+        raise unfit(
             path,
             f"it has a DoRA magnitude, but {files.CONFIG} says use_dora false",
             "save the adapter again so that both agree",
@@ -294,7 +273,7 @@ def _check_shapes(
     wanted = {"A": (rank, columns), "B": (rows, rank), "magnitude_vector": (rows,)}
     for part, tensor in sorted(parts.items()):
         if tensor.shape != wanted[part]:
-            raise _unfit(
+            raise unfit(
                 path,
                 f"lora_{part} has shape {list(tensor.shape)}, this base needs {list(wanted[part])}",
                 _TRAIN_ON_THIS_BASE,
@@ -303,9 +282,3 @@ def _check_shapes(
 
 
 _TRAIN_ON_THIS_BASE = "register an adapter that was trained on this base"
-
-
-def _unfit(what: str, why: str, remedy: str, reason: str = "SHAPE_MISMATCH") -> InvalidArgument:
-    return InvalidArgument(
-        f"{files.WEIGHTS}: {what}: {why}; {remedy}", field=files.WEIGHTS, reason=reason
-    )

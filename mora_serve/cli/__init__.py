@@ -1,5 +1,5 @@
 """The command line: ``mora-serve serve | demo | generate | adapters | route | feedback | info |
-key``.
+health | key | plan``.
 
 Exit status: 0 when all went well, 1 for an error of the server (or a demo that fell short),
 2 for a wrong command line or configuration, 3 when the engine of a server failed or hung, 130 when
@@ -15,7 +15,18 @@ import sys
 from collections.abc import Sequence
 
 from mora_serve import __version__
-from mora_serve.cli import adapters, demo, feedback, generate, info, key, route, serve
+from mora_serve.cli import (
+    adapters,
+    demo,
+    feedback,
+    generate,
+    health,
+    info,
+    key,
+    plan,
+    route,
+    serve,
+)
 from mora_serve.errors import ConfigError, MoraError
 
 EPILOG = """\
@@ -24,6 +35,7 @@ first steps:
   mora-serve serve                                 serve the bundled models
   mora-serve generate "reverse 'stone'"    in another terminal: the router picks
   mora-serve adapters list                         what is registered
+  mora-serve plan llama-3.1-8b --card 24           what a card would hold
 
 'mora-serve COMMAND --help' tells more about each command.
 """
@@ -63,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mora-serve {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in (serve, demo, generate, adapters, route, feedback, info, key):
+    for command in (serve, demo, generate, adapters, route, feedback, info, health, key, plan):
         command.add_to(commands)
     return parser
 

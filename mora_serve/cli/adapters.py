@@ -1,4 +1,4 @@
-"""``mora-serve adapters``: list, show, register, upload, update, unregister, pin."""
+"""``mora-serve adapters``: list, show, check, register, upload, update, unregister, pin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mora_serve.cli import connection
+from mora_serve.cli import check, connection
 from mora_serve.cli import prompt as shared
 from mora_serve.cli.output import megabytes, print_json, table
 from mora_serve.errors import AlreadyExists, ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   mora-serve adapters list
+  mora-serve adapters check ./out/summarise-v1
   mora-serve adapters register summarise summarise-v1 --task summarise --prompts examples.txt
   mora-serve adapters upload summarise ./out/summarise-v1 --replace
   mora-serve adapters update summarise --task summarise --task shorten --prompts examples.txt
@@ -37,8 +38,8 @@ def add_to(commands: Any) -> None:
     """Add the command and its own subcommands to the command line."""
     parser = commands.add_parser(
         "adapters",
-        help="list, register, pin and remove adapters",
-        description="List, register, pin and remove the adapters of a running server.",
+        help="list, check, register, pin and remove adapters",
+        description="List, register, pin and remove the adapters of a server; check directories.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -54,6 +55,7 @@ def add_to(commands: Any) -> None:
         return sub
 
     connection.add_to(action("list", run_list, "list the adapters"))
+    check.add_to(action("check", check.run, "say what would be served of directories, offline"))
     named = {
         "show": action("show", run_show, "show one adapter"),
         "register": action("register", run_register, "register a directory of the server"),
@@ -133,9 +135,10 @@ def run_register(args: argparse.Namespace) -> int:
 def run_upload(args: argparse.Namespace) -> int:
     """Register a directory of this machine."""
     directory = Path(args.directory)
-    if not (directory / "adapter_config.json").is_file():
+    if not directory.is_dir():
         raise ConfigError(
-            f"DIR: {args.directory} holds no adapter_config.json; give a PEFT adapter's directory"
+            f"DIR: {args.directory} is no directory; give a PEFT adapter's, which holds its "
+            "adapter_config.json"
         )
     card = _card(args)
     with connection.connect(args) as client:

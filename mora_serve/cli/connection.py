@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mora_serve.client import Client
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
+def add_to(parser: argparse.ArgumentParser, seconds: float = 120.0) -> None:
     """Add the flags that say which server is meant, and in which form to answer."""
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -31,7 +31,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tenant", default="", help="whose adapters are meant (default: default)")
     group.add_argument(
-        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="(default: 120)"
+        "--timeout",
+        type=_seconds,
+        default=seconds,
+        metavar="SECONDS",
+        help="(default: %(default)g)",
     )
     group.add_argument("--json", action="store_true", help="print JSON for programs")
     group = parser.add_argument_group("access")
@@ -47,6 +51,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-cert", metavar="FILE", help="your certificate, if one is asked for")
     group.add_argument("--tls-key", metavar="FILE", help="its private key")
     group.add_argument(
+        "--tls-name",
+        metavar="NAME",
+        help="whom the server's certificate names, if not the address",
+    )
+    group.add_argument(
         "--plaintext",
         action="store_true",
         help="send the key without TLS to other machines too; only where the network is protected",
@@ -58,7 +67,8 @@ def connect(args: argparse.Namespace) -> Client:
     from mora_serve.client import Client, Tls
 
     files = {name: getattr(args, f"tls_{name}") for name in ("ca", "cert", "key")}
-    tls: Tls | bool = Tls(**files) if any(files.values()) else args.tls
+    name = args.tls_name or ""
+    tls: Tls | bool = Tls(**files, name=name) if name or any(files.values()) else args.tls
     if tls and args.plaintext:
         raise ConfigError("--plaintext: it is for connections without TLS; leave one of them out")
     return Client(

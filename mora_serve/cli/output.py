@@ -91,6 +91,15 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB"
 
 
+def binary(nbytes: float) -> str:
+    """Memory in bytes as text, in powers of 1024: 1.50 GiB."""
+    return (
+        f"{nbytes / (1 << 30):.2f} GiB"
+        if abs(nbytes) >= 1 << 30
+        else f"{nbytes / (1 << 20):.1f} MiB"
+    )
+
+
 def print_json(value: Any) -> None:
     """One JSON document on one line of stdout."""
     print(json.dumps(value, ensure_ascii=False), flush=True)

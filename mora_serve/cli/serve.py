@@ -11,12 +11,14 @@ from dataclasses import fields
 from typing import Any
 
 from mora_serve import config
+from mora_serve.errors import ConfigError
 
 EPILOG = """\
 examples:
   mora-serve serve                                          the bundled models
   mora-serve serve --base.model Qwen/Qwen2.5-7B-Instruct    a model of the hub
   mora-serve serve --base.model ./llama --adapters.root ./adapters --server.state ./state
+  mora-serve serve --http-address 127.0.0.1:8000            OpenAI's API besides
   mora-serve serve --config mora.toml --server.port 0       a file; a free port
 
 A flag overrides the environment (MORA_SERVER_PORT=...), which overrides the file ([server] with
@@ -32,7 +34,7 @@ def add_to(commands: Any) -> None:
         "serve",
         usage="mora-serve serve [-h] [--config FILE] [--log-level LEVEL] [--SECTION.KEY VALUE ...]",
         help="run the server",
-        description="Load the base model and serve it over gRPC.",
+        description="Load the base model and serve it over gRPC, and over HTTP if asked.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -40,6 +42,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file with one table a section")
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(info)"
+    )
+    parser.add_argument(
+        "--http-address",
+        metavar="HOST:PORT",
+        help="serve the OpenAI-compatible HTTP API there: --server.http_host and .http_port",
     )
     groups = {
         section.name: parser.add_argument_group(
@@ -60,11 +67,22 @@ def add_to(commands: Any) -> None:
 
 def flags(args: argparse.Namespace) -> dict[str, str]:
     """The configuration flags that were given, as ``section.key`` -> text."""
-    return {
+    given = {
         name.removeprefix("flag:"): value
         for name, value in vars(args).items()
         if name.startswith("flag:") and value is not None
     }
+    if args.http_address is None:
+        return given
+    host, colon, port = args.http_address.rpartition(":")
+    if not colon:
+        raise ConfigError(
+            f"flag --http-address: {args.http_address!r} has no port; give HOST:PORT, such as "
+            "127.0.0.1:8000",
+            field="server.http_port",
+        )
+    address = {"server.http_host": host.strip("[]"), "server.http_port": port}
+    return {key: value for key, value in address.items() if value} | given
 
 
 def run(args: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ class AsyncClient(Stubs):
         allow_plaintext: bool = False,
     ) -> None:
         secure = security.secured(address, api_key, tls, credentials, allow_plaintext)
-        options = connection.options(address)
+        options = connection.options(address, tls)
         channel = (
             aio.insecure_channel(address, options)
             if secure is None

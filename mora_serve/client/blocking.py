@@ -60,7 +60,7 @@ class Client(Stubs):
         allow_plaintext: bool = False,
     ) -> None:
         secure = security.secured(address, api_key, tls, credentials, allow_plaintext)
-        options = connection.options(address)
+        options = connection.options(address, tls)
         channel = (
             grpc.insecure_channel(address, options)
             if secure is None

@@ -14,7 +14,7 @@ from mora_serve import errors, messages
 from mora_serve.adapters.untrusted import check_name
 from mora_serve.client.arguments import invalid
 from mora_serve.client.requests import CallOptions
-from mora_serve.client.security import ApiKey, authorization
+from mora_serve.client.security import ApiKey, Tls, authorization
 from mora_serve.config import ServerConfig
 from mora_serve.core import Decision, Finish, TokenOut, Usage
 from mora_serve.loopback import leads_to_loopback
@@ -62,10 +62,15 @@ OPTIONS = (
 )
 
 
-def options(address: str) -> tuple[tuple[str, Any], ...]:
+def options(address: str, tls: Tls | bool = False) -> tuple[tuple[str, Any], ...]:
     """The options of a channel to ``address``."""
-    # What stays on this machine does not take the way of the surroundings' proxy.
-    return (*OPTIONS, ("grpc.enable_http_proxy", 0)) if leads_to_loopback(address) else OPTIONS
+    found: tuple[tuple[str, Any], ...] = OPTIONS
+    if leads_to_loopback(address):
+        # What stays on this machine does not take the way of the surroundings' proxy.
+        found += (("grpc.enable_http_proxy", 0),)
+    if isinstance(tls, Tls) and tls.name:
+        found += (("grpc.ssl_target_name_override", tls.name),)
+    return found
 
 
 # What grpc's asyncio client says where a message met a call that the server had just ended.

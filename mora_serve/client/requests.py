@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -143,13 +144,27 @@ def upload(
     files = [directory / file for file in UPLOAD_FILES if (directory / file).is_file()]
     for file in UPLOAD_FILES[:2]:
         if directory / file not in files:
-            raise InvalidArgument(
-                f"directory: it holds no {file}; give what PEFT's save_pretrained wrote, with "
-                "safe_serialization=True",
-                field="directory",
-            )
+            raise _absent(file, directory)
     kind, new = adapters_pb2.UploadHeader, card(options)
     return _upload(filled(kind, "header", name=name, card=new, replace=replace), files)
+
+
+def _absent(file: str, directory: Path) -> InvalidArgument:
+    """Why a directory holds no such file of an adapter."""
+    from mora_serve.adapters import absent
+
+    try:
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        return InvalidArgument(
+            f"directory: it cannot be opened ({e.strerror}); give a PEFT adapter's directory",
+            field="directory",
+        )
+    try:
+        error = absent.missing(file, opened)
+    finally:
+        os.close(opened)
+    return InvalidArgument(f"directory: {error.message}", field="directory", reason=error.reason)
 
 
 def _upload(

@@ -23,12 +23,14 @@ class Tls:
     """How to secure a connection.
 
     ``ca`` is the authority of the server's certificate, without it the public ones are. ``cert``
-    (a chain) and ``key`` are the client's own, where the server asks for one.
+    (a chain) and ``key`` are the client's own, where the server asks for one. ``name`` is whom that
+    certificate names, where it is not the address: a server behind a tunnel, or on loopback.
     """
 
     ca: Pem | None = None
     cert: Pem | None = None
     key: Pem | None = None
+    name: str = ""
 
 
 def secured(

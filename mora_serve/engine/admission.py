@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from mora_serve.config import EngineConfig
 from mora_serve.core import Request
 from mora_serve.engine.forecast import Expected, Forecast, Load
+from mora_serve.engine.margin import Margin
 from mora_serve.errors import Failure, ResourceExhausted
 from mora_serve.places import most, retry_after
 
-MARGIN = 1.1  # a deadline has to lie this many times the expected time away
 HOPE = 0.8  # who waits is let go when even so much of the expected service no longer fits
 DRAINED = 0.25  # of a full line, when those who found it full come back
 
@@ -35,6 +35,7 @@ class _Open:
     deadline: float | None
     joined: float
     wait: float  # foretold, uncorrected
+    end: float  # foretold, in seconds from joining the line; 0: nothing was foretold
     started: bool = False
 
 
@@ -49,6 +50,7 @@ class Admission:
         self._rng = rng or random.Random()
         self._lock = threading.Lock()
         self._forecast = Forecast()
+        self._margin = Margin()
         self._open: dict[str, _Open] = {}
         self._tenants: Counter[str] = Counter()  # requests in line
         self._lines: Counter[int] = Counter()  # length of a tenant's line -> tenants
@@ -61,10 +63,13 @@ class Admission:
         """Requests in line that have never run."""
         return self._waiting
 
-    def check(self, tenant: str) -> None:
-        """Raise what ``admit`` would for a line that is full: before anything is done for it."""
+    def check(self, tenant: str, prompt: int, output: int, left: float | None) -> None:
+        """Raise what ``admit`` would, before anything is done for a request.
+
+        ``prompt`` is how many tokens it has at least; its deadline is ``left`` seconds away.
+        """
         with self._lock:
-            self._check_line(tenant, 0, 0)
+            self._check(tenant, prompt, output, left)
 
     def admit(self, request: Request, output: int, now: float) -> None:
         """Let a request join the line; at most ``output`` tokens are made for it.
@@ -74,11 +79,12 @@ class Admission:
         """
         prompt, tenant, deadline = len(request.prompt), request.tenant, request.deadline
         with self._lock:
-            self._check_line(tenant, prompt, output)
-            if deadline is not None:
-                self._check_deadline(tenant, prompt, output, deadline - now)
-            wait = self._forecast.uncorrected(prompt, output, self._load(tenant))
-            self._open[request.id] = _Open(tenant, prompt, output, deadline, now, wait)
+            self._check(tenant, prompt, output, None if deadline is None else deadline - now)
+            load = self._load(tenant)
+            wait = self._forecast.uncorrected(prompt, output, load)
+            foretold = wait and self._forecast.settled
+            end = self._forecast.expected(prompt, output, load).end if foretold else 0.0
+            self._open[request.id] = _Open(tenant, prompt, output, deadline, now, wait, end)
             self._join(tenant, 1)
             self._waiting += 1
             self._waiting_prompt += prompt
@@ -112,11 +118,15 @@ class Admission:
             self._running_output = max(0, self._running_output - made)
             self._short = short
 
-    def ended(self, request_id: str, made: int, *, by_itself: bool) -> None:
+    def ended(self, request_id: str, made: int, now: float, *, by_itself: bool) -> None:
         """A request is over, in line or at work; unknown ids are ignored."""
         with self._lock:
             if (entry := self._open.pop(request_id, None)) is None:
                 return
+            if entry.end and by_itself:
+                self._margin.ended(entry.end, now - entry.joined)
+            elif entry.end and entry.deadline is not None and entry.deadline <= now:
+                self._margin.missed()
             if not entry.started:
                 self._leave_line(entry)
                 return
@@ -142,6 +152,7 @@ class Admission:
                 if HOPE * service > left:
                     after = retry_after(self._expected(entry.tenant, 0, 0).place, self._rng)
                     found.append((request, _late(left, service, after)))
+                    self._margin.missed()
         return found
 
     def expected(self, tenant: str, prompt: int, output: int) -> Expected:
@@ -153,6 +164,11 @@ class Admission:
         """When a tenant who is refused for want of room may try again, in seconds."""
         with self._lock:
             return self._retry_after(DRAINED * self._expected(tenant, 0, 0).place)
+
+    def _check(self, tenant: str, prompt: int, output: int, left: float | None) -> None:
+        self._check_line(tenant, prompt, output)
+        if left is not None:
+            self._check_deadline(tenant, prompt, output, left)
 
     def _check_line(self, tenant: str, prompt: int, output: int) -> None:
         limits, own = self._limits, self._tenants[tenant]
@@ -178,7 +194,7 @@ class Admission:
         if not self._forecast.settled:
             return
         expected = self._expected(tenant, prompt, output)
-        if not expected.place or MARGIN * expected.end <= left:
+        if not expected.place or self._margin.value * expected.end <= left:
             return
         raise ResourceExhausted(
             f"deadline: it is {max(0.0, left):.1f} s away, but the wait is about "

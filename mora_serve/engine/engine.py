@@ -135,9 +135,9 @@ class Engine:
         """Whether its thread is there still, working or stuck."""
         return self._thread is not None and self._thread.is_alive()
 
-    def check_line(self, tenant: str) -> None:
-        """Raise what ``submit`` would if a request of this tenant found no place in line now."""
-        self.admission.check(tenant)
+    def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
+        """Raise what ``submit`` would for want of a place, or of time: see ``Admission.check``."""
+        self.admission.check(tenant, prompt, min(max_tokens, self.max_context - prompt), left)
 
     def submit(self, request: Request) -> None:
         """Queue a request, its prompt not empty and its mixture resolved.
@@ -251,6 +251,7 @@ class Engine:
             waiting=len(waiting),
             kv_pages=self.cache.usable,
             kv_pages_used=self.cache.used,
+            page_size=self.cache.page_size,
             slots=self.pool.slots.slots,
             slots_used=self.pool.used,
             resident=self.pool.resident,
@@ -417,7 +418,7 @@ class Engine:
             usage = Usage(len(request.prompt), 0, 0, 0.0, 0.0, 0.0)
             error = failures.step_failed(request.id)
             events.append(Event(request.id, finish=Finish.ERROR, usage=usage, error=error))
-            self.admission.ended(request.id, 0, by_itself=False)
+            self.admission.ended(request.id, 0, time.monotonic(), by_itself=False)
             return
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -519,14 +520,15 @@ class Engine:
         self.scheduler.remove(sequence, dirty)
         self.integrity.change()
         by_itself = finish in (Finish.STOP, Finish.LENGTH)
-        self.admission.ended(sequence.request.id, len(sequence.output), by_itself=by_itself)
+        now = time.monotonic()
+        self.admission.ended(sequence.request.id, len(sequence.output), now, by_itself=by_itself)
         if error is None:
             try:
                 text += sequence.text.flush()
             except Exception:
                 log.exception("request %s: its end cannot be decoded", sequence.request.id)
                 finish, error = Finish.ERROR, failures.text_failed(sequence.request.id)
-        now, arrival = time.monotonic(), sequence.request.arrival
+        arrival = sequence.request.arrival
         usage = Usage(
             prompt_tokens=sequence.prompt_length,
             cached_tokens=sequence.cached_tokens,

@@ -26,7 +26,7 @@ from mora_serve.model.native.library import (
     StepStruct,
     targets,
 )
-from mora_serve.model.native.weight import NativeLinear, can_tile, tiled, weight_struct
+from mora_serve.model.native.weight import NativeLinear, can_tile_layer, tiled, weight_struct
 from mora_serve.model.quant import Linear
 from mora_serve.model.shape import SITES
 
@@ -37,7 +37,7 @@ def can_run(decoder: Decoder) -> bool:
     return (
         decoder.device.type == "cpu"
         and bool(targets(decoder.dtype))
-        and all(can_tile(part) for site in sites for part in site.parts)
+        and all(map(can_tile_layer, [*sites, Linear((decoder.head,))]))
     )
 
 

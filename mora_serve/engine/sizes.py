@@ -10,13 +10,14 @@ import logging
 import math
 from dataclasses import dataclass
 
-from mora_serve.config import Config
+from mora_serve.config import DEFAULT_SLOTS, Config
 from mora_serve.errors import ConfigError
+from mora_serve.model import footprint
 from mora_serve.model.shape import PROJECTIONS, ModelShape
 
 log = logging.getLogger(__name__)
 
-CPU_SLOTS, CPU_KV_BYTES = 32, 1 << 30
+CPU_KV_BYTES = 1 << 30
 SLOT_SHARE = 0.25  # of a card's free memory, that slots take at most where their number is not set
 GRAPH_BYTES = 256 << 20  # captured graphs, and the libraries' own
 
@@ -31,14 +32,13 @@ class Sizes:
 
 def slot_bytes(shape: ModelShape, max_rank: int, itemsize: int) -> int:
     """A and B of one adapter of the largest rank on all projections, and its DoRA scales."""
-    sizes = [shape.projection(p) for p in PROJECTIONS]
-    low_rank = max_rank * sum(map(sum, sizes))
-    return (low_rank + sum(rows for rows, _ in sizes)) * shape.layers * itemsize
+    dora = footprint.dora_bytes(shape, itemsize)
+    return footprint.slot_bytes(shape, max_rank, itemsize) + dora
 
 
 def page_bytes(shape: ModelShape, page_size: int, itemsize: int) -> int:
     """Keys and values of all layers."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * page_size * itemsize
+    return page_size * footprint.kv_token_bytes(shape, itemsize)
 
 
 def workspace_bytes(shape: ModelShape, rows: int, sampled: int, itemsize: int) -> int:
@@ -70,7 +70,7 @@ def choose_sizes(
     given = engine.kv_pages > 0 or engine.kv_bytes > 0
     if free is None:
         pages = set_pages if given else min(needed, max(1, CPU_KV_BYTES // page))
-        return _told(Sizes(adapters.slots or CPU_SLOTS, pages + 1), slot, page)
+        return _told(Sizes(adapters.slots or DEFAULT_SLOTS, pages + 1), slot, page)
     sampled = min(engine.step_tokens, engine.max_batch)
     work = workspace_bytes(shape, engine.step_tokens, sampled, itemsize) + GRAPH_BYTES
     room = int(free * engine.memory_fraction) - work

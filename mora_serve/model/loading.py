@@ -1,14 +1,14 @@
 """Loading a base: a Hugging Face directory or hub id -> Decoder, tensor by tensor.
 
 16- and 32-bit safetensors are quantised as they are read, so the model is never in memory in 16
-bits as a whole; a checkpoint in bitsandbytes' 4-bit format is taken as it is.
+bits as a whole; a checkpoint in bitsandbytes' 4-bit format, GPTQ or AWQ is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from mora_serve.model import quant
 from mora_serve.model.checkpoint import Checkpoint
 from mora_serve.model.decoder import Decoder, Layer
 from mora_serve.model.files import described, eos_ids, read_config, resolve
+from mora_serve.model.footprint import can_quantise
+from mora_serve.model.group_checkpoint import METHODS, GroupFormat, read_format
 from mora_serve.model.shape import SITES, ModelShape, projection_path
 from mora_serve.model.tokenizer import Tokenizer
 
@@ -73,21 +75,9 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
     ends = eos_ids(directory, hf)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
-    stored = hf.get("quantization_config") or {}
-    if stored and stored.get("quant_method") != "bitsandbytes":
-        raise ConfigError(
-            f"base.model: stored as {stored.get('quant_method')!r}; only bitsandbytes' 4-bit "
-            "format and plain 16/32-bit safetensors are supported",
-            field="base.model",
-        )
-    if stored and config.quantization == "none":
-        raise ConfigError(
-            "base.quantization: 'none' asks for unquantised weights, but the checkpoint is "
-            "already 4-bit; use 'nf4' or a 16-bit checkpoint",
-            field="base.quantization",
-        )
+    storage = _storage(config.quantization, hf.get("quantization_config") or {})
     with Checkpoint(directory, device) as checkpoint:
-        decoder = _decoder(checkpoint, shape, rope, dtype, config.quantization == "nf4", progress)
+        decoder = _decoder(checkpoint, shape, rope, dtype, storage, progress)
         tokenizer = Tokenizer.load(directory, ends)
         return Base(
             name=Path(config.model).name,
@@ -95,7 +85,7 @@ def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
             decoder=decoder,
             tokenizer=tokenizer,
             fingerprint=_fingerprint(shape, tokenizer, checkpoint),
-            quantization=config.quantization,
+            quantization=storage.name if isinstance(storage, GroupFormat) else storage,
         )
 
 
@@ -111,6 +101,39 @@ def read_base(model: str, revision: str = "main") -> BaseFiles:
         return BaseFiles(directory, shape, tokenizer, _fingerprint(shape, tokenizer, checkpoint))
 
 
+def _storage(wanted: str, stored: object) -> str | GroupFormat:
+    """How the linear layers are kept: "nf4", "none", or in the groups of the checkpoint.
+
+    ``wanted`` is base.quantization, ``stored`` the checkpoint's quantization_config. Raises
+    ConfigError where they do not go together.
+    """
+    if not stored:
+        return "none" if wanted == "none" else "nf4"
+    config: Mapping[str, Any] = stored if isinstance(stored, dict) else {}
+    method = config.get("quant_method")
+    if method not in ("bitsandbytes", *METHODS):
+        raise ConfigError(
+            f"base.model: stored as {str(method)[:60]!r}; bitsandbytes' 4-bit format, gptq, awq "
+            "and plain 16/32-bit safetensors are supported",
+            field="base.model",
+        )
+    storage = "nf4" if method == "bitsandbytes" else read_format(config)
+    if wanted == "none":
+        bits = 4 if isinstance(storage, str) else storage.bits
+        raise ConfigError(
+            "base.quantization: 'none' asks for unquantised weights, but the checkpoint is "
+            f"already {bits}-bit; use 'auto' or a 16-bit checkpoint",
+            field="base.quantization",
+        )
+    if wanted == "nf4" and isinstance(storage, GroupFormat):
+        raise ConfigError(
+            f"base.quantization: 'nf4' asks for NF4, but the checkpoint is {storage.name}, and "
+            "rounding it again would lose what it was made for; use 'auto' or a 16-bit checkpoint",
+            field="base.quantization",
+        )
+    return storage
+
+
 def _read_config(directory: Path) -> tuple[dict[str, Any], ModelShape, tuple[Tensor, float]]:
     """What config.json holds, the shape that it describes, and its rope frequencies."""
     hf, shape = read_config(directory)
@@ -123,7 +146,7 @@ def _decoder(
     shape: ModelShape,
     rope: tuple[Tensor, float],
     dtype: torch.dtype,
-    quantise: bool,
+    storage: str | GroupFormat,
     progress: Progress | None,
 ) -> Decoder:
     biased = {
@@ -139,14 +162,10 @@ def _decoder(
         sites = {}
         for site, projections in SITES.items():
             paths = [projection_path(i, p) for p in projections]
-            parts = [_weight(checkpoint, path, dtype, quantise) for path in paths]
-            for projection, part in zip(projections, parts, strict=True):
-                if part.shape != shape.projection(projection):
-                    raise ConfigError(
-                        f"base.model: {projection} of layer {i} is {list(part.shape)}, the "
-                        f"configuration says {list(shape.projection(projection))}",
-                        field="base.model",
-                    )
+            parts = [
+                _weight(checkpoint, path, shape.projection(p), dtype, storage)
+                for path, p in zip(paths, projections, strict=True)
+            ]
             biases = [f"{path}.bias" for path in paths]
             bias = None
             if biased[site]:
@@ -154,7 +173,7 @@ def _decoder(
                 bias = torch.cat(
                     [checkpoint.tensor(b, dtype, n) for b, n in zip(biases, sizes, strict=True)]
                 )
-            elif stray := [b for b in biases if b in checkpoint]:
+            elif stray := [b for b in biases if b in checkpoint and not _nothing(checkpoint, b)]:
                 raise ConfigError(
                     f"base.model: there is a tensor {stray[0]}, but by the configuration this "
                     "architecture has no such bias; check that both are of one model",
@@ -174,15 +193,50 @@ def _decoder(
             progress(i + 1, shape.layers)
     table = (shape.vocab_size, shape.hidden_size)
     embedding = quant.DenseWeight(checkpoint.tensor("model.embed_tokens.weight", dtype, table))
-    head = embedding
-    if not shape.tied_embeddings:
+    head: quant.Weight = embedding
+    if "lm_head.qweight" in checkpoint:
+        if shape.tied_embeddings:
+            raise ConfigError(
+                "base.model: there is a tensor lm_head.qweight, but by the configuration the "
+                "head is the embedding; check that both are of one model",
+                field="base.model",
+            )
+        head = _weight(checkpoint, "lm_head", table, dtype, storage)
+    elif not shape.tied_embeddings:
         head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table))
     norm = checkpoint.tensor("model.norm.weight", dtype, hidden)
     return Decoder(shape, embedding, layers, norm, head, *rope)
 
 
-def _weight(checkpoint: Checkpoint, path: str, dtype: torch.dtype, quantise: bool) -> quant.Weight:
+def _weight(
+    checkpoint: Checkpoint,
+    path: str,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    storage: str | GroupFormat,
+) -> quant.Stackable:
+    """The linear layer at ``path``, of ``size`` (out, in), in whatever form it is there."""
+    weight = _stored(checkpoint, path, dtype, storage)
+    if weight.shape != size:
+        raise ConfigError(
+            f"base.model: {path} is {list(weight.shape)}, the configuration says {list(size)}",
+            field="base.model",
+        )
+    return weight
+
+
+def _stored(
+    checkpoint: Checkpoint, path: str, dtype: torch.dtype, storage: str | GroupFormat
+) -> quant.Stackable:
     name = f"{path}.weight"
+    if f"{path}.qweight" in checkpoint:
+        if isinstance(storage, GroupFormat):
+            return storage.weight(checkpoint, path, dtype)
+        raise ConfigError(
+            f"base.model: {path} is stored in groups, but config.json has no quantization_config "
+            "of gptq or awq that says how; take it over from quantize_config.json",
+            field="base.model",
+        )
     if f"{name}.absmax" in checkpoint:
         state = {
             key.removeprefix(f"{path}."): checkpoint.tensor(key) for key in checkpoint.beside(name)
@@ -191,13 +245,19 @@ def _weight(checkpoint: Checkpoint, path: str, dtype: torch.dtype, quantise: boo
     tensor = checkpoint.tensor(name)
     if not tensor.is_floating_point():
         raise ConfigError(
-            f"base.model: {path} is stored as {tensor.dtype}; only 16/32-bit floats and "
-            "bitsandbytes' 4-bit format are supported",
+            f"base.model: {path} is stored as {tensor.dtype}; only 16/32-bit floats, "
+            "bitsandbytes' 4-bit format, gptq and awq are supported",
             field="base.model",
         )
-    if quantise and tensor.dim() == 2 and quant.can_quantise(*tensor.shape):
+    if storage == "nf4" and tensor.dim() == 2 and can_quantise(*tensor.shape):
         return quant.quantise(tensor)
     return quant.DenseWeight(tensor.to(dtype, copy=True))
+
+
+def _nothing(checkpoint: Checkpoint, bias: str) -> bool:
+    """Whether a bias that the architecture does not have is one of zeros beside a GPTQ weight."""
+    beside = bias.removesuffix("bias") + "qweight"
+    return beside in checkpoint and not bool(checkpoint.tensor(bias).any())
 
 
 def rope_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
@@ -267,7 +327,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _fingerprint(shape: ModelShape, tokenizer: Tokenizer, checkpoint: Checkpoint) -> str:
     """Hash what a 16-bit and a 4-bit copy share: sizes, vocabulary, embeddings and norms.
 
-    Values are rounded to bfloat16 first, so that a float32 original and its 16-bit copy agree.
+    Values are rounded to bfloat16 first, so that a float32 original and its 16-bit copy agree, and
+    then to float16, in which GPTQ and AWQ copies of a bfloat16 original often are.
     """
     digest = hashlib.sha256()
     sizes = (
@@ -286,5 +347,6 @@ def _fingerprint(shape: ModelShape, tokenizer: Tokenizer, checkpoint: Checkpoint
         tensor = checkpoint.on_host(name).flatten()
         for start in range(0, tensor.numel(), 1 << 22):
             part = tensor[start : start + (1 << 22)]
-            digest.update(part.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+            rounded = part.to(torch.bfloat16).half().bfloat16()
+            digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -6,9 +6,9 @@ No torch here, so that the adapter validator can check shapes without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from mora_serve.errors import ConfigError
 
@@ -28,6 +28,19 @@ def projection_path(layer: int, projection: str) -> str:
     """The Hugging Face module path of a projection, e.g. model.layers.0.self_attn.q_proj."""
     block = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     return f"model.layers.{layer}.{block}.{projection}"
+
+
+class ProjectionSizes(Protocol):
+    """What of a base an adapter has to fit."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        ...
+
+    def projection(self, name: str) -> tuple[int, int]:
+        """(rows out, columns in) of a projection's weight."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,38 @@ class ModelShape:
     def linear_parameters(self) -> int:
         """Parameters of all projections of all layers (biases apart)."""
         return self.layers * sum(math.prod(self.projection(p)) for p in PROJECTIONS)
+
+    @property
+    def table_parameters(self) -> int:
+        """Parameters of the embedding and, where it is another matrix, the head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of the norms: two a layer, those of queries and keys, and the last."""
+        heads = 2 * self.head_dim if self.qk_norm else 0
+        return self.layers * (2 * self.hidden_size + heads) + self.hidden_size
+
+    @property
+    def bias_parameters(self) -> int:
+        """Parameters of all projections' biases."""
+        biased = {"qkv": self.qkv_bias, "o": self.o_bias}
+        names = [p for s, ps in SITES.items() if biased.get(s, self.mlp_bias) for p in ps]
+        return self.layers * sum(self.projection(p)[0] for p in names)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, as its files count them."""
+        return (
+            self.linear_parameters
+            + self.table_parameters
+            + self.norm_parameters
+            + self.bias_parameters
+        )
+
+    def adapter_parameters(self, rank: int, targets: Iterable[str] = PROJECTIONS) -> int:
+        """Parameters of A and B of one adapter on ``targets`` of all layers."""
+        return self.layers * rank * sum(sum(self.projection(p)) for p in targets)
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:

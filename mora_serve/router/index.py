@@ -143,6 +143,11 @@ class Candidates:
         centres, nearest = zip(*scores, strict=True)
         return np.concatenate(centres), np.concatenate(nearest)
 
+    @property
+    def centres(self) -> Floats:
+        """Each one's centre [n, K]."""
+        return np.concatenate([t.columns.keys.centres(positions) for t, positions in self.parts])
+
     def words(self, i: int) -> Words:
         """Sorted hashes of the words of the i-th one's examples."""
         tenant, position = self._at(i)

@@ -132,6 +132,12 @@ class Keys:
             raise self._past(at)
         return cosines, nearest
 
+    def centres(self, at: Indices) -> Floats:
+        """Of the keys at some positions [n, K]."""
+        codes, _, scales = self._chosen(at)
+        found: Floats = codes * scales[:, :1]
+        return found
+
     def prototypes(self, at: int) -> Floats:
         """Of the key at a position [P, K]."""
         _, prototypes, scales = self._chosen(np.array([at]))

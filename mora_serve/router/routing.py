@@ -14,10 +14,12 @@ from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.record import AdapterRecord, Change, Key
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import MoraError, Unavailable
+from mora_serve.router.arrays import Floats
 from mora_serve.router.decide import Choice, decide
 from mora_serve.router.evidence import gather
 from mora_serve.router.features import PooledHidden
 from mora_serve.router.index import Index
+from mora_serve.router.key_map import KeyMap, draw
 from mora_serve.router.keys import TOGETHER, entries, entry_of, needed
 from mora_serve.router.router import Router
 from mora_serve.router.rows import Entry, Rows
@@ -194,16 +196,35 @@ class Routing:
         snapshot = self._snapshot
         if snapshot is None:
             return Routed(Choice((), ()), "")
-        router, pooled = snapshot.router, None
-        if router.hidden is not None:
-            if state is not None and (state.text, state.hidden) == (text, router.hidden):
-                pooled = state.pooled
-            else:
-                asked = needed(self._states).submit([text], router.hidden, tenant=tenant)
-                pooled = asked.result()[0]
+        router = snapshot.router
+        if state is not None and (state.text, state.hidden) == (text, router.hidden):
+            pooled: Floats | None = state.pooled
+        else:
+            pooled = self._pooled(router, tenant, text)
         hidden = self._registry.own(tenant).keys()
         seen = gather(router, snapshot.index, tenant, text, pooled, names, hidden)
         return Routed(decide(seen, router.calibration, max_adapters), router.digest)
+
+    def key_map(self, tenant: str, text: str = "") -> KeyMap | None:
+        """The keys that a tenant's prompts are compared with, as points, and where a text lies.
+
+        None without a router. May wait for the base, and raises what ``States.submit`` raises.
+        """
+        snapshot = self._snapshot
+        if snapshot is None:
+            return None
+        router, z = snapshot.router, None
+        if text:
+            z = router.embed(text, self._pooled(router, tenant, text))
+        return draw(snapshot.index, tenant, router.dims, z, self._registry.own(tenant).keys())
+
+    def _pooled(self, router: Router, tenant: str, text: str) -> Floats | None:
+        """The state of a text, where the router needs one."""
+        if router.hidden is None:
+            return None
+        asked = needed(self._states).submit([text], router.hidden, tenant=tenant)
+        pooled: Floats = asked.result()[0]
+        return pooled
 
     def listed(self, tenant: str) -> int:
         """How many adapters the router can pick unasked, of those that the tenant may use."""

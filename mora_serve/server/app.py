@@ -35,7 +35,7 @@ from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.loopback import is_loopback
 from mora_serve.metrics import Metrics
-from mora_serve.server import ending, health, lag, tls
+from mora_serve.server import ending, health, lag, tls, tracing
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.feedback import FeedbackRecorder
 from mora_serve.server.gate import Gate, State
@@ -45,6 +45,7 @@ from mora_serve.server.services import SERVICES, LateServices, Threads, add_serv
 from mora_serve.server.strangers import Strangers
 
 if TYPE_CHECKING:
+    from mora_serve.http.port import HttpPort
     from mora_serve.server.assembly import Assembly
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ T = TypeVar("T")
 class MoraServer:
     """One server in this process: ready inside its context, drained when it ends.
 
-    ``port``, ``admin_port`` and ``metrics_port`` are the real ones once it listens; 0, and -1 where
-    there is none.
+    ``port``, ``admin_port``, ``http_port`` and ``metrics_port`` are the real ones once it listens;
+    0, and -1 where there is none.
 
     Raises ConfigError for an access file or an audit log that cannot be used.
     """
@@ -85,9 +86,12 @@ class MoraServer:
         self._services = LateServices()
         self._servers: list[aio.Server] = []
         self._exposition: Any = None
+        self.http_port = -1
+        self._http: HttpPort | None = None
         self._assembly: Assembly | None = None
         self._bridge: Bridge | None = None
         self._feedback: FeedbackRecorder | None = None
+        self._tracing: tracing.Tracing | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = Threads()
 
@@ -118,14 +122,17 @@ class MoraServer:
         Raises ConfigError for a configuration that cannot be served.
         """
         self._run(lag.watch(self.metrics))
+        self._tracing = tracing.of(self.config)
         self._listen()
         for server in self._servers:
             await server.start()
+        if self._http is not None:
+            await self._http.start()
         self._assembly = assembly = await _on_daemon_thread(self._assemble)
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(assembly.engine, self.metrics, loop)
         self._feedback = FeedbackRecorder.of(assembly, self.metrics)
-        add_services(
+        services = add_services(
             self._services,
             assembly,
             self._bridge,
@@ -133,7 +140,10 @@ class MoraServer:
             self._threads,
             self._feedback,
             self._entrance.audit,
+            self._tracing,
         )
+        if self._http is not None:
+            self._http.serve(assembly, services)
         assembly.engine.start(self._bridge.deliver, partial(loop.call_soon_threadsafe, self._fail))
         self._gate.state = State.SERVING
         self._health.set(serving=True)
@@ -158,11 +168,13 @@ class MoraServer:
         if not await self._gate.drain(ending.left(times.finishing)):
             log.warning("%d calls have not ended in time; they are ended", self._gate.expel())
             await self._gate.empty(ending.left(times.writing))
-        if not hang_up:
-            await asyncio.sleep(ending.LEAST)  # for the last bytes of calls
+        # These return earlier, unless somebody watches the health, or does not read.
+        hanging_up = [] if self._http is None else [self._http.stop(times.last)]
+        if hang_up:
+            hanging_up += [server.stop(times.last) for server in self._servers]
         else:
-            # Returns earlier, unless somebody watches the health, or does not read.
-            await asyncio.gather(*(server.stop(times.last) for server in self._servers))
+            hanging_up.append(asyncio.sleep(ending.LEAST))  # for the last bytes of calls
+        await asyncio.gather(*hanging_up)
         await self._close_parts(times.closing)
         self._threads.shutdown()
         await self._close([self._entrance.audit.close], times.closing)
@@ -180,7 +192,8 @@ class MoraServer:
         exposition: list[Callable[[], object]] = []
         if self._exposition is not None:
             exposition += [self._exposition.shutdown, self._exposition.server_close]
-        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition)))
+        traces = [] if self._tracing is None else [self._tracing.close]
+        await asyncio.gather(*(self._close(works, until) for works in (parts, exposition, traces)))
 
     async def _close(self, works: Iterable[Callable[[], object]], until: float) -> None:
         for work in works:
@@ -244,6 +257,9 @@ class MoraServer:
                 config.admin_port,
                 "server.admin_",
             )
+        if config.http_port >= 0:
+            self._http = self._listen_http()
+            self.http_port = self._http.port
         if config.metrics_port < 0:
             return
         try:
@@ -272,6 +288,28 @@ class MoraServer:
         prefix: str = "server.",
     ) -> int:
         """Listen with a server from now on; the real port."""
+        self._check_reach(host, prefix)
+        config = self.config.server
+        # Each port has credentials of its own: grpc takes those whose files may change once.
+        bound = tls.add_port(server, host, port, config, tls.credentials(config), prefix)
+        self._servers.append(server)
+        return bound
+
+    def _listen_http(self) -> HttpPort:
+        """Listen for HTTP from now on."""
+        try:
+            from mora_serve.http.port import HttpPort  # an extra
+        except ModuleNotFoundError as e:
+            raise ConfigError(
+                f"server.http_port: it needs {e.name}, which is not installed; "
+                "pip install 'mora-serve[http]', or set it to -1",
+                field="server.http_port",
+            ) from None
+        self._check_reach(self.config.server.http_host, "server.http_")
+        return HttpPort(self.config, self.metrics, self._entrance, self._threads)
+
+    def _check_reach(self, host: str, prefix: str) -> None:
+        """Raise ConfigError where strangers could do all, and nobody said that they may."""
         if not (
             self._entrance.door.locked or self.config.access.allow_anonymous or is_loopback(host)
         ):
@@ -281,11 +319,6 @@ class MoraServer:
                 "access.allow_anonymous = true where a proxy decides who comes this far",
                 field=f"{prefix}host",
             )
-        config = self.config.server
-        # Each port has credentials of its own: grpc takes those whose files may change once.
-        bound = tls.add_port(server, host, port, config, tls.credentials(config), prefix)
-        self._servers.append(server)
-        return bound
 
     def _assemble(self) -> Assembly:
         from mora_serve.server.assembly import assemble  # imports torch: a second or more

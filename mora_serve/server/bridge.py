@@ -25,8 +25,11 @@ class Submitter(Protocol):
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ResourceExhausted or InvalidArgument."""
 
-    def check_line(self, tenant: str) -> None:
-        """Raise ResourceExhausted where there is no place in line for a request of a tenant."""
+    def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
+        """Raise ResourceExhausted where a tenant's request finds no place, or comes too late.
+
+        It has at least ``prompt`` tokens, and its deadline is ``left`` seconds away.
+        """
 
     def abort(self, request_id: str, finish: Finish = Finish.CANCELLED) -> None:
         """End a request that may have ended already."""
@@ -83,6 +86,11 @@ class Generation:
         """Whether the engine has ended the request."""
         return self._last is not None
 
+    @property
+    def last(self) -> Event | None:
+        """The event with which the engine ended the request, once it has."""
+        return self._last
+
     def push(self, event: Event, now: float, metrics: Metrics) -> None:
         """Add an event that reached the bridge at ``now`` (monotonic seconds)."""
         if event.tokens:
@@ -113,9 +121,9 @@ class Bridge:
         """Take a step's events; for the engine's thread."""
         self._loop.call_soon_threadsafe(self._dispatch, tuple(events), time.monotonic())
 
-    def check_line(self, tenant: str) -> None:
+    def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise what ``submit`` would for want of a place: ahead of what a request costs before."""
-        self._engine.check_line(tenant)
+        self._engine.check_line(tenant, prompt, max_tokens, left)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request under an id of its own (``request.id`` and a number).

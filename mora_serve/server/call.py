@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from mora_serve.config import Config
 
 REQUEST_ID = "mora-request-id"
 
+_PARENT = ("traceparent", "tracestate")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", re.ASCII)
 
 
@@ -23,12 +24,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", re.ASCII)
 class Call:
     """One call: ``request_id`` is echoed to the client, ``caller`` is who makes it.
 
-    ``counts`` are for the line of the log that tells of its end.
+    ``counts`` are for the line of the log that tells of its end. ``parent`` is what the caller
+    says of the trace that the call is a part of, by W3C's names.
     """
 
     request_id: str
     caller: Caller = field(default_factory=Caller)
     counts: dict[str, int] = field(default_factory=dict, compare=False)
+    parent: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def tenant(self) -> str:
@@ -68,6 +71,13 @@ def root_of(config: Config) -> str:
     """
     root = config.adapters.root
     return os.path.join(root, current().tenant) if root and config.access.file else root
+
+
+def parent_of(metadata: Mapping[str, str | bytes]) -> dict[str, str]:
+    """What metadata, or headers, say of the trace that a call is a part of."""
+    if "traceparent" not in metadata:
+        return {}
+    return {k: v for k in _PARENT if isinstance(v := metadata.get(k), str)}
 
 
 def request_id(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, bool]:

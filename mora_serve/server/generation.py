@@ -5,21 +5,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 from mora_serve import messages
-from mora_serve.config import Config
-from mora_serve.core import Decision, Event, Finish, Request, Source, TokenOut, Usage
-from mora_serve.errors import DeadlineExceeded, Internal, Unavailable
 from mora_serve.server import call as calls
-from mora_serve.server.bridge import Bridge, Generation
-from mora_serve.server.convert import sampling_of
-from mora_serve.server.decider import Decider
-from mora_serve.server.feedback import FeedbackRecorder
-from mora_serve.server.prompts import Prompts
+from mora_serve.server.answers import Answers, Asked, Running, end_of, in_pieces
 from mora_serve.v1 import generation_pb2 as pb
 from mora_serve.v1.generation_pb2_grpc import GenerationServiceServicer
 
@@ -28,46 +20,26 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[Any, Any]
 
-_TOKENS = 128  # of one message, each with its alternatives
 _FAR = 365 * 24 * 3600.0  # grpc says "no deadline" as one in the far future
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    decision: Decision
-    generation: Generation
-
-
 class GenerationServicer(GenerationServiceServicer):
-    """Generate and GenerateStream; ``feedback`` takes the prompts of task hints, where it is on."""
+    """Generate and GenerateStream."""
 
-    def __init__(
-        self,
-        prompts: Prompts,
-        decider: Decider,
-        bridge: Bridge,
-        config: Config,
-        vocab_size: int,
-        feedback: FeedbackRecorder | None,
-    ) -> None:
-        self._prompts = prompts
-        self._decider = decider
-        self._bridge = bridge
-        self._config = config
-        self._vocab_size = vocab_size
-        self._feedback = feedback
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """Answer when the whole text is ready."""
         response = pb.GenerateResponse(request_id=calls.current().request_id)
         texts: list[str] = []
         async with self._start(request, context) as running:
-            async for event in running.generation:
+            async for event in running.generations[0]:
                 # As they come: all at once would keep the event loop from everybody else.
                 response.tokens.extend(messages.token_message(t) for t in event.tokens)
                 texts.append(event.text)
                 if event.finish is not None:
-                    finish, usage = _end(event)
+                    finish, usage = end_of(event)
         counts, timings = messages.usage_messages(usage)
         rest = pb.GenerateResponse(
             decision=messages.decision_message(running.decision),
@@ -75,7 +47,7 @@ class GenerationServicer(GenerationServiceServicer):
             finish_reason=messages.finish_message(finish),
             usage=counts,
             timings=timings,
-            seed=running.generation.request.sampling.seed,
+            seed=running.request.sampling.seed,
         )
         response.MergeFrom(rest)
         return response
@@ -85,7 +57,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Answer piece by piece."""
         async with self._start(request, context) as running:
-            engine_request = running.generation.request
+            engine_request = running.request
             started = pb.GenerationStarted(
                 request_id=calls.current().request_id,
                 decision=messages.decision_message(running.decision),
@@ -93,10 +65,10 @@ class GenerationServicer(GenerationServiceServicer):
                 seed=engine_request.sampling.seed,
             )
             yield pb.GenerateStreamResponse(started=started)
-            async for event in running.generation:
+            async for event in running.generations[0]:
                 if event.finish is not None:
-                    finish, usage = _end(event)
-                for text, tokens in _pieces(event):
+                    finish, usage = end_of(event)
+                for text, tokens in in_pieces(event):
                     delta = pb.GenerationDelta(
                         text=text, tokens=[messages.token_message(t) for t in tokens]
                     )
@@ -107,41 +79,11 @@ class GenerationServicer(GenerationServiceServicer):
             )
             yield pb.GenerateStreamResponse(finished=finished)
 
-    @asynccontextmanager
-    async def _start(
+    def _start(
         self, request: pb.GenerateRequest | pb.GenerateStreamRequest, context: Context
-    ) -> AsyncIterator[_Running]:
-        """Check, tokenise, decide, submit; at the end, whatever it is, let go of everything."""
-        arrival = time.monotonic()
-        call = calls.current()
-        sampling = sampling_of(request.sampling, self._config, self._vocab_size)
-        self._prompts.check(request.prompt)
-        self._bridge.check_line(call.tenant)  # rather than after tokenising and routing
-        prompt = await self._prompts.tokens(request.prompt, call.tenant)
-        async with self._decider.decided(request.selection, request.prompt) as decision:
-            submitted = Request(
-                id=call.request_id,
-                prompt=prompt,
-                sampling=sampling,
-                mixture=decision.mixture,
-                tenant=call.tenant,
-                arrival=arrival,
-                deadline=_deadline(context),
-            )
-            async with self._bridge.submit(submitted) as generation:
-                # Not where the router took the place of an unknown task: it would teach itself.
-                if self._feedback is not None and decision.source is Source.TASK:
-                    tasks = request.selection.task.tasks
-                    self._feedback.add(call.tenant, tasks, request.prompt, decision)
-                yield _Running(decision, generation)
-
-
-def _pieces(event: Event) -> Iterator[tuple[str, Sequence[TokenOut]]]:
-    """What a slow reader has missed, in messages that take the event loop a moment each."""
-    if event.text or event.tokens:
-        yield event.text, event.tokens[:_TOKENS]
-    for start in range(_TOKENS, len(event.tokens), _TOKENS):
-        yield "", event.tokens[start : start + _TOKENS]
+    ) -> AbstractAsyncContextManager[Running]:
+        asked = Asked(request.prompt, request.selection, request.sampling, _deadline(context))
+        return self._answers.running(asked)
 
 
 def _deadline(context: Context) -> float | None:
@@ -149,23 +91,3 @@ def _deadline(context: Context) -> float | None:
     if remaining is None or remaining > _FAR:
         return None
     return time.monotonic() + remaining
-
-
-def _end(event: Event) -> tuple[Finish, Usage]:
-    """How a request ended and what it used; raises where it did not end with an answer."""
-    if event.finish is Finish.DEADLINE:
-        raise DeadlineExceeded(
-            "deadline: it passed before the answer was complete; allow more time or ask for "
-            "fewer tokens"
-        )
-    if event.finish is Finish.CANCELLED:  # not by the client, who would not be here
-        raise Unavailable("server: it is shutting down; send the call to another one")
-    if event.error is not None:
-        error = event.error.error()
-        raise error.at("selection") if error.field == "mixture" else error
-    if event.finish is None or event.usage is None:
-        raise Internal("generation: it ended without a result; retry the request")
-    calls.current().counts.update(
-        prompt_tokens=event.usage.prompt_tokens, completion_tokens=event.usage.completion_tokens
-    )
-    return event.finish, event.usage

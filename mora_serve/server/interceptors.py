@@ -109,7 +109,9 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
                     "':', '/', '-', starting with a letter or a digit, or leave it out",
                     field=calls.REQUEST_ID,
                 )
-            call = calls.Call(request_id, self._admit(method, request_id, dict(metadata)))
+            given = dict(metadata)
+            caller = self._admit(method, request_id, given)
+            call = calls.Call(request_id, caller, parent=calls.parent_of(given))
         except MoraError as e:
             return self._refusing(method if handler is not None else "unknown", request_id, e)
         if handler is None:
@@ -145,6 +147,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
         async def refuse(_: Any, context: Context) -> None:
             self._metrics.rpc(method, error.code, 0.0)
+            self._metrics.refused(error)
             if self._log_calls:
                 # What strangers send does not fill the log.
                 quiet = self._door.locked and not isinstance(error, Denied)
@@ -309,6 +312,7 @@ class CallInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
             self._metrics.rpc(method, outcome, seconds)
             if self._log_calls:
                 logs.ended(method, outcome, seconds, request_id)
+        self._metrics.refused(error)
         return await abort(context, error, echo)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import grpc
 from mora_serve.access.audit import Audit
 from mora_serve.metrics import Metrics
 from mora_serve.server.adapters import AdapterServicer
+from mora_serve.server.answers import Answers
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
@@ -20,6 +21,7 @@ from mora_serve.server.generation import GenerationServicer
 from mora_serve.server.info import ServerServicer, describe
 from mora_serve.server.prompts import Prompts
 from mora_serve.server.router import RouterServicer
+from mora_serve.server.tracing import Tracing
 from mora_serve.server.turns import TurnExecutor
 from mora_serve.v1 import (
     adapters_pb2,
@@ -80,6 +82,14 @@ class Threads:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Services:
+    """What answers calls, whatever protocol they come by; ``servicers`` by the services' names."""
+
+    answers: Answers
+    servicers: Mapping[str, Any]
+
+
 def add_services(
     server: LateServices,
     assembly: Assembly,
@@ -88,7 +98,8 @@ def add_services(
     threads: Threads,
     feedback: FeedbackRecorder | None,
     audit: Audit,
-) -> None:
+    tracing: Tracing | None = None,
+) -> Services:
     """Add the services to a grpc server, and let metrics and pins follow the registry."""
     config, base, registry = assembly.config, assembly.base, assembly.registry
     engine, routing = assembly.engine, assembly.routing
@@ -97,36 +108,30 @@ def add_services(
     vocab_size = base.shape.vocab_size
     prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
     decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        GenerationServicer(prompts, decider, bridge, config, vocab_size, feedback), server
+    answers = Answers(prompts, decider, bridge, config, vocab_size, feedback, tracing)
+    generation = GenerationServicer(answers)
+    adapters = AdapterServicer(
+        registry,
+        routing,
+        Pins(engine, registry),
+        lambda: engine.stats().resident,
+        config,
+        base.shape,
+        base.fingerprint,
+        threads.registry,
+        threads.route,
+        audit,
     )
-    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        AdapterServicer(
-            registry,
-            routing,
-            Pins(engine, registry),
-            lambda: engine.stats().resident,
-            config,
-            base.shape,
-            base.fingerprint,
-            threads.registry,
-            threads.route,
-            audit,
-        ),
-        server,
-    )
-    router_pb2_grpc.add_RouterServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        RouterServicer(
-            prompts,
-            decider,
-            routing,
-            config,
-            threads.load,
-            feedback,
-            audit,
-        ),
-        server,
-    )
-    server_pb2_grpc.add_ServerServiceServicer_to_server(  # type: ignore[no-untyped-call]
-        ServerServicer(describe(assembly), registry, routing, threads.route), server
-    )
+    router = RouterServicer(prompts, decider, routing, config, threads.load, feedback, audit)
+    info = ServerServicer(describe(assembly), registry, routing, threads.route)
+    servicers = {}
+    for module, add, servicer in (
+        (generation_pb2, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation),
+        (adapters_pb2, adapters_pb2_grpc.add_AdapterServiceServicer_to_server, adapters),
+        (router_pb2, router_pb2_grpc.add_RouterServiceServicer_to_server, router),
+        (server_pb2, server_pb2_grpc.add_ServerServiceServicer_to_server, info),
+    ):
+        add(servicer, server)  # type: ignore[no-untyped-call]
+        [service] = module.DESCRIPTOR.services_by_name.values()
+        servicers[service.full_name] = servicer
+    return Services(answers, servicers)

@@ -34,6 +34,23 @@ def credentials(
 
     Raises ConfigError for a file that is missing, cannot be read or does not fit the others.
     """
+    found = certificates(config, clock)
+    if found is None:
+        return None
+    return grpc.dynamic_ssl_server_credentials(
+        found.current,
+        found.newer,  # type: ignore[arg-type]  # the stub knows no None, "no change"
+        bool(config.tls_client_ca),
+    )
+
+
+def certificates(
+    config: ServerConfig, clock: Callable[[], float] = time.monotonic
+) -> Certificates | None:
+    """The certificates that ``config`` names, or None where it names none.
+
+    Raises ConfigError as ``credentials`` does.
+    """
     if not (config.tls_cert or config.tls_key or config.tls_client_ca):
         return None
     for name, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
@@ -44,12 +61,7 @@ def credentials(
                 "the server's certificate chain and of its key",
                 field=f"server.{name}",
             )
-    certificates = Certificates(config, clock)
-    return grpc.dynamic_ssl_server_credentials(
-        certificates.current,
-        certificates.newer,  # type: ignore[arg-type]  # the stub knows no None, "no change"
-        bool(config.tls_client_ca),
-    )
+    return Certificates(config, clock)
 
 
 class Certificates:
@@ -115,6 +127,18 @@ def add_port(
     Errors name the keys ``prefix`` + ``host`` and ``port``. Raises ConfigError for an address
     that cannot be listened on, and for plaintext beyond loopback that was not asked for.
     """
+    check_address(host, port, config, prefix, secure=secure is not None)
+    address = join(host, port)
+    try:
+        if secure is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, secure)
+    except RuntimeError:
+        raise cannot_listen(host, port, prefix) from None
+
+
+def check_address(host: str, port: int, config: ServerConfig, prefix: str, *, secure: bool) -> None:
+    """Raise ConfigError for an address of no machine, and for plaintext that was not asked for."""
     try:
         socket.getaddrinfo(host, port)
     except (OSError, UnicodeError):
@@ -123,24 +147,22 @@ def add_port(
             "127.0.0.1 or 0.0.0.0",
             field=f"{prefix}host",
         ) from None
-    if secure is None and not config.allow_plaintext and not is_loopback(host):
+    if not secure and not config.allow_plaintext and not is_loopback(host):
         raise ConfigError(
             f"{prefix}host: {host!r} can be reached from other machines, and without TLS everyone "
             "in between reads along; set server.tls_cert and server.tls_key, or "
             "server.allow_plaintext = true where the network itself is protected",
             field=f"{prefix}host",
         )
-    address = join(host, port)
-    try:
-        if secure is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, secure)
-    except RuntimeError:
-        raise ConfigError(
-            f"{prefix}port: {address} cannot be listened on; choose another port, stop what uses "
-            f"this one, or set {prefix}host to an address of this machine",
-            field=f"{prefix}port",
-        ) from None
+
+
+def cannot_listen(host: str, port: int, prefix: str) -> ConfigError:
+    """The error for a port that is taken, or is none of this machine's."""
+    return ConfigError(
+        f"{prefix}port: {join(host, port)} cannot be listened on; choose another port, stop what "
+        f"uses this one, or set {prefix}host to an address of this machine",
+        field=f"{prefix}port",
+    )
 
 
 def join(host: str, port: int) -> str:

@@ -33,6 +33,10 @@ class TurnExecutor(Executor):
     def __init__(self, threads: int, name: str, whose: Callable[[], str] = _whose) -> None:
         self._whose = whose
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        # All of them from the start: a pool that still grows looks like a leak.
+        self._beginning = threading.Barrier(threads)
+        for _ in range(threads):
+            self._threads.submit(self._beginning.wait)
         self._lock = threading.Lock()
         self._lines: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}  # by turn
 
@@ -52,6 +56,7 @@ class TurnExecutor(Executor):
             if cancel_futures:
                 self._lines.clear()
             self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
+            self._beginning.abort()  # no thread waits for one that will not begin
         if cancel_futures:
             for future in dropped:  # without the lock: whoever waits is called
                 future.cancel()

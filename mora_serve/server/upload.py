@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import IO
 
-from mora_serve.adapters import files
+from mora_serve.adapters import absent, files
 from mora_serve.adapters.disk import FULL
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import InvalidArgument, ResourceExhausted
@@ -123,7 +123,7 @@ class Upload:
         """
         for name in (files.CONFIG, files.WEIGHTS):
             if not self._sizes.get(name):
-                raise files.missing(name)
+                raise absent.missing(name)
         weights = self._files[files.WEIGHTS]
         card = self._read(files.CARD) if files.CARD in self._files else None
         mapped = mmap.mmap(weights.fileno(), 0, access=mmap.ACCESS_READ)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mora_serve.cli.output import binary
 from mora_serve.errors import InvalidArgument, MoraError
+from mora_serve.model import footprint
 from router_training.output import unwritable
 from router_training.tuning import ranks
 from router_training.tuning.settings import (
@@ -39,7 +41,6 @@ UNWRITABLE = {
 }
 STARTER_FILE, EXAMPLE_FILE, EXAMPLE_ROWS = "run.yaml", "chats.jsonl", 400
 EXAMPLE = {"num_epochs": "6", "learning_rate": "2e-3", "val_set_size": "64"}  # of so small a base
-CARDS = {"h200": 141, "h100": 80, "a100": 80, "a100-40": 40, "l40s": 48, "a10": 24, "4090": 24}
 
 STARTER = """\
 # python -m router_training check run.yaml     what the rows look like
@@ -90,7 +91,7 @@ def add_to(commands: Any) -> None:
         )
         parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
         if name == "plan":
-            parser.add_argument("--card", help=f"GiB, or one of {', '.join(CARDS)}")
+            parser.add_argument("--card", help=f"GiB, or one of {', '.join(footprint.CARDS)}")
             parser.add_argument("--cpu", action="store_true", help="of a run on the CPU")
         if name in ("check", "plan"):
             parser.add_argument("--json", action="store_true")
@@ -184,9 +185,11 @@ def _example() -> str:
 def _check(args: argparse.Namespace) -> int:
     def work() -> int:
         from mora_serve.model.loading import read_base
+        from router_training.trainable import check_trainable
         from router_training.tuning.prepared import marked, prepare
 
         settings = read_tune_settings(args.config, args.overrides)
+        check_trainable(settings.base_model, "base_model")
         base = read_base(settings.base_model)
         if settings.rl is not None:
             return _check_preferences(settings, base.tokenizer, as_json=args.json)
@@ -253,7 +256,7 @@ def _plan(args: argparse.Namespace) -> int:
 
         settings = read_tune_settings(args.config, args.overrides)
         shape = read_shape(settings.base_model)
-        card = _card_bytes(args.card)
+        card = None if args.card is None else footprint.card_bytes(args.card)
         found = planner.plan(settings, shape, cuda=not args.cpu, card=card)
         change = None
         if found.fits is False and card is not None:
@@ -263,33 +266,18 @@ def _plan(args: argparse.Namespace) -> int:
             print(json.dumps({**said, "change": change[0] if change else None}))
             return 0
         for name, size in found.parts.items():
-            print(f"{name:<40} {_size(size):>12}")
-        print(f"{'all, calculated and not measured':<40} {_size(found.total):>12}")
+            print(f"{name:<40} {binary(size):>12}")
+        print(f"{'all, calculated and not measured':<40} {binary(found.total):>12}")
         if card is not None:
             verdict = "fits" if found.fits else "does not fit"
-            print(f"a card of {card / planner.GIB:.0f} GiB: it {verdict}")
+            print(f"a card of {card / footprint.GIB:.0f} GiB: it {verdict}")
         if change is not None:
-            print(f"with {change[0]} it is {_size(change[1].total)} and fits")
+            print(f"with {change[0]} it is {binary(change[1].total)} and fits")
         elif found.fits is False:
             print("no change of the settings makes it fit; take a smaller base or a larger card")
         return 0
 
     return guarded(work)
-
-
-def _size(count: float) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
-
-
-def _card_bytes(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return (CARDS.get(text.lower()) or float(text)) * (1 << 30)
-    except ValueError as e:
-        raise InvalidArgument(
-            f"card: {text!r} is neither GiB nor one of {', '.join(CARDS)}", field="card"
-        ) from e
 
 
 def _adapter(args: argparse.Namespace) -> int:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from mora_serve.model.footprint import CUDA_BYTES, NF4_BITS
 from mora_serve.model.shape import ModelShape
 from router_training.tuning.settings import TuneSettings, four_bit
 
-GIB = 1 << 30
-NF4_BITS = {True: 4.127, False: 4.5}  # a parameter, with and without double quantisation
+DOUBLE_BITS = 4.127  # a weight in NF4 with double quantisation
 # What a layer keeps of a token for the backward pass, as counted. Bytes times the hidden size, in
 # 32 and in 16 bits alike: the norms' inputs are kept in 32 bits beside 16-bit copies of the
 # adapters' inputs. And numbers times the other widths: k and v; gate, its SiLU, up, their product.
@@ -18,7 +18,6 @@ KEPT_HIDDEN_BYTES, KEPT_KV, KEPT_INTERMEDIATE = 24, 2, 4
 # TRL computes logits in tiles of at most so many tokens and vocabulary entries; on CUDA one kernel
 # works in place, on the CPU this many copies are there at once.
 TILE_TOKENS, TILE_VOCABULARY, CPU_TILES = 4096, 32768, 8.25
-CUDA_BYTES = 1.5 * GIB  # context, kernels, fragmentation
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,17 @@ def plan(
     # a preferred and a rejected answer go through together
     tokens = rows * length * (2 if s.rl not in (None, "kto") else 1)
     size = 2 if cuda else 4  # of activations: bf16 on cards, fp32 on CPUs
-    tables = shape.vocab_size * h * (1 if shape.tied_embeddings else 2)
-    norms = (2 * shape.layers + 1) * h
-    trained = trained_parameters(settings, shape)
+    tables, norms = shape.table_parameters, shape.norm_parameters
+    trained = shape.adapter_parameters(s.lora_r, s.lora_target_modules)
     parts: dict[str, float] = {}
     if s.adapter == "full":
         whole = shape.linear_parameters + tables + norms
         parts["weights, fp32"] = 4 * whole
         trained = whole
     else:
-        bits = NF4_BITS[s.bnb_4bit_use_double_quant] if four_bit(s) else 8 * size
+        bits = (
+            (DOUBLE_BITS if s.bnb_4bit_use_double_quant else NF4_BITS) if four_bit(s) else 8 * size
+        )
         parts["linear weights"] = shape.linear_parameters * bits / 8
         parts["embedding, head, norms"] = (tables + norms) * size
         parts["adapter, fp32"] = 4 * trained
@@ -86,12 +86,6 @@ def plan(
     if cuda:
         parts["CUDA itself, about"] = CUDA_BYTES
     return Plan(parts, card)
-
-
-def trained_parameters(settings: TuneSettings, shape: ModelShape) -> int:
-    """Parameters of the adapter."""
-    sizes = (shape.projection(name) for name in settings.lora_target_modules)
-    return shape.layers * sum(settings.lora_r * (rows + columns) for rows, columns in sizes)
 
 
 def cheaper(

@@ -62,11 +62,11 @@ def test_scaling_is_alpha_by_rank_unless_it_is_rank_stabilised() -> None:
         ("trainable_token_indices", [1, 2], "embeddings"),
         ("layer_replication", [[0, 2]], "layers"),
         ("lora_bias", True, "biases"),
-        ("fan_in_fan_out", True, "transposed"),
         ("megatron_config", {"a": 1}, "Megatron"),
         ("alora_invocation_tokens", [5], "aLoRA"),
         ("use_qalora", True, "QALoRA"),
         ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
+        ("use_mora", True, "MoRA"),
         ("velora_config", {"num_groups": 64}, "VeLoRA"),
         ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
         ("kasa_config", {"beta": 1}, "KaSA"),
@@ -106,7 +106,8 @@ def test_what_cannot_be_served_is_refused_with_the_key_the_reason_and_a_remedy(
     ]
     + [
         {"modules_to_save": None, "trainable_token_indices": None, "layer_replication": None},
-        {"modules_to_save": [], "lora_bias": False, "fan_in_fan_out": False},
+        {"modules_to_save": [], "lora_bias": False, "fan_in_fan_out": True},
+        {"nvfp4_merge_aware": {"scale_mode": "fresh", "encoder": None}},
         {"some_future_switch": False, "some_future_list": [], "some_future_table": {}},
         {"some_future_text": "", "some_future_value": None},
         {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
@@ -174,3 +175,9 @@ json_values = st.recursive(
 def test_any_value_under_any_key_is_accepted_or_refused(key: str, value: Any) -> None:
     with contextlib.suppress(InvalidArgument):
         assert parse(**{key: value}).r >= 1
+
+
+def test_transposed_weights_are_refused_where_a_magnitude_may_have_been_taken_of_them() -> None:
+    """Plain LoRA computes the same with and without: PEFT sets it to false on linear layers."""
+    with pytest.raises(InvalidArgument, match=r"fan_in_fan_out.*magnitudes"):
+        parse(fan_in_fan_out=True, use_dora=True)

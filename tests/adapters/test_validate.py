@@ -266,6 +266,12 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         read_directory(tmp_path, "adapter", SHAPE, LIMITS)
 
 
+def test_a_tensor_without_values_is_told_to_be_of_a_sharded_model() -> None:
+    values = tensors() | {key(0, "q_proj", "A.weight"): np.zeros((0,), np.float32)}
+    with pytest.raises(InvalidArgument, match=r"ZeRO-3.*save the adapter again"):
+        read(config(), values)
+
+
 def test_no_descriptor_stays_open_after_a_refusal(tmp_path: Path) -> None:
     directory(tmp_path / "adapter", config(), tensors())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))

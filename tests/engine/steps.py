@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import families
+from benchmarks.group_checkpoints import Recipe, write
 from mora_serve.config import BaseConfig
 from mora_serve.core import AdapterWeight, Mixture, Request, SamplingParams
 from mora_serve.engine.forward import Forward
@@ -23,6 +24,7 @@ from mora_serve.model.decoder import Decoder
 from mora_serve.model.loading import load_base
 from mora_serve.model.lora import AdapterSlots
 
+GROUPS = Recipe(symmetric=False, act_order=True, group=32, head=True)
 PAGES, CONTEXT = 64, 128
 # slot: (rank, DoRA); no adapter has the largest rank that slots have
 ADAPTERS = {"a": (4, False), "b": (7, False), "c": (1, False), "d": (8, True), "e": (3, True)}
@@ -46,6 +48,8 @@ class Job:
 @functools.cache
 def directory(family: str, root: Path) -> Path:
     name, _, bits = family.partition("-")
+    if bits == "groups":
+        return write(directory(name, root), root / family, GROUPS)
     # with 16 bits a vocabulary that does not fill its last tile
     model = families.make_base(name, root / family, vocab_size=333 if bits else 320)
     if bits:
@@ -65,6 +69,8 @@ def decoder(
     quantization: str = "none",
     dtype: str = "fp32",
 ) -> Decoder:
+    if family.endswith("groups"):
+        quantization = "auto"
     config = BaseConfig(
         str(directory(family, root)), quantization=quantization, dtype=dtype, device="cpu"
     )

@@ -40,7 +40,7 @@ def busy(limits: EngineConfig = LIMITS) -> Admission:
     admission = make(limits)
     admit(admission, "before")
     admission.started("before", 0, now=0.0)
-    admission.ended("before", OUTPUT, by_itself=True)
+    admission.ended("before", OUTPUT, 0.0, by_itself=True)
     for i in range(limits.max_batch):
         admit(admission, f"running-{i}")
         admission.started(f"running-{i}", 0, now=0.0)
@@ -102,6 +102,41 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     assert "the wait is about" in error.message
     assert error.retry_after
     assert admission.waiting == 1
+
+
+def test_what_would_be_refused_is_known_before_anything_is_done_for_it() -> None:
+    admission = busy()
+    admit(admission, "patient", deadline=100.0)
+    expected = admission.expected("t", 10, OUTPUT)
+    admission.check("t", 10, OUTPUT, None)
+    admission.check("t", 10, OUTPUT, 2 * expected.end)
+    with pytest.raises(ResourceExhausted, match="deadline"):
+        admission.check("t", 10, OUTPUT, expected.end)
+    admission.check("t", 1, 1, expected.end)  # a short answer would be there in time
+
+
+def test_answers_that_come_later_than_foretold_move_deadlines_away() -> None:
+    """A deadline that was far enough is too near on an engine that keeps nobody's time."""
+    admission = busy()
+    left = 1.5 * admission.expected("t", 10, OUTPUT).end
+    admission.check("t", 10, OUTPUT, left)
+
+    def late() -> None:
+        for i in range(50):
+            admit(admission, f"late-{i}", deadline=left)
+            admission.ended(f"late-{i}", 0, left, by_itself=False)
+
+    with pytest.raises(ResourceExhausted, match="deadline"):
+        late()
+
+
+def test_who_leaves_says_nothing_of_the_forecast() -> None:
+    admission = busy()
+    left = 1.5 * admission.expected("t", 10, OUTPUT).end
+    for i in range(50):
+        admit(admission, f"gone-{i}", deadline=left)
+        admission.ended(f"gone-{i}", 0, left / 2, by_itself=False)
+    admission.check("t", 10, OUTPUT, left)
 
 
 def test_without_a_wait_or_a_measurement_no_deadline_is_refused() -> None:
@@ -188,14 +223,14 @@ def test_the_books_agree_with_what_happened(
             admission.started(name, 3, now=0.0)
         elif what == "end" and waiting | running:
             name = list(waiting | running)[int(str(value)) % len(waiting | running)]
-            admission.ended(name, 7, by_itself=name in running)
+            admission.ended(name, 7, 0.0, by_itself=name in running)
             waiting.pop(name, None)
             running.pop(name, None)
         elif what == "step":
             admission.stepped(int(str(value)), 5, int(str(value)), STEP, short=False)
         assert admission.waiting == len(waiting) <= max_queue
     for name in waiting | running:
-        admission.ended(name, 0, by_itself=False)
+        admission.ended(name, 0, 0.0, by_itself=False)
     assert admission.waiting == 0
     assert admission.expected("a", 1, 1).place == 0.0
     assert not admission._tenants

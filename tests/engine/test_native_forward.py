@@ -35,8 +35,9 @@ from tests.engine.steps import (
 pytestmark = pytest.mark.skipif(
     not targets(torch.float32), reason="no compiler built the native path"
 )
-# the last two from files in 16 bits, whose weights are tiled: one with a tied head, one without
-FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "llama3-16", "qwen2-16")
+# two from files in 16 bits, whose weights are tiled: one with a tied head, one without; the last
+# in groups of whole numbers, the head too, with inputs that go into groups by act-order
+FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "llama3-16", "qwen2-16", "qwen2-groups")
 FLOAT_TARGETS = targets(torch.float32)
 BF16_TARGETS = targets(torch.bfloat16)
 ALL_TARGETS = [("fp32", t) for t in FLOAT_TARGETS] + [("bf16", t) for t in BF16_TARGETS]

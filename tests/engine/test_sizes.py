@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mora_serve.config import AdaptersConfig, Config, EngineConfig
+from mora_serve.config import DEFAULT_SLOTS, AdaptersConfig, Config, EngineConfig
 from mora_serve.engine.sizes import (
     CPU_KV_BYTES,
-    CPU_SLOTS,
     GRAPH_BYTES,
     SLOT_SHARE,
     choose_sizes,
@@ -42,7 +41,7 @@ def test_what_one_slot_and_one_page_take() -> None:
 
 def test_on_a_cpu_sizes_are_plain_defaults() -> None:
     sizes = choose_sizes(SHAPE, config(), 131072, 2)
-    assert sizes.slots == CPU_SLOTS
+    assert sizes.slots == DEFAULT_SLOTS
     assert sizes.pages == CPU_KV_BYTES // page_bytes(SHAPE, 16, 2) + 1
     small = choose_sizes(replace(SHAPE, max_positions=64), config({"max_batch": 2}), 64, 2)
     assert small.pages == 2 * 4 + 1

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mora_serve.model.quant import DenseWeight, NF4Weight, can_quantise, fuse, product, quantise
+from mora_serve.model.footprint import can_quantise
+from mora_serve.model.quant import DenseWeight, NF4Weight, fuse, product, quantise
 
 COLUMNS = 64
 

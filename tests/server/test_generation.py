@@ -12,7 +12,7 @@ from mora_serve import errors
 from mora_serve.adapters.registry import Registry
 from mora_serve.client import AsyncClient, Client
 from mora_serve.core import AdapterWeight, Event, Finish, Mixture, Source, TokenOut
-from mora_serve.server.generation import _pieces
+from mora_serve.server.answers import in_pieces
 from tests.server.conftest import LONGEST, OUTLASTING, running, wait_for, write_adapter
 
 LONG = {"max_tokens": 60, "ignore_eos": True}
@@ -235,9 +235,9 @@ class TestLifetimes:
 def test_what_a_slow_reader_missed_comes_in_pieces() -> None:
     """A message takes the event loop a moment only; nothing is lost, repeated or empty."""
     tokens = tuple(TokenOut(i) for i in range(1000))
-    pieces = list(_pieces(Event("r", tokens, "text")))
+    pieces = list(in_pieces(Event("r", tokens, "text")))
     assert max(len(part) for _, part in pieces) <= 128
     assert tuple(t for _, part in pieces for t in part) == tokens
     assert "".join(text for text, _ in pieces) == "text"
-    assert list(_pieces(Event("r"))) == []
-    assert list(_pieces(Event("r", (), "rest"))) == [("rest", ())]
+    assert list(in_pieces(Event("r"))) == []
+    assert list(in_pieces(Event("r", (), "rest"))) == [("rest", ())]

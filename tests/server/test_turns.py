@@ -58,6 +58,19 @@ def submitted(
     return pieces
 
 
+def test_its_threads_are_there_from_the_start() -> None:
+    def own() -> int:
+        return sum(t.name.startswith("all-of-them") for t in threading.enumerate())
+
+    executor = TurnExecutor(3, "all-of-them")
+    assert own() == 3
+    executor.shutdown()
+    assert own() == 0
+    for _ in range(50):  # at whatever point of the beginning
+        TurnExecutor(3, "all-of-them").shutdown(cancel_futures=True)
+    assert own() == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text("abcd", max_size=30), st.sets(st.integers(0, 29), max_size=8))
 def test_between_two_pieces_of_a_tenant_each_other_waiting_one_gets_one(

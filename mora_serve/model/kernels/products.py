@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mora_serve.model.footprint import BLOCK
 from mora_serve.model.kernels.nf4 import MOST_ROWS, NF4Product, default_plan
-from mora_serve.model.quant import BLOCK, Linear, NF4Weight, Weight, product
+from mora_serve.model.quant import Linear, NF4Weight, Weight, product
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,17 @@ class Compiled:
 
 
 def compiled(
-    module: str, cases: Sequence[str], architectures: Sequence[int] = (80, 90)
+    module: str,
+    cases: Sequence[str] | Mapping[str, Sequence[int]],
+    architectures: Sequence[int] = (80, 90),
 ) -> dict[tuple[str, int], list[Compiled]]:
     """By (case, architecture), the kernels that the case launches, in their order.
 
     ``module`` has a dictionary ``LAUNCHES`` of functions without arguments, by the cases' names.
-    Architecture 80 is sm_80.
+    Architecture 80 is sm_80; ``cases`` may give each case's own.
     """
-    request = {"module": module, "cases": list(cases), "architectures": list(architectures)}
+    wanted = cases if isinstance(cases, Mapping) else dict.fromkeys(cases, architectures)
+    request = {"module": module, "cases": {case: list(each) for case, each in wanted.items()}}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
@@ -138,8 +141,8 @@ def main() -> None:
             "architecture": architecture,
             "kernels": [asdict(kernel) for kernel in _launched(launches[case], architecture)],
         }
-        for case in request["cases"]
-        for architecture in request["architectures"]
+        for case, architectures in request["cases"].items()
+        for architecture in architectures
     ]
     json.dump(rows, sys.stdout)
 

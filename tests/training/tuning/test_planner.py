@@ -11,9 +11,10 @@ import torch
 
 from benchmarks import memory
 from mora_serve.model.files import read_shape
+from mora_serve.model.footprint import GIB
 from router_training.tuning.begin import with_adapter
 from router_training.tuning.model import load
-from router_training.tuning.planner import GIB, cheaper, plan, trained_parameters
+from router_training.tuning.planner import cheaper, plan
 from router_training.tuning.settings import tune_settings
 
 ROWS, LENGTH = 2, 64
@@ -59,7 +60,7 @@ def test_the_adapter_is_counted_as_it_is_made(base: Path, targets: list[str]) ->
     shape = read_shape(str(base))
     model = with_adapter(own, load(own, base), shape, 1, ())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained_parameters(own, shape) == trained
+    assert shape.adapter_parameters(4, targets) == trained
 
 
 def test_the_first_change_that_suffices_is_named(base: Path) -> None:
