@@ -11,8 +11,9 @@ from mora_serve.adapters.validate import ValidatedAdapter, read_directory
 from mora_serve.config import Config
 from mora_serve.core import AdapterLoad, AdapterWeight, Event, Mixture, Request, SamplingParams
 from mora_serve.engine.engine import Engine
+from mora_serve.engine.team import load_ranks
 from mora_serve.errors import NotFound
-from mora_serve.model.loading import Base, load_base
+from mora_serve.model.loading import Base
 
 Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 
@@ -23,11 +24,16 @@ class LocalEngine:
     def __init__(self, config: Config, base: Base | None = None) -> None:
         """``base`` in place of the one that the configuration names."""
         self.config = config
-        self.base = load_base(config.base) if base is None else base
+        self.base, self.team = load_ranks(config) if base is None else (base, None)
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
         self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
-        self.engine = Engine(self.base, config, self._open)
+        try:
+            self.engine = Engine(self.base, config, self._open, self.team)
+        except BaseException:
+            if self.team is not None:
+                self.team.close()
+            raise
         self.steps: list[Sequence[Event | AdapterLoad]] = []
         self._count = 0
 

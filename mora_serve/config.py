@@ -88,6 +88,11 @@ class EngineConfig:
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
         "as many as torch does",
     )
+    tensor_parallel: int = _doc(
+        1,
+        "devices of this machine that share the base, for one that a single card cannot hold: a "
+        "process each, on cards side by side from base.device on, or on the CPU",
+    )
     kernels: Literal["auto", "native", "triton", "torch"] = _doc(
         "auto",
         "what computes a step: native on a CPU, triton on a card, or torch on either; auto is the "
@@ -328,6 +333,7 @@ _MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 6553
 def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
+        "engine.tensor_parallel",
         *(f"adapters.{k}" for k in ("max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
     )
@@ -381,6 +387,12 @@ def _check(config: Config) -> None:
             f"engine.memory_fraction: {config.engine.memory_fraction:g} is out of range; it must "
             "be above 0 and at most 1",
             field="engine.memory_fraction",
+        )
+    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+        raise ConfigError(
+            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
+            field="engine.kernels",
         )
     if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(

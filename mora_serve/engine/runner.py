@@ -15,9 +15,11 @@ from mora_serve.core import TokenOut
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.native_forward import NativeForward, can_run
+from mora_serve.engine.parallel_forward import ParallelForward
 from mora_serve.engine.sampler import SamplingRow, sample, takes_best
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence
+from mora_serve.engine.team import Team
 from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
@@ -39,8 +41,8 @@ def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 class Runner:
     """Owns the key/value pages, runs batches and samples.
 
-    ``kernels`` and ``threads`` are those of the configuration. Raises ConfigError when it asks for
-    a native path that is not there.
+    ``kernels`` and ``threads`` are those of the configuration; a ``team`` has the other parts of
+    the base. Raises ConfigError when it asks for a native path that is not there.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Runner:
         pages: int,
         max_context: int,
         config: EngineConfig,
+        team: Team | None = None,
     ) -> None:
         shape, page_size = decoder.shape, config.page_size
         self.decoder, self.pool = decoder, pool
@@ -58,7 +61,15 @@ class Runner:
             decoder.dtype,
             decoder.device,
         )
-        self.forward = self._forward(max_context, config)
+        self._parallel = None if team is None else self._join(team, pages, config)
+        self.forward = self._parallel or self._forward(max_context, config)
+
+    def _join(self, team: Team, pages: int, config: EngineConfig) -> ParallelForward:
+        threads, slots = config.threads, self.pool.slots
+        if self.decoder.device.type == "cpu":  # which all ranks share
+            threads = threads or max(1, allowed_cores() // team.group.size)
+        team.serve(slots.slots, slots.max_rank, pages, config.page_size, threads)
+        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
 
     def _forward(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
@@ -103,8 +114,9 @@ class Runner:
 
     def clear(self, pages: Seq[int]) -> None:
         """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
-        if pages and self.forward.reads_whole_pages:
-            self.kv.clear(pages)
+        if not pages or not self.forward.reads_whole_pages:
+            return
+        (self._parallel or self.kv).clear(pages)
 
     @torch.inference_mode()
     def run(self, batch: Seq[Chunk]) -> list[tuple[Sequence, TokenOut | None]]:

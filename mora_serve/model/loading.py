@@ -25,8 +25,10 @@ from mora_serve.model.files import described, eos_ids, read_config, resolve
 from mora_serve.model.footprint import can_quantise
 from mora_serve.model.group_checkpoint import METHODS, GroupFormat, read_format
 from mora_serve.model.shape import SITES, ModelShape, projection_path
+from mora_serve.model.shard import Group, Shard, cut
 from mora_serve.model.tokenizer import Tokenizer
 
+Part = tuple[slice, slice]
 Progress = Callable[[int, int], None]
 
 
@@ -42,7 +44,10 @@ class BaseFiles:
 
 @dataclass(frozen=True)
 class Base:
-    """The resident model with what the server says about it."""
+    """The resident model with what the server says about it.
+
+    Where ranks share it, ``shape`` is that of the whole, and the decoder is this rank's part.
+    """
 
     name: str
     shape: ModelShape
@@ -60,24 +65,31 @@ class Base:
     def other_bytes(self) -> int:
         """Bytes resident of embedding and head."""
         decoder = self.decoder
-        tied = decoder.head is decoder.embedding
-        return decoder.embedding.nbytes + (0 if tied else decoder.head.nbytes)
+        head = 0 if self.shape.tied_embeddings else decoder.head.nbytes
+        return decoder.embedding.nbytes + head
 
 
-def load_base(config: BaseConfig, progress: Progress | None = None) -> Base:
+def load_base(
+    config: BaseConfig, progress: Progress | None = None, group: Group | None = None
+) -> Base:
     """Load the base that ``config`` names; ``progress(done, total)`` is called a layer.
 
+    With a ``group`` only what its rank holds, on the group's device.
+
     Raises ConfigError for an unsupported architecture or rope type, a missing or unreadable file
-    or tensor, or a device that is not there.
+    or tensor, a device that is not there, or a shape that so many ranks cannot share.
     """
     directory = resolve(config.model, config.revision)
     hf, shape, rope = _read_config(directory)
     ends = eos_ids(directory, hf)
-    device = _device(config.device)
+    device = _device(config.device) if group is None else group.device
+    storage = storage_of(config.quantization, hf)
+    shard = None
+    if group is not None:
+        shard = Shard.of(shape, group.rank, group.size, quantised=storage == "nf4")
     dtype = _dtype(config.dtype, device)
-    storage = _storage(config.quantization, hf.get("quantization_config") or {})
     with Checkpoint(directory, device) as checkpoint:
-        decoder = _decoder(checkpoint, shape, rope, dtype, storage, progress)
+        decoder = _decoder(checkpoint, shape, rope, dtype, storage, progress, shard, group)
         tokenizer = Tokenizer.load(directory, ends)
         return Base(
             name=Path(config.model).name,
@@ -101,12 +113,13 @@ def read_base(model: str, revision: str = "main") -> BaseFiles:
         return BaseFiles(directory, shape, tokenizer, _fingerprint(shape, tokenizer, checkpoint))
 
 
-def _storage(wanted: str, stored: object) -> str | GroupFormat:
+def storage_of(wanted: str, hf: Mapping[str, Any]) -> str | GroupFormat:
     """How the linear layers are kept: "nf4", "none", or in the groups of the checkpoint.
 
-    ``wanted`` is base.quantization, ``stored`` the checkpoint's quantization_config. Raises
-    ConfigError where they do not go together.
+    ``wanted`` is base.quantization, ``hf`` the checkpoint's configuration. Raises ConfigError
+    where they do not go together.
     """
+    stored = hf.get("quantization_config")
     if not stored:
         return "none" if wanted == "none" else "nf4"
     config: Mapping[str, Any] = stored if isinstance(stored, dict) else {}
@@ -148,6 +161,8 @@ def _decoder(
     dtype: torch.dtype,
     storage: str | GroupFormat,
     progress: Progress | None,
+    shard: Shard | None = None,
+    group: Group | None = None,
 ) -> Decoder:
     biased = {
         "qkv": shape.qkv_bias,
@@ -162,16 +177,20 @@ def _decoder(
         sites = {}
         for site, projections in SITES.items():
             paths = [projection_path(i, p) for p in projections]
+            sizes = [shape.projection(p) for p in projections]
+            cuts = [None if shard is None else shard.part(p) for p in projections]
             parts = [
-                _weight(checkpoint, path, shape.projection(p), dtype, storage)
-                for path, p in zip(paths, projections, strict=True)
+                _weight(checkpoint, path, size, dtype, storage, part)
+                for path, size, part in zip(paths, sizes, cuts, strict=True)
             ]
             biases = [f"{path}.bias" for path in paths]
             bias = None
             if biased[site]:
-                sizes = [shape.projection(p)[:1] for p in projections]
+                whole = [
+                    checkpoint.tensor(b, dtype, n[:1]) for b, n in zip(biases, sizes, strict=True)
+                ]
                 bias = torch.cat(
-                    [checkpoint.tensor(b, dtype, n) for b, n in zip(biases, sizes, strict=True)]
+                    [b if c is None else b[c[0]] for b, c in zip(whole, cuts, strict=True)]
                 )
             elif stray := [b for b in biases if b in checkpoint and not _nothing(checkpoint, b)]:
                 raise ConfigError(
@@ -193,7 +212,9 @@ def _decoder(
             progress(i + 1, shape.layers)
     table = (shape.vocab_size, shape.hidden_size)
     embedding = quant.DenseWeight(checkpoint.tensor("model.embed_tokens.weight", dtype, table))
-    head: quant.Weight = embedding
+    rows = slice(0, shape.vocab_size) if shard is None else shard.vocabulary
+    part = None if shard is None else (rows, slice(0, shape.hidden_size))
+    head: quant.Weight
     if "lm_head.qweight" in checkpoint:
         if shape.tied_embeddings:
             raise ConfigError(
@@ -201,11 +222,14 @@ def _decoder(
                 "head is the embedding; check that both are of one model",
                 field="base.model",
             )
-        head = _weight(checkpoint, "lm_head", table, dtype, storage)
+        head = _weight(checkpoint, "lm_head", table, dtype, storage, part)
     elif not shape.tied_embeddings:
-        head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table))
+        head = quant.DenseWeight(checkpoint.tensor("lm_head.weight", dtype, table, part))
+    else:
+        head = embedding if shard is None else quant.DenseWeight(embedding.weight[rows])
     norm = checkpoint.tensor("model.norm.weight", dtype, hidden)
-    return Decoder(shape, embedding, layers, norm, head, *rope)
+    local = shape if shard is None else shard.local
+    return Decoder(local, embedding, layers, norm, head, *rope, shard, group)
 
 
 def _weight(
@@ -214,24 +238,16 @@ def _weight(
     size: tuple[int, int],
     dtype: torch.dtype,
     storage: str | GroupFormat,
+    part: Part | None = None,
 ) -> quant.Stackable:
-    """The linear layer at ``path``, of ``size`` (out, in), in whatever form it is there."""
-    weight = _stored(checkpoint, path, dtype, storage)
-    if weight.shape != size:
-        raise ConfigError(
-            f"base.model: {path} is {list(weight.shape)}, the configuration says {list(size)}",
-            field="base.model",
-        )
-    return weight
+    """The linear layer at ``path``, of ``size`` (out, in), or a ``part`` of it.
 
-
-def _stored(
-    checkpoint: Checkpoint, path: str, dtype: torch.dtype, storage: str | GroupFormat
-) -> quant.Stackable:
+    In whatever form it is there; what is quantised here is quantised alone.
+    """
     name = f"{path}.weight"
     if f"{path}.qweight" in checkpoint:
         if isinstance(storage, GroupFormat):
-            return storage.weight(checkpoint, path, dtype)
+            return _part_of(path, storage.weight(checkpoint, path, dtype), size, part)
         raise ConfigError(
             f"base.model: {path} is stored in groups, but config.json has no quantization_config "
             "of gptq or awq that says how; take it over from quantize_config.json",
@@ -241,15 +257,18 @@ def _stored(
         state = {
             key.removeprefix(f"{path}."): checkpoint.tensor(key) for key in checkpoint.beside(name)
         }
-        return quant.from_checkpoint(checkpoint.tensor(name), state, path)
-    tensor = checkpoint.tensor(name)
+        weight = quant.from_checkpoint(checkpoint.tensor(name), state, path)
+        return _part_of(path, weight, size, part)
+    found = checkpoint.size(name)
+    tensor = checkpoint.tensor(name, part=part if found == size else None)
     if not tensor.is_floating_point():
         raise ConfigError(
             f"base.model: {path} is stored as {tensor.dtype}; only 16/32-bit floats, "
             "bitsandbytes' 4-bit format, gptq and awq are supported",
             field="base.model",
         )
-    if storage == "nf4" and tensor.dim() == 2 and can_quantise(*tensor.shape):
+    _check_size(path, found, size)
+    if storage == "nf4" and can_quantise(*tensor.shape):
         return quant.quantise(tensor)
     return quant.DenseWeight(tensor.to(dtype, copy=True))
 
@@ -258,6 +277,22 @@ def _nothing(checkpoint: Checkpoint, bias: str) -> bool:
     """Whether a bias that the architecture does not have is one of zeros beside a GPTQ weight."""
     beside = bias.removesuffix("bias") + "qweight"
     return beside in checkpoint and not bool(checkpoint.tensor(bias).any())
+
+
+def _part_of(
+    path: str, weight: quant.Stackable, size: tuple[int, int], part: Part | None
+) -> quant.Stackable:
+    _check_size(path, weight.shape, size)
+    return weight if part is None else cut(weight, part)
+
+
+def _check_size(path: str, found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if found != size:
+        raise ConfigError(
+            f"base.model: {path.removeprefix('model.')} is {list(found)}, the configuration says "
+            f"{list(size)}; check that both are of one model",
+            field="base.model",
+        )
 
 
 def rope_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
@@ -311,6 +346,24 @@ def _device(name: str) -> torch.device:
             field="base.device",
         )
     return device
+
+
+def rank_device(name: str, rank: int, ranks: int) -> torch.device:
+    """The device of one of several ranks: a card each, counted from the one named, or the CPU.
+
+    Raises ConfigError for a device that is not there.
+    """
+    first = _device(name)
+    if first.type == "cpu":
+        return first
+    index, there = first.index or 0, torch.cuda.device_count()
+    if index + ranks > there:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} ranks need as many cards from cuda:{index} on, but "
+            f"torch sees {there} CUDA device(s); lower it",
+            field="engine.tensor_parallel",
+        )
+    return torch.device("cuda", index + rank)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

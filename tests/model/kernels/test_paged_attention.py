@@ -262,6 +262,15 @@ def test_a_prompt_s_last_token_attends_alike_in_decode_and_in_prefill(device):
     assert_close(prefill(pages, [(49, 1)], pages.q, [0]), pages.decode())
 
 
+def test_scores_beyond_the_range_of_exp_do_not_overflow(device):
+    """Scores of about 1000, whose own rounding is 100 times that of the result."""
+    pages = Pages(CASES[3], torch.float32, device)
+    pages.q *= 300
+    assert_close(pages.decode(), pages.decode_reference(), steps=100)
+    chunks = [(length - 1, 1) for length in pages.case.lengths]
+    assert_close(prefill(pages, chunks, pages.q, [0, 1]), pages.decode_reference(), steps=100)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_shapes_attend_as_the_reference(seed, device):
     case = random_case(seed)
