@@ -14,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -euc
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint format proto claims bench gpu clean
+.PHONY: help demo serve test lint format proto claims bench bench-gpu clean
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.core
@@ -25,8 +25,8 @@ SHOW := sed -u -n -e 's/^ *\(Downloading .*\)/  \1/p' \
 	-e 's/^ *\(Installing collected packages\):.*/  \1 .../p'
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
-		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1: \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' Makefile
 
 demo: $(CORE) ## start the server with the bundled models and show it at work
 	@$(PY) -m mora_serve demo $(ARGS)
@@ -56,8 +56,8 @@ claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 bench: $(DEV) ## measure performance beside peers: JSON, tables, plots; PARTS="throughput growth"
 	@$(PY) -m benchmarks $(PARTS) $(ARGS)
 
-gpu: $(DEV) ## on a machine with a card: the GPU tests and a first measurement
-	@$(PY) -m benchmarks.gpu_check $(ARGS)
+bench-gpu: $(DEV) ## on a machine with a card: the whole measurement there, in under ten minutes
+	@$(PY) -m benchmarks gpu $(ARGS)
 
 clean: ## remove the environment, caches and measurements that are not kept
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
