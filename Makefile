@@ -46,9 +46,10 @@ format: $(DEV) ## format the code and apply safe fixes
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1
+proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1, and docs/api.md
 	@$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/mora_serve/v1/*.proto
+	@$(PY) -m benchmarks.api_reference
 
 claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 	@$(PY) -m benchmarks.claims --tag $(TAG) $(ARGS)
