@@ -9,7 +9,7 @@ how often the best candidate is right, by the probability that the gate gives it
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = Path(arguments[0]) if arguments else DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     scorer = LoadedBundle(bundle_path()).scorer
-    pictures = {
+    pictures: dict[str, Callable[[], Any]] = {
         "map": lambda: keys(scorer, PROMPTS[0]),
         "scores": lambda: scores(scorer, PROMPTS),
         "calibration": lambda: calibrated(scorer),
