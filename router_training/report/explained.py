@@ -13,9 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mora_serve.core import DEFAULT_TENANT
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.router import key_map
+from mora_serve.router.arrays import Floats
 from router_training.demo.loaded import LoadedBundle
 from router_training.demo.suite import demo_suite
 from router_training.evaluation.cases import texts
@@ -43,8 +46,10 @@ def keys(scorer: RouterScorer, prompt: str) -> Any:
             axis.plot(*zip(point, example, strict=True), color=PALE, lw=0.6, zorder=1)
         axis.plot(examples[:, 0], examples[:, 1], "o", color=MUTED, ms=2.5, zorder=2)
         axis.plot(*point, "o", color=COLOURS[OURS], ms=7, zorder=3)
-        axis.annotate(name, point, (6, 5), textcoords="offset points", size=9, zorder=4)
+        side = _free_side(point, examples, drawn.points)
+        axis.annotate(name, point, **side, textcoords="offset points", size=9, zorder=4)
     if drawn.text is not None:
+        axis.margins(0.12)
         axis.plot(*drawn.text, "+", color=COLOURS["MLP"], ms=15, mew=2.5, label=prompt, zorder=5)
     axis.set_xlabel(f"two axes, which show {drawn.share:.0%} of what tells the centres apart")
     axis.set_xticks([])
@@ -52,6 +57,16 @@ def keys(scorer: RouterScorer, prompt: str) -> Any:
     axis.legend(loc="best")
     axis.set_title("centres in blue, examples in grey, a prompt as a cross")
     return figure
+
+
+def _free_side(point: Floats, examples: Floats, points: Floats) -> dict[str, Any]:
+    """Where a name is written: on the side without examples, or above where another point is."""
+    left = bool(examples[:, 0].mean() > point[0])
+    reach = np.ptp(points, axis=0) * (0.12, 0.04)
+    away = (points - point) * (-1 if left else 1, 1)
+    if ((np.abs(away) < reach).all(1) & (away[:, 0] > 0)).any():
+        return {"xytext": (0, 8), "ha": "center"}
+    return {"xytext": (-8, -3), "ha": "right"} if left else {"xytext": (8, -3), "ha": "left"}
 
 
 def scores(scorer: RouterScorer, prompts: Sequence[str]) -> Any:
