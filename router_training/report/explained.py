@@ -37,16 +37,16 @@ SHOWN = 6  # candidates of a prompt
 
 
 def keys(scorer: RouterScorer, prompt: str) -> Any:
-    """Centres, examples and a prompt in the plane of the centres' two principal axes."""
+    """Centres, prototypes and a prompt in the plane of the centres' two principal axes."""
     (z,) = scorer.embedded([prompt])
     drawn = key_map.draw(scorer.index, DEFAULT_TENANT, scorer.router.dims, z)
     figure, (axis,) = panels(8, 5.6)
-    for name, point, examples in zip(drawn.names, drawn.points, drawn.prototypes, strict=True):
-        for example in examples:
-            axis.plot(*zip(point, example, strict=True), color=PALE, lw=0.6, zorder=1)
-        axis.plot(examples[:, 0], examples[:, 1], "o", color=MUTED, ms=2.5, zorder=2)
+    for name, point, prototypes in zip(drawn.names, drawn.points, drawn.prototypes, strict=True):
+        for prototype in prototypes:
+            axis.plot(*zip(point, prototype, strict=True), color=PALE, lw=0.6, zorder=1)
+        axis.plot(prototypes[:, 0], prototypes[:, 1], "o", color=MUTED, ms=2.5, zorder=2)
         axis.plot(*point, "o", color=COLOURS[OURS], ms=7, zorder=3)
-        side = _free_side(point, examples, drawn.points)
+        side = _free_side(point, prototypes, drawn.points)
         axis.annotate(name, point, **side, textcoords="offset points", size=9, zorder=4)
     if drawn.text is not None:
         axis.margins(0.12)
@@ -55,13 +55,13 @@ def keys(scorer: RouterScorer, prompt: str) -> Any:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.legend(loc="best")
-    axis.set_title("centres in blue, examples in grey, a prompt as a cross")
+    axis.set_title("centres in blue, prototypes in grey, a prompt as a cross")
     return figure
 
 
-def _free_side(point: Floats, examples: Floats, points: Floats) -> dict[str, Any]:
-    """Where a name is written: on the side without examples, or above where another point is."""
-    left = bool(examples[:, 0].mean() > point[0])
+def _free_side(point: Floats, prototypes: Floats, points: Floats) -> dict[str, Any]:
+    """Where a name is written: on the side without prototypes, or above where another point is."""
+    left = bool(prototypes[:, 0].mean() > point[0])
     reach = np.ptp(points, axis=0) * (0.12, 0.04)
     away = (points - point) * (-1 if left else 1, 1)
     if ((np.abs(away) < reach).all(1) & (away[:, 0] > 0)).any():
