@@ -31,8 +31,8 @@ help: ## list the targets
 demo: $(CORE) ## start the server with the bundled models and show it at work
 	@$(PY) -m mora_serve demo $(ARGS)
 
-serve: $(CORE) ## serve the bundled models; ARGS="--base.model DIR" for another base
-	@$(PY) -m mora_serve serve $(ARGS)
+serve: $(CORE) ## serve the bundled models, with the console; ARGS="--base.model DIR" for another base
+	@$(PY) -m mora_serve serve --http-address 127.0.0.1:8000 $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k name" for some of them
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
@@ -46,9 +46,10 @@ format: $(DEV) ## format the code and apply safe fixes
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1
+proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1, and docs/api.md
 	@$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/mora_serve/v1/*.proto
+	@$(PY) -m benchmarks.api_reference
 
 claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 	@$(PY) -m benchmarks.claims --tag $(TAG) $(ARGS)
@@ -82,7 +83,7 @@ $(PY):
 
 $(CORE): pyproject.toml constraints.txt | $(PY)
 	@echo 'Installing mora-serve into $(VENV) (some minutes the first time) ...'
-	@$(INSTALL) -e . | $(SHOW)
+	@$(INSTALL) -e '.[http]' | $(SHOW)
 	@touch $@
 
 $(DEV): $(CORE)
