@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from mora_serve.http import console
+from mora_serve.router.key_map import KeyMap
 from tests.http.conftest import asking
 from tests.server.conftest import Running
 
@@ -77,6 +80,20 @@ def test_the_map_has_the_adapters_and_the_text(demo: Running) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "texts")
         with asking(demo, **{"mora-tenant": "another"}) as other:
             assert other.post(MAP, json={"text": "x"}).json()["adapters"] == []
+
+
+def test_the_map_is_written_on_a_thread(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have thousands of points: they would keep everybody waiting."""
+    write, threads = console.map_object, []
+
+    def written(drawn: KeyMap | None) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return write(drawn)
+
+    monkeypatch.setattr(console, "map_object", written)
+    with asking(demo) as http:
+        assert http.post(MAP, json={}).json()["adapters"]
+    assert [name.partition("_")[0] for name in threads] == ["route"]
 
 
 def test_without_a_router_the_map_is_empty(http: httpx.Client) -> None:
