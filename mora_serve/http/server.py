@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,7 +22,8 @@ from mora_serve.server import tls
 from mora_serve.server.gate import Places
 from mora_serve.server.strangers import host_of
 
-HEADER_SECONDS = 15.0  # for a request's headers to come in, from its first byte or the connection's
+# For TLS's handshake; then for a request's headers, from its first byte or the connection's.
+HEADER_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 75  # for the next request of a connection
 HEADER_BYTES = 64 << 10
 CONNECTIONS = 4096
@@ -69,6 +71,13 @@ class Protocol(H11Protocol):
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: say so, or hang up where an answer has begun or is over."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
     def _await_request(self) -> None:
         self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
@@ -79,7 +88,26 @@ class Protocol(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the process's signals to the server that it is a part of."""
+    """Leaves the process's signals to the server that it is a part of; handshakes are bounded."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections."""
+        config = self.config
+        make = partial(
+            config.http_protocol_class,  # type: ignore[arg-type]  # a class, or what makes one
+            config=config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        secure: dict[str, Any] = {}
+        if config.ssl is not None:
+            secure = {"ssl": config.ssl, "ssl_handshake_timeout": HEADER_SECONDS}
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(make, sock=listening, backlog=_BACKLOG, **secure)
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -70,6 +70,18 @@ def test_a_client_needs_a_certificate_where_grpcs_does(root: Path, trusted: Auth
         assert httpx.get(url, verify=context).status_code == 200
 
 
+def test_a_handshake_has_to_come_in_time(root: Path, trusted: Authority, monkeypatch: Any) -> None:
+    monkeypatch.setattr(web, "HEADER_SECONDS", 0.3)
+    cert, key = trusted.issue("slow")
+    config = with_http(root, server={"tls_cert": str(cert), "tls_key": str(key)})
+    with (
+        running(config) as serving,
+        connect(serving) as silent,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert silent.recv(1) == b""
+
+
 def connect(serving: Running) -> socket.socket:
     return socket.create_connection(("127.0.0.1", serving.server.http_port), timeout=30)
 
@@ -128,6 +140,21 @@ def test_what_is_no_request_of_http_harms_nobody(serving: Running, data: bytes) 
     assert not re.search(rb"Traceback|\.py", answer)
     with asking(serving) as http:
         assert http.get("/healthz").status_code == 200
+
+
+def test_what_becomes_no_http_after_an_answer_is_hung_up_on(serving: Running, caplog: Any) -> None:
+    """Without a word in the log, which whoever reaches the port could fill so."""
+    refused = b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connect(serving) as connection:
+        connection.sendall(refused)
+        assert b"404 Not Found" in connection.recv(4096)
+        connection.sendall(b"no chunk\r\n")
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+    with asking(serving) as http:
+        assert http.get("/healthz").status_code == 200
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
 def test_a_host_has_a_part_of_the_connections(root: Path, monkeypatch: Any) -> None:
