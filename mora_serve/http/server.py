@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -93,8 +93,9 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take connections."""
         config = self.config
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
         make = partial(
-            config.http_protocol_class,  # type: ignore[arg-type]  # a class, or what makes one
+            protocol,
             config=config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
