@@ -145,7 +145,7 @@ class HttpApi:
             config.engine.stall_seconds,
             config.server.max_message_bytes,
             streaming={rpc.UPLOAD},
-            local=not (entrance.door.locked or config.access.allow_anonymous),
+            hosts=_hosts(config, locked=entrance.door.locked),
             log_calls=config.server.log_calls,
             apart=config.server.admin_port >= 0,
         )
@@ -268,3 +268,12 @@ class HttpApi:
         if prompt.WhichOneof("kind") == "text":
             return str(prompt.text)
         return self._served().tokenizer.decode(list(prompt.token_ids.ids))
+
+
+def _hosts(config: Config, *, locked: bool) -> frozenset[str] | None:
+    """The names that the port may be asked for by, besides this machine's; None for any."""
+    names = frozenset(name.strip().lower() for name in config.server.http_names.split(","))
+    if names != {""}:
+        return names - {""}
+    # Where whoever comes is let in, a page of another site could have its own name lead here.
+    return None if locked or config.access.allow_anonymous else frozenset()
