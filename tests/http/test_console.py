@@ -10,8 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from mora_serve.core import EngineStats
 from mora_serve.http import console
+from mora_serve.metrics import Metrics
 from mora_serve.router.key_map import KeyMap
+from tests.deploy.test_prometheus import sample_names
 from tests.http.conftest import asking
 from tests.server.conftest import Running
 
@@ -52,6 +55,20 @@ def test_every_element_that_scripts_look_for_is_there(page: str) -> None:
     for script in STATIC.glob("*.js"):
         wanted = set(re.findall(r'\$\("#([\w-]+)', script.read_text()))
         assert wanted <= ids, script.name
+
+
+def test_every_metric_that_scripts_read_is_the_servers() -> None:
+    """Of a histogram by its own name, to which they add what they need."""
+    metrics = Metrics("1")
+    metrics.watch(EngineStats, lambda digests: (), lambda: 0)
+    served = sample_names(metrics.registry)
+    read = {
+        name
+        for script in STATIC.glob("*.js")
+        for name in re.findall(r'"(mora_\w+)"', script.read_text())
+    }
+    assert len(read) >= 10
+    assert {name for name in read if not {name, f"{name}_bucket"} & served} == set()
 
 
 def test_every_field_of_a_form_has_a_label(page: str) -> None:
