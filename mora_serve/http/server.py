@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ class HttpServer:
     """Serves ``app`` on a socket that listens already."""
 
     def __init__(self, app: ASGIApp, listening: socket.socket, secure: ssl.SSLContext | None):
-        self.places = Places(CONNECTIONS, "connections")
+        self.places = Places(most_connections(), "connections")
         config = uvicorn.Config(
             app,
             http=partial(Protocol, places=self.places),  # type: ignore[arg-type]
@@ -160,6 +161,12 @@ class HttpServer:
             for connection in list(self._uvicorn.server_state.connections):
                 connection.transport.abort()
             await asyncio.wait((self._task,), timeout=1.0)
+
+
+def most_connections() -> int:
+    """``CONNECTIONS``, or half of the files that the process may open: gRPC's are among them."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
 
 
 def listen(host: str, port: int, prefix: str) -> socket.socket:

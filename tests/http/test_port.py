@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import socket
 import ssl
 from pathlib import Path
@@ -172,6 +173,16 @@ def test_a_host_has_a_part_of_the_connections(root: Path, monkeypatch: Any) -> N
         wait_for(lambda: places.held == 3)
         with asking(serving) as http:
             assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("files", "most"), [(1024, 512), (1 << 20, 4096), (resource.RLIM_INFINITY, 4096)]
+)
+def test_connections_leave_half_of_the_processs_files(
+    files: int, most: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (files, files))
+    assert web.most_connections() == most
 
 
 def test_a_port_in_use_is_an_error() -> None:
