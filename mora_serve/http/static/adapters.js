@@ -6,9 +6,11 @@ import { $, asked, bytes, facts, make, seconds } from "/console/dom.js";
 let rows = [];
 let order = ["name", 1];
 let tell = () => {};
+let changed = () => {};
 
-export function start(report) {
+export function start(report, describe) {
   tell = report;
+  changed = describe;
   $("#find").addEventListener("input", render);
   $("#refresh").addEventListener("click", () => enter().catch(tell));
   $("#register").addEventListener("click", register);
@@ -74,7 +76,7 @@ function when(text) {
 
 function row(r) {
   const number = (value) => make("td", { class: "number" }, value);
-  const act = (text, does, title) => make("button", { type: "button", title, onclick: () => does(r).then(enter).catch(tell) }, text);
+  const act = (text, does, title) => make("button", { type: "button", title, onclick: () => does(r).then(enter).then(changed).catch(tell) }, text);
   return make("tr", { "data-name": r.name },
     make("td", {}, make("button", { type: "button", class: "link", onclick: () => describe(r).catch(tell) }, r.name)),
     make("td", {}, make("span", { class: `tag ${r.state}` }, r.state), r.adapter.shared ? make("span", { class: "tag" }, "shared") : null),
@@ -133,6 +135,7 @@ async function send() {
     form.close();
     $("form", form).reset();
     await enter();
+    await changed();
   } catch (e) {
     $("#register-problem").textContent = e.message;
   } finally {
