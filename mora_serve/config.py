@@ -156,6 +156,11 @@ class ServerConfig:
         "port of the OpenAI-compatible HTTP API, with the TLS and the keys of the gRPC port; 0 "
         "takes a free one, -1 switches it off",
     )
+    http_names: str = _doc(
+        "",
+        "names besides localhost that the HTTP port may be asked for by, with commas; empty: any, "
+        "but without keys and access.allow_anonymous none",
+    )
     metrics_host: str = _doc(
         "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
     )

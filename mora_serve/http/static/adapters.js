@@ -1,6 +1,6 @@
 // The adapters of the caller: what they are, where they are, and what became of them.
 
-import { metrics, rpc, upload } from "/console/api.js";
+import { adapters, metrics, rpc, upload } from "/console/api.js";
 import { $, asked, bytes, facts, make, seconds } from "/console/dom.js";
 
 let rows = [];
@@ -31,13 +31,7 @@ export function start(report, describe) {
 }
 
 export async function enter() {
-  const found = [];
-  let token = "";
-  do {
-    const page = await rpc("AdapterService/ListAdapters", { page_size: 200, page_token: token });
-    found.push(...(page.adapters ?? []));
-    token = page.next_page_token ?? "";
-  } while (token);
+  const found = await adapters();
   const counts = await metrics().catch(() => null); // it takes the administrators' role
   const of = (metric, name) => counts?.get(metric)?.find((s) => s.labels.adapter === name)?.value;
   rows = found.map((a) => {
