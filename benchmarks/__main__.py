@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, tables
+from benchmarks import cluster_report, plots, tables
 from benchmarks.report import ROOT, log
 from router_training.report.style import drawing
 
@@ -79,6 +79,7 @@ PARTS: Mapping[str, Part] = {
         plots.registered,
     ),
     "residency": Part("residency", (), _flags("--repeat 2"), tables.residency, plots.residency),
+    "cluster": Part("cluster_simulator", (), (), cluster_report.tables, cluster_report.picture),
 }
 
 

@@ -27,7 +27,7 @@ def zipf_trace(
     output: int,
     seed: int,
 ) -> list[Job]:
-    """Poisson arrivals, ``rate`` a second; adapter i is asked for in proportion to 1/(i+1)^exponent.
+    """Poisson arrivals, ``rate`` a second; adapter i has a share in proportion to 1/(i+1)^exponent.
 
     Answers are ``output`` tokens.
     """

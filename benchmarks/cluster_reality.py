@@ -88,9 +88,7 @@ class Servers:
                 for i in range(self._work.adapters):
                     client.register_adapter(f"z{i}", f"z{i}")
                 for i in range(10):  # the first steps of a process are slow
-                    client.generate(
-                        token_ids=tokens(self._work.prompt, i), base=True, max_tokens=8
-                    )
+                    client.generate(token_ids=tokens(self._work.prompt, i), base=True, max_tokens=8)
             yield [process.address for process in self._processes]
 
     def slots(self) -> tuple[float, float]:
@@ -194,10 +192,10 @@ class _Probe:
         (outcome,) = await play([0.0], lambda _: self._ask(adapter, prompt, 1))
         return outcome.first_token
 
-    async def step(self, rows: int, slots: int, output: int = 96) -> float:
+    async def step(self, rows: int, slots: int, output: int = 400) -> float:
         """Seconds a token of so many streams on as many adapters as there are slots."""
         took = []
-        for _ in range(3):
+        for _ in range(5):
             outcomes = await play([0.0] * rows, lambda i: self._ask(i % slots, 8, output))
             took += [
                 (o.messages[-1][0] - o.messages[0][0]) / (o.tokens - o.messages[0][1])
