@@ -53,7 +53,7 @@ class Cluster:
         seed: int = 0,
         report_seconds: float = 0.0,
     ) -> None:
-        tables = Tables(profile, limits)
+        tables = Tables(profile, limits, seed)
         self.fleet: Fleet[int] = Fleet(range(replicas))
         self.replicas = [Replica(i, tables, self._wake, self._changed) for i in range(replicas)]
         self._routing, self._rng = routing, random.Random(seed)

@@ -33,7 +33,7 @@ from mora_serve.model.shape import shape_from_config
 
 REPORT_SECONDS = 0.5
 ROWS = (1, 2, 4, 8)  # answers at a time whose steps are timed
-PROBES = 16  # first tokens timed beside so many answers
+PROBES = 32  # first tokens timed beside so many answers
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ async def _calibrate(address: str, work: Work) -> Profile:
     async with AsyncClient(address, timeout=120.0) as client:
         probe = _Probe(client)
         cold = [await probe.first(i, 16) for i in range(work.adapters)]
-        rounds = [await probe.first(i, 16) for _ in range(3) for i in range(work.adapters)]
+        rounds = [await probe.first(i, 16) for _ in range(2) for i in range(work.adapters)]
         warm = [await probe.first(0, 16) for _ in range(PROBES)][1:]
         long = [await probe.first(0, 16 + 128) for _ in range(PROBES)]
         own = [await probe.first(0, work.prompt) for _ in range(PROBES)]
@@ -151,14 +151,15 @@ async def _calibrate(address: str, work: Work) -> Profile:
         profile = Profile(
             step=step,
             prompt_token=max(0.0, statistics.median(long) - still) / 128,
-            beside={0: 0.0},
+            beside={0: [0.0]},
             load=max(0.0, statistics.median(rounds) - still),
             first_load=max(0.0, statistics.median(cold) - still),
         )
-        beside = {0: max(0.0, statistics.median(own) - modelled_first(profile, work, 0))}
-        for n in ROWS:
-            took = await probe.beside(n, work)
-            beside[n] = max(0.0, statistics.median(took) - modelled_first(profile, work, n))
+        beside: dict[int, list[float]] = {}
+        for n in (0, *ROWS):
+            took = await probe.beside(n, work) if n else own
+            steps = modelled_first(profile, work, n)
+            beside[n] = sorted(max(0.0, t - steps) for t in took)
     return Profile(profile.step, profile.prompt_token, beside, profile.load, profile.first_load)
 
 

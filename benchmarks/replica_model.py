@@ -16,8 +16,9 @@ import bisect
 import heapq
 import itertools
 import math
+import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,14 +30,15 @@ class Profile:
     """Seconds as measured on a server.
 
     ``step`` is the seconds of a step by the answers that grow in it, ``beside`` by the same the
-    seconds that a first token takes besides its steps (the way to the engine and back).
+    seconds that first tokens took besides their steps (the way to the engine and back, and what
+    else held them up): all that were measured, so that the model has their spread too.
     ``load`` is one adapter from the host's memory into a slot, ``first_load`` one that the host
     has to read and convert.
     """
 
     step: Mapping[int, float]
     prompt_token: float
-    beside: Mapping[int, float]
+    beside: Mapping[int, Sequence[float]]
     load: float
     first_load: float
 
@@ -50,7 +52,7 @@ class Profile:
         return cls(
             step={int(k): float(v) for k, v in values["step"].items()},
             prompt_token=float(values["prompt_token"]),
-            beside={int(k): float(v) for k, v in values["beside"].items()},
+            beside={int(k): list(map(float, v)) for k, v in values["beside"].items()},
             load=float(values["load"]),
             first_load=float(values["first_load"]),
         )
@@ -104,13 +106,19 @@ class _Slot:
 class Tables:
     """A profile's seconds by rows, looked up often."""
 
-    def __init__(self, profile: Profile, limits: Limits) -> None:
+    def __init__(self, profile: Profile, limits: Limits, seed: int = 0) -> None:
         rows = range(limits.max_batch + 1)
         self.step = [between(profile.step, n) for n in rows]
-        self.beside = [between(profile.beside, n) for n in rows]
+        known = profile.beside
+        self._beside = [known[min(known, key=lambda k: (abs(k - n), k))] for n in rows]
+        self._rng = random.Random(seed)
         self.prompt_token = profile.prompt_token
         self.load, self.first_load = profile.load, profile.first_load
         self.limits = limits
+
+    def beside(self, running: int) -> float:
+        """One of the waits measured beside about so many answers, drawn."""
+        return self._rng.choice(self._beside[min(running, len(self._beside) - 1)])
 
     def chunk(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step beside so many answers (StepPace.limit, with known costs)."""
@@ -208,7 +216,7 @@ class Replica:
         while self._growing and self._growing[0][0] <= self._steps:
             ended.append(heapq.heappop(self._growing)[2])
         for job in self._chunks:
-            job.first_token = now + self.tables.beside[min(job.beside, len(self.tables.beside) - 1)]
+            job.first_token = now + self.tables.beside(job.beside)
             self._reading.remove(job)
             if job.output > 1:
                 entry = (self._steps + job.output - 1, next(self._orders), job)

@@ -18,7 +18,7 @@ from benchmarks.replica_model import Job, Limits, Profile, Tables, between
 from mora_serve.cluster.policy import ROUTINGS, Routing
 
 PROFILE = Profile(
-    step={1: 0.002, 8: 0.004}, prompt_token=0.0001, beside={0: 0.001}, load=0.01, first_load=0.03
+    step={1: 0.002, 8: 0.004}, prompt_token=0.0001, beside={0: [0.001]}, load=0.01, first_load=0.03
 )
 
 
