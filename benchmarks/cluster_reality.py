@@ -211,7 +211,7 @@ class _Probe:
         ]
         await asyncio.sleep(0.1)
         took: list[float] = []
-        while len(took) < PROBES and not all(task.done() for task in streams):
+        while len(took) < PROBES:
             for i, task in enumerate(streams):
                 if task.done():
                     streams[i] = asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400)))

@@ -76,10 +76,10 @@ def picture(result: Result) -> Any:
                     style = {"color": colours[routing], "ms": 4, "label": routing}
                     axis.plot(at, values, MARKS[routing], ls="-", **style)
             axis.set_xscale("log")
-            if key.startswith("first_token"):
-                axis.set_yscale("log")
-            else:
-                axis.set_ylim(bottom=0)
+            replicas = sorted({row["replicas"] for row in grid})
+            axis.set_xticks(replicas, [f"{n:,}" for n in replicas])
+            axis.minorticks_off()
+            axis.set_ylim(0, 1.08 * max(row[key] for row in grid))
     for count, top, bottom in zip(adapters, axes[0], axes[-1], strict=True):
         top.set_title(f"{count:,} adapters")
         bottom.set_xlabel("replicas")

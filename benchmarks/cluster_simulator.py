@@ -5,6 +5,8 @@ demo's base, one thread, over gRPC), or read from ``--profile``. The grid then p
 as much for each replica, against each routing. Lastly its predictions are held against real servers
 under the same arrivals: one, and two behind this client with the cluster's own routing policy.
 They share this machine's cores, with this client too: what else runs here shows as error.
+The demo's adapters load in about a millisecond, so that its first tokens hardly depend on the hit
+rate; ``--load-seconds`` asks what they would do with slower loads, of larger adapters.
 
     python -m benchmarks.cluster_simulator --json
     python -m benchmarks.cluster_simulator --no-grid           calibration and real servers only
@@ -18,6 +20,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not args.no_check:
                 checks = check(root, profile, work, args)
     start = time.perf_counter()
+    if args.load_seconds is not None:
+        profile = replace(profile, load=args.load_seconds, first_load=args.load_seconds)
     rows = [] if args.no_grid else grid(profile, args)
     took = time.perf_counter() - start
     result = {
@@ -81,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--slots", type=int, default=32, help="of a replica")
     parser.add_argument("--host", type=int, default=1000, help="adapters in a replica's memory")
+    parser.add_argument("--load-seconds", type=float, help="of an adapter, for the measured ones")
     parser.add_argument("--exponent", type=float, default=1.0, help="of zipf: 1/rank^exponent")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--output", type=int, default=128, help="tokens")
@@ -100,6 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.replicas, *args.adapters, args.slots, args.prompt, args.output) < 1:
         parser.error("--replicas, --adapters, --slots, --prompt and --output: give 1 or more")
+    if args.load_seconds is not None and args.load_seconds < 0:
+        parser.error("--load-seconds: give 0 or more")
     if args.utilisation <= 0 or args.check_utilisation <= 0:
         parser.error("--utilisation and --check-utilisation: give numbers above 0")
     return args
