@@ -214,6 +214,7 @@ class _Probe:
         while len(took) < PROBES:
             for i, task in enumerate(streams):
                 if task.done():
+                    task.result()  # one that failed ends the measurement
                     streams[i] = asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400)))
             took.append(await self.first(0, work.prompt))
             await asyncio.sleep(random.Random(len(took)).uniform(0.0, 0.02))
