@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_shown, plots, tables
+from benchmarks import cluster_report, gpu_shown, plots, tables
 from benchmarks.report import ROOT, log
 from router_training.report.style import drawing
 
@@ -81,6 +81,12 @@ PARTS: Mapping[str, Part] = {
     ),
     "residency": Part("residency", (), _flags("--repeat 2"), tables.residency, plots.residency),
     "gpu": Part("gpu", table=gpu_shown.table, plot=gpu_shown.plot, named_only=True),
+    "cluster": Part(
+        "cluster_simulator",
+        table=cluster_report.tables,
+        plot=cluster_report.picture,
+        named_only=True,
+    ),
 }
 
 
