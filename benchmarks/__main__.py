@@ -36,7 +36,7 @@ class Part:
     shorter: tuple[str, ...] = ()
     table: Callable[[Mapping[str, Any]], str] = tables.others
     plot: Callable[[Mapping[str, Any]], Any] | None = None
-    named_only: bool = False  # it needs what most machines do not have
+    named_only: bool = False  # it needs a card, or takes its time
 
 
 def _flags(line: str) -> tuple[str, ...]:
