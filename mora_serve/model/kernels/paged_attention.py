@@ -286,7 +286,8 @@ def _combine_kernel(
     tl.store(out + head * DIM + column, result, mask=column < DIM)
 
 
-@triton.jit
+# Of a step these are what comes after its decode rows: wherever they begin, it is one binary.
+@triton.jit(do_not_specialize_on_alignment=["table", "starts", "contexts", "lengths"])
 def _prefill_kernel(
     q,
     keys,
