@@ -38,8 +38,8 @@ def decode(heads, kv_heads, dim, window=None, width=512, dtype=BF16) -> None:
     decode_attention(q, keys, keys, ints(16, width), ints(16), window, q, scratch)
 
 
-def prefill(heads, kv_heads, dim, window=None) -> None:
-    q, keys = empty(512, heads, dim), empty(kv_heads, 4096, 16, dim)
+def prefill(heads, kv_heads, dim, window=None, dtype=BF16) -> None:
+    q, keys = empty(512, heads, dim, dtype=dtype), empty(kv_heads, 4096, 16, dim, dtype=dtype)
     table, each = ints(4, 512), ints(4)
     prefill_attention(q, keys, keys, table, each, each, each, 512, window, q)
 
@@ -84,6 +84,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode-window": partial(decode, 28, 4, 128, window=4096),
     "decode-one-split": partial(decode, 4, 4, 16, width=8, dtype=FP32),
     "prefill": partial(prefill, 32, 8, 128),
+    "prefill-fp32": partial(prefill, 32, 8, 128, dtype=FP32),
     "prefills": prefills_after_decodes,
     "prefill-wide": partial(prefill, 16, 8, 256, window=4096),
     "norm": partial(norm, 4096),
@@ -99,6 +100,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
 ON_TENSOR_CORES = ("decode", "prefill", "prefill-wide", "nf4-few", "nf4-many")
 ONCE = ("prefills", "nf4-rows")  # launches that share a binary
 ARCHITECTURES = {case: (80, 90) if case in ON_TENSOR_CORES else (90,) for case in LAUNCHES}
+ARCHITECTURES["prefill-fp32"] = (86, 90)
 
 
 @pytest.fixture(scope="module")
