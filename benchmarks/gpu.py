@@ -9,14 +9,16 @@ random NF4 weights and rank-16 adapters on all projections, decode steps beside 
 bytes (steps), first tokens of long prompts (first), tokens of running streams while adapters load
 (loads) and PEFT's mixed batch on the same weights (peft); the demo's answers beside the CPU's
 (demo); the adapter product beside those of vLLM and SGLang (kernels). What fails is recorded as
-failed and does not stop the rest; a part that would begin after ``--minutes`` is left out. Exits
-with 2 where torch sees no CUDA device.
+failed and does not stop the rest; a part that would begin after ``--minutes`` is left out, and one
+that runs in other processes ends with them SPARE seconds later. ``--out`` has what was measured so
+far after each part. Exits with 2 where torch sees no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,16 +38,22 @@ TESTS = (
     *("tests/engine/test_cuda_forward.py", "tests/engine/test_adapter_pool.py"),
 )
 TEST_SECONDS = KERNEL_SECONDS = 150.0
+DEMO_SECONDS = 300.0
+SPARE = 90.0  # seconds that a part which began in time may still take
 
 
 class Measurement:
-    """Runs parts; what several of them need is made once."""
+    """Runs parts; what several of them need is made once.
 
-    def __init__(self, device: str) -> None:
+    Processes that a part starts end at ``until``, on the monotonic clock.
+    """
+
+    def __init__(self, device: str, until: float = math.inf) -> None:
         import torch
 
         from benchmarks import gpu_base, gpu_steps
 
+        self.until = until
         self.device = torch.device(device)
         self.small = device == "cpu"
         self.sizes = gpu_steps.TINY if self.small else gpu_steps.Sizes()
@@ -60,11 +68,16 @@ class Measurement:
         log(f"{name} ...")
         try:
             found = getattr(self, name)()
+            json.dumps(found, allow_nan=False)  # a number that is none shall not cost the others
         except Exception as e:
             log(f"{name} failed: {type(e).__name__}: {e}")
             found = {"error": f"{type(e).__name__}: {e}"[:500]}
         self.result[name] = found
         self.result.setdefault("seconds_by_part", {})[name] = time.monotonic() - start
+
+    def left(self, most: float) -> float:
+        """Seconds that a part's processes may take, ``most`` where there is time for it."""
+        return max(1.0, min(most, self.until - time.monotonic()))
 
     def close(self) -> None:
         """Stop the engine."""
@@ -142,17 +155,19 @@ class Measurement:
     def kernels(self) -> dict[str, Any]:
         """The adapter product beside its peers', in a process of its own."""
         flags = ["--interpret"] if self.small else ["--fetch"]
-        return _json_of("benchmarks.gpu_kernels", flags, KERNEL_SECONDS)
+        return _json_of("benchmarks.gpu_kernels", flags, self.left(KERNEL_SECONDS))
 
     def demo(self) -> dict[str, Any]:
         """The demo's answers."""
         from benchmarks import gpu_demo
 
-        return gpu_demo.measure(str(self.device), 4 if self.small else 1000)
+        most, seconds = 4 if self.small else 1000, self.left(DEMO_SECONDS)
+        return gpu_demo.measure(str(self.device), most, seconds)
 
     def tests(self) -> dict[str, Any]:
         """The tests that use a card where there is one."""
-        return run_tests(("tests/model/test_packed.py",) if self.small else TESTS)
+        paths = ("tests/model/test_packed.py",) if self.small else TESTS
+        return run_tests(paths, self.left(TEST_SECONDS))
 
 
 def _json_of(module: str, flags: Sequence[str], timeout: float) -> dict[str, Any]:
@@ -240,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--interpret", action="store_true", help="on the CPU, in small")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no part begins")
+    parser.add_argument("--out", type=Path, help="write the JSON here too, after each part")
     args = parser.parse_args(argv)
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -249,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
         return 2
     start = time.monotonic()
-    measurement = Measurement("cpu" if args.interpret else "cuda")
+    until = start + 60 * args.minutes + SPARE
+    measurement = Measurement("cpu" if args.interpret else "cuda", until)
     result = measurement.result
     result |= {**environment(), "interpreted": args.interpret}
     try:
@@ -259,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log(f"{name}: {result[name]['error']}")
             else:
                 measurement.run(name)
+            if args.out is not None:
+                args.out.write_text(json.dumps({**result, "figures": figures(result)}) + "\n")
     finally:
         measurement.close()
     result["figures"] = figures(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,10 +17,14 @@ NEAR = 0.05  # of two log-probabilities: the rounding of bf16 decides between su
 TOKENS, AT_A_TIME = 32, 8
 
 
-def measure(device: str, most: int = 1000) -> dict[str, Any]:
-    """Ask all examples on both, up to ``most``; where answers part, and whether at a near-tie."""
+def measure(device: str, most: int = 1000, seconds: float = 300.0) -> dict[str, Any]:
+    """Ask all examples on both, up to ``most``; where answers part, and whether at a near-tie.
+
+    Raises where that takes more than ``seconds``.
+    """
+    until = time.monotonic() + seconds
     examples = [e for e in read_examples(bundle_path()) if e.kind in KINDS and not e.turns][:most]
-    cpu, card = (answers(name, examples) for name in ("cpu", device))
+    cpu, card = (answers(name, examples, until) for name in ("cpu", device))
     parted = [i for i, (c, d) in enumerate(zip(cpu, card, strict=True)) if ids(c) != ids(d)]
     wrong = [examples[i].prompt for i in parted if not at_a_near_tie(cpu[i], card[i])]
     judged = [judge(e, a.decision, a.text) for e, a in zip(examples, card, strict=True)]
@@ -39,11 +44,11 @@ def measure(device: str, most: int = 1000) -> dict[str, Any]:
     }
 
 
-def answers(device: str, examples: list[Example]) -> list[Result]:
-    """Greedy, with the log-probabilities of the nearest tokens."""
+def answers(device: str, examples: list[Example], until: float) -> list[Result]:
+    """Greedy, with the log-probabilities of the nearest tokens; those that come ``until`` then."""
     flags = {"base.device": device, "base.dtype": "bf16", "engine.threads": 1}
     with ServerProcess(flags) as server, Client(server.address, timeout=300.0) as client:
-        server.wait_until_ready(client, timeout=300.0)
+        server.wait_until_ready(client, timeout=max(1.0, until - time.monotonic()))
 
         def ask(example: Example) -> Result:
             options: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0, "logprobs": 5}
@@ -53,6 +58,7 @@ def answers(device: str, examples: list[Example]) -> list[Result]:
                 options["adapters"] = example.mixture or {}
             elif example.kind == "base":
                 options["base"] = True
+            options["timeout"] = max(1.0, until - time.monotonic())
             return client.generate(example.prompt, **options)
 
         with ThreadPoolExecutor(AT_A_TIME) as threads:

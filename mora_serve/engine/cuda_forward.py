@@ -100,6 +100,7 @@ class CudaForward:
         """
         with self._on_device():
             self._rows.reset()
+            self._steps.upload(0)  # captures run it: padding writes nowhere
             self._stale = True
             for rows in reversed(self._buckets):
                 self._graphs.prepare(Variant(rows))
@@ -110,7 +111,7 @@ class CudaForward:
                 self.compile_prompts()
 
     @torch.inference_mode()
-    def compile_prompts(self, lengths: Seq[int] = (16, 512)) -> None:
+    def compile_prompts(self, lengths: Seq[int] = (8, 512)) -> None:
         """Run prompts of padding: nothing is kept of them."""
         most = self._pages * self._kv.page_size
         for length in (min(n, most) for n in lengths):

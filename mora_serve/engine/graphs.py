@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mora_serve.model.kernels.capture import captured
+
 log = logging.getLogger(__name__)
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled, libraries take their workspaces
@@ -66,10 +68,7 @@ class Graphs:
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 self._work(variant)
-        graph = torch.cuda.CUDAGraph()
-        # Not "global": loads of adapters, on a thread of their own, may allocate meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            self._work(variant)
+        graph = captured(lambda: self._work(variant), self._pool, self._stream)
         main.wait_stream(self._stream)
         self._graphs[variant] = graph
         log.debug("%s captured in %.2f s", variant, time.monotonic() - started)

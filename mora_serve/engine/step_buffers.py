@@ -160,9 +160,9 @@ class DecodeRows:
         for sequence in sequences:
             if sequence not in kept:
                 kept[sequence] = row = next(free)
-                self._held[row] = _Held(sequence, sequence.pages)
-                self.buffers.set_sampling(row, sequence)
                 self.mixtures[row] = tuple((slot(d), w) for d, w in sequence.weights)
+                self.buffers.set_sampling(row, sequence)
+                self._held[row] = _Held(sequence, sequence.pages)  # last: the row is whole
         self._rows = np.array([kept[s] for s in sequences])
         self._prompts = np.array([s.prompt_length for s in sequences])
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +100,37 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
     assert gpu.main(["--interpret", "--parts", "card", "--minutes", "-1"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["card"]["error"].startswith("left out")
+
+
+def test_what_was_measured_is_written_after_each_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A number that is none, or an end from outside, takes nothing from the other parts."""
+    out = tmp_path / "gpu.json"
+
+    def killed(self: gpu.Measurement) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Measurement, "steps", lambda self: {"x": math.nan})
+    monkeypatch.setattr(gpu.Measurement, "first", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--interpret", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["card"]["copy_bytes_per_second"] > 0
+    assert "not JSON compliant" in result["steps"]["error"]
+    assert "first" not in result
+
+
+def test_processes_of_a_part_end_in_time() -> None:
+    """Of the last ones too, so that all is less than ten minutes."""
+    assert gpu.Measurement("cpu").left(150.0) == 150.0
+    assert 50 < gpu.Measurement("cpu", time.monotonic() + 60).left(150.0) <= 60
+    assert gpu.Measurement("cpu", time.monotonic() - 60).left(150.0) == 1.0
+    begun = gpu.Measurement("cpu", time.monotonic() + 0.5)
+    start = time.monotonic()
+    begun.run("tests")  # a process that needs longer to import torch than it is given
+    assert begun.result["tests"]["status"] == -1
+    assert time.monotonic() - start < 60
 
 
 def test_the_tests_that_it_runs_are_there() -> None:

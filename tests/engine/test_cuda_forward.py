@@ -218,6 +218,23 @@ def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
     assert distance(world.run(FEW[1:2]), World(model).run(FEW[1:2])) < 1e-5
 
 
+def test_preparing_leaves_no_trace(root: Path) -> None:
+    """What a capture runs is padding, before the first step and after others."""
+    world = World(base("small", root), by_kernels(max_batch=1), fill=7.0)
+    forward = world.forward
+    assert isinstance(forward, CudaForward)
+    if not CARD:  # a capture runs the work, which without one is not called ahead
+        forward._graphs.prepare = forward._decode  # type: ignore[method-assign]
+    forward.prepare()
+    assert bool((world.kv.k == 7).all())
+    assert bool((world.kv.v == 7).all())
+    world.run(FEW[:1])
+    world.kv.k.fill_(7)
+    forward._graphs._graphs.clear()
+    forward.prepare()
+    assert bool((world.kv.k == 7).all())
+
+
 def test_buckets_reach_the_largest_batch_with_little_padding() -> None:
     for most in (1, 5, 8, 64, 200):
         found = buckets(most)

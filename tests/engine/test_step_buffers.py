@@ -106,6 +106,17 @@ def test_a_sequence_keeps_its_row_and_nothing_changes_while_the_same_ones_decode
     assert sorted(moved.tolist()) == [0, 1]
 
 
+def test_a_step_that_raised_as_it_was_laid_out_leaves_no_row_half_made() -> None:
+    """Isolation runs its sequences again."""
+    rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
+    batch = [decoding(running(i, 5, ("aa", "bb"), temperature=0.8)) for i in (1, 2)]
+    with pytest.raises(KeyError):
+        rows.fill(batch, 2, {"aa": SLOTS["aa"]}.__getitem__)
+    places, changed = rows.fill(batch, 2, SLOTS.__getitem__)
+    assert changed
+    check(rows, batch, 2, places)
+
+
 def test_after_a_reset_every_row_is_padding() -> None:
     rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
     rows.fill([decoding(running(1, 5, ("aa",), temperature=1.0))], 1, SLOTS.__getitem__)

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from mora_serve.model.footprint import BLOCK
+from mora_serve.model.kernels.capture import captured
 from mora_serve.model.kernels.nf4 import MOST_ROWS, NF4Product, default_plan
 from mora_serve.model.quant import Linear, NF4Weight, Weight, product
 
@@ -158,16 +160,14 @@ def _time(
         return seconds(work)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError) as e:
+    except (RuntimeError, ValueError, TritonError) as e:
         log.info("a way of 4-bit products does not take %s: %s", weights[0].shape, e)
         return None
 
 
 def card_seconds(work: Callable[[], object]) -> float:
     """Seconds that the card takes for ``work``, as a graph: launches from Python do not count."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+    graph = captured(work)
     event: Any = torch.cuda.Event
     events = [event(enable_timing=True) for _ in range(2)]
     took = []

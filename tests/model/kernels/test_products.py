@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from mora_serve.model.kernels.products import Products, dense, fastest, known_ways, measure
 from mora_serve.model.quant import DenseWeight, Linear, NF4Weight, fuse, quantise
@@ -72,6 +73,21 @@ def test_the_ways_compute_the_same(device: torch.device, rows: int) -> None:
     for name, way in ways.items():
         if name != "bitsandbytes" or device.type == "cuda":
             assert ((way(weight, x) - want).norm() / want.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("error", [OutOfResources(300, 200, "shared memory"), RuntimeError("no")])
+def test_a_way_that_does_not_compile_for_a_card_is_left_out(error: Exception) -> None:
+    def broken(weight: NF4Weight, x: Tensor) -> Tensor:
+        raise error
+
+    linears = [Linear((matrix(64, 64, torch.device("cpu")),))]
+    ways = {"broken": broken, "dense": dense}
+
+    def seconds(work: Callable[[], object]) -> float:
+        return 1.0
+
+    table = measure(linears, torch.float32, ways, seconds, rows=(1,))
+    assert table == {(64, 64): {1: "dense"}}
 
 
 def test_our_kernel_leaves_many_rows_to_others(device: torch.device) -> None:
