@@ -232,6 +232,7 @@ class _Step:
 
     def _time(self, apply: Callable[..., Any]) -> float:
         """Microseconds a layer: all sites of all layers in one CUDA graph, the median of RUNS."""
+        from mora_serve.model.kernels.capture import captured
 
         def work() -> None:
             for layer in range(self.layers):
@@ -239,13 +240,8 @@ class _Step:
                     apply(layer, site, x, y)
 
         kept = {site: y.clone() for site, (_, y) in self.inputs.items()}
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        work()
+        graph = captured(work)
         times: list[float] = []
         for _ in range(RUNS + 2):
             for site, (_, y) in self.inputs.items():

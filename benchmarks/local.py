@@ -13,6 +13,7 @@ from mora_serve.core import AdapterLoad, AdapterWeight, Event, Mixture, Request,
 from mora_serve.engine.engine import Engine
 from mora_serve.engine.team import load_ranks
 from mora_serve.errors import NotFound
+from mora_serve.model.loading import Base
 
 Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 
@@ -20,9 +21,10 @@ Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 class LocalEngine:
     """The real engine over real adapter files, without its thread, the registry or gRPC."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, base: Base | None = None) -> None:
+        """``base`` in place of the one that the configuration names."""
         self.config = config
-        self.base, self.team = load_ranks(config)
+        self.base, self.team = load_ranks(config) if base is None else (base, None)
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
         self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
@@ -43,7 +45,10 @@ class LocalEngine:
 
     def register(self, name: str, root: Path, path: str) -> None:
         """Make the PEFT directory ``path`` under ``root`` usable as ``name``."""
-        adapter = read_directory(root, path, self.base.shape, self.config.adapters)
+        self.add(name, read_directory(root, path, self.base.shape, self.config.adapters))
+
+    def add(self, name: str, adapter: ValidatedAdapter) -> None:
+        """Make an adapter usable as ``name``."""
         self.adapters[adapter.digest] = adapter
         self.digests[name] = adapter.digest
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
 
@@ -57,7 +58,16 @@ class EngineConfig:
     )
     page_size: int = _doc(16, "tokens a page of the key/value cache")
     kv_pages: int = _doc(0, "pages of the key/value cache; 0 sizes it from kv_bytes")
-    kv_bytes: int = _doc(1 << 30, "memory for the key/value cache, in bytes")
+    kv_bytes: int = _doc(
+        0,
+        "memory for the key/value cache, in bytes; 0 is 1 GiB on a CPU and, on a card, what "
+        "memory_fraction leaves",
+    )
+    memory_fraction: float = _doc(
+        0.9,
+        "share of a card's memory, free after the base is loaded, that adapter slots, the "
+        "key/value cache and what a step works in may take",
+    )
     prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
     max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
     max_queue: int = _doc(1024, "requests waiting before new ones are refused")
@@ -83,8 +93,10 @@ class EngineConfig:
         "devices of this machine that share the base, for one that a single card cannot hold: a "
         "process each, on cards side by side from base.device on, or on the CPU",
     )
-    kernels: Literal["auto", "native", "torch"] = _doc(
-        "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
+    kernels: Literal["auto", "native", "triton", "torch"] = _doc(
+        "auto",
+        "what computes a step: native on a CPU, triton on a card, or torch on either; auto is the "
+        "first where it can run",
     )
 
 
@@ -93,7 +105,11 @@ class AdaptersConfig:
     """What may be registered, and how much of it is resident."""
 
     root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
-    slots: int = _doc(32, "adapters on the device at the same time")
+    slots: int = _doc(
+        0,
+        "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
+        "requests run, if a quarter of engine.memory_fraction holds them",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -139,6 +155,11 @@ class ServerConfig:
         -1,
         "port of the OpenAI-compatible HTTP API, with the TLS and the keys of the gRPC port; 0 "
         "takes a free one, -1 switches it off",
+    )
+    http_names: str = _doc(
+        "",
+        "names besides localhost that the HTTP port may be asked for by, with commas; empty: any, "
+        "but without keys and access.allow_anonymous none",
     )
     metrics_host: str = _doc(
         "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
@@ -346,7 +367,7 @@ def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
         "engine.tensor_parallel",
-        *(f"adapters.{k}" for k in ("slots", "max_rank", "max_mixture", "max_adapters")),
+        *(f"adapters.{k}" for k in ("max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
         *("cluster.replicas", "cluster.gateways"),
     )
@@ -395,6 +416,12 @@ def _check(config: Config) -> None:
             "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
             field="engine.step_pace",
         )
+    if not 0 < config.engine.memory_fraction <= 1:
+        raise ConfigError(
+            f"engine.memory_fraction: {config.engine.memory_fraction:g} is out of range; it must "
+            "be above 0 and at most 1",
+            field="engine.memory_fraction",
+        )
     if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
         raise ConfigError(
             f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
@@ -413,7 +440,7 @@ def _check(config: Config) -> None:
             "replica could have less than the mean",
             field="cluster.spill",
         )
-    if config.adapters.slots < config.adapters.max_mixture:
+    if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(
             f"adapters.slots: {config.adapters.slots} is less than adapters.max_mixture "
             f"({config.adapters.max_mixture}); a full mixture would never fit",

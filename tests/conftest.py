@@ -40,4 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device; `make gpu` runs these on one"))
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device; `make bench-gpu` runs these on one")
+            )

@@ -91,7 +91,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_key_and_value(
     [
         ("engine.max_batch", 0),
         ("engine.tensor_parallel", 0),
-        ("adapters.slots", 0),
+        ("adapters.slots", -1),
         ("router.max_adapters", -1),
         ("engine.kv_bytes", -1),
         ("router.feedback_bytes", LEAST_FEEDBACK_BYTES - 1),

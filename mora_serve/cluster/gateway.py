@@ -77,7 +77,13 @@ class Gateway:
             device=said.device,
         )
         engine = RemoteEngine(
-            self._replicas, base, said.max_context, config, self._loop, self._server.say
+            self._replicas,
+            base,
+            said.max_context,
+            said.slots,
+            config,
+            self._loop,
+            self._server.say,
         )
         assembly = join(config, base, lambda registry: engine)
         self._refresher = Refresher(assembly.registry, config.cluster.refresh_seconds)

@@ -35,7 +35,7 @@ REPORT_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a replica says of itself once; ``max_context`` in tokens."""
+    """What a replica says of itself once; ``max_context`` in tokens, ``slots`` of adapters."""
 
     name: str
     fingerprint: str
@@ -43,6 +43,7 @@ class Description:
     dtype: str
     device: str
     max_context: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class RemoteEngine:
         replicas: Replicas,
         base: RemoteBase,
         max_context: int,
+        slots: int,
         config: Config,
         loop: asyncio.AbstractEventLoop,
-        served: Callable[[bool], None] = bool,
+        served: Callable[[bool], object] = bool,
     ) -> None:
         self.base = base
         self.max_context = max_context
+        self.slots = slots
         self.lost = 0  # replicas that went away under a request
         self._replicas = replicas
         self._config = config
@@ -182,8 +185,7 @@ class RemoteEngine:
 
     def pin(self, digest: str) -> None:
         """Count a pin; the replicas follow the registry. Raises ResourceExhausted."""
-        limits = self._config.adapters
-        check_pins(self._pinned, digest, limits.slots, limits.max_mixture)
+        check_pins(self._pinned, digest, self.slots, self._config.adapters.max_mixture)
         self._pinned.add(digest)
 
     def unpin(self, digest: str) -> None:

@@ -73,6 +73,7 @@ class Replica:
             dtype=base.dtype,
             device=base.device,
             max_context=self._engine.max_context,
+            slots=self._engine.slots,
         )
 
     def report(self) -> EngineStats:
@@ -175,8 +176,8 @@ class Replica:
 
     def _warm(self, hottest: Hottest) -> None:
         """Load what the others use most, before the first request."""
-        limits = self._config.adapters
-        wanted = hottest(limits.slots - limits.max_mixture, ASK_SECONDS)
+        room = self._engine.slots - self._config.adapters.max_mixture
+        wanted = hottest(room, ASK_SECONDS)
         until = time.monotonic() + self._config.cluster.warm_seconds
         with ExitStack() as pins:
             pinned = set()

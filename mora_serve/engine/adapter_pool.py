@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -84,7 +84,7 @@ class AdapterPool:
         self._host = HostAdapters(decoder, slots, open_adapter, host_bytes, followers)
         self._followers = followers
         self._wake = wake
-        self._reserve = reserve
+        self.reserve = reserve
         self._writer = SlotWriter(slots)
         self._loads = 0  # under way, or in line for the loading thread
         self._staging: set[str] = set()  # being converted ahead of a slot
@@ -179,7 +179,7 @@ class AdapterPool:
         Raises ResourceExhausted when pins would leave fewer slots than one mixture needs.
         """
         with self._pin_lock:
-            check_pins(self._pinned, digest, self.slots.slots, self._reserve)
+            check_pins(self._pinned, digest, self.slots.slots, self.reserve)
             self._pinned.add(digest)
             self._broken.discard(digest)
         self._wake()
@@ -246,7 +246,7 @@ class AdapterPool:
         if loading != self._loads:
             raise IntegrityError(f"{loading} slots wait for loads, {self._loads} are under way")
         with self._pin_lock:
-            pinned, most = len(self._pinned), max(0, self.slots.slots - self._reserve)
+            pinned, most = len(self._pinned), max(0, self.slots.slots - self.reserve)
         if pinned > most:
             raise IntegrityError(f"{pinned} adapters are pinned in place of {most}")
 
@@ -278,7 +278,8 @@ class AdapterPool:
     def _stage(self, digest: str) -> None:
         """Convert an adapter that has no slot yet. Its load will say what is wrong with it."""
         try:
-            self._host.get(digest)
+            with self._writer.beside_steps():
+                self._host.get(digest)
         except Exception:
             log.debug("adapter %s cannot be converted ahead", digest[:12], exc_info=True)
             with contextlib.suppress(DeviceLost):
@@ -292,10 +293,11 @@ class AdapterPool:
         error: Failure | None = None
         nbytes = 0
         try:
-            adapter = self._host.get(digest)
-            nbytes = adapter.file_bytes
-            with self._followers.filling(slot, digest):
-                self._writer.fill(slot, adapter)
+            with self._writer.beside_steps():
+                adapter = self._host.get(digest)
+                nbytes = adapter.file_bytes
+                with self._followers.filling(slot, digest):
+                    self._writer.fill(slot, adapter)
         except MoraError as e:
             error = Failure.of(e)
         except Exception:
@@ -325,9 +327,16 @@ class SlotWriter:
             else None
         )
 
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """On a card, what is launched inside runs beside the steps: DoRA's passes over the base,
+        copies from pinned memory. ``fill`` waits for its end, so that whoever is told of it reads
+        what was copied; the steps' own stream waits for nothing.
+        """
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def fill(self, slot: int, adapter: HostAdapter) -> None:
         """Copy an adapter into a slot, and zero what the one before leaves there besides."""
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with self.beside_steps():
             self._fill(slot, adapter)
 
     @torch.no_grad()

@@ -39,14 +39,14 @@ from mora_serve.engine.integrity import Integrity
 from mora_serve.engine.isolation import Isolation, Outcome
 from mora_serve.engine.kv_cache import IntegrityError, KVCache
 from mora_serve.engine.pool_queue import PoolJob, PoolQueue
-from mora_serve.engine.runner import Runner, kv_page_count
+from mora_serve.engine.runner import Runner
 from mora_serve.engine.scheduler import Batch, Chunk, Scheduler
 from mora_serve.engine.sequence import Sequence
+from mora_serve.engine.sizes import choose_sizes
 from mora_serve.engine.team import Team
 from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
-from mora_serve.errors import ConfigError, Failure, InvalidArgument, MoraError, ResourceExhausted
-from mora_serve.model import footprint
+from mora_serve.errors import Failure, InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
@@ -80,11 +80,15 @@ class Engine:
         self.max_context = min(
             config.engine.max_context or base.shape.max_positions, base.shape.max_positions
         )
-        pages = kv_page_count(decoder, config.engine, self.max_context)
-        _check_memory(base, config, pages)
+        free = None
+        if decoder.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading used in passing is free as well
+            free, _ = torch.cuda.mem_get_info(decoder.device)
+        sizes = choose_sizes(decoder.shape, config, self.max_context, decoder.dtype.itemsize, free)
+        pages = sizes.pages
         slots = AdapterSlots(
             decoder.shape,
-            config.adapters.slots,
+            sizes.slots,
             config.adapters.max_rank,
             decoder.dtype,
             decoder.device,
@@ -142,6 +146,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether its thread is there still, working or stuck."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def slots(self) -> int:
+        """Adapters on the device at the same time."""
+        return self.pool.slots.slots
 
     def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise what ``submit`` would for want of a place, or of time: see ``Admission.check``."""
@@ -260,7 +269,7 @@ class Engine:
             kv_pages=self.cache.usable,
             kv_pages_used=self.cache.used,
             page_size=self.cache.page_size,
-            slots=self.pool.slots.slots,
+            slots=self.slots,
             slots_used=self.pool.used,
             resident=self.pool.resident,
             running_adapters=tuple(sorted({d for s in running for d in s.digests})),
@@ -551,10 +560,11 @@ class Engine:
         events.append(Event(sequence.request.id, tokens, text, finish, usage, error))
 
     def warm_up(self) -> None:
-        """Run one token of the base, so that the first request does not pay for set-up.
+        """Prepare, and run one token of the base: the first request does not pay for set-up.
 
         Raises what the forward raises: it is how a device that has broken is told from a request.
         """
+        self.runner.prepare()
         request = Request("warm-up", (0,), SamplingParams(max_tokens=1))
         sequence = Sequence(request, TextStream(self.base.tokenizer.decode))
         if not self.cache.extend(sequence.pages, 1):
@@ -564,23 +574,3 @@ class Engine:
             self.runner.run((Chunk(sequence, 0, 1, True),))
         finally:
             self.cache.release(sequence.pages, dirty=True)
-
-
-def _check_memory(base: Base, config: Config, pages: int) -> None:
-    """Log what slots and pages take; raise ConfigError where the device cannot hold them."""
-    shape, decoder, adapters = base.decoder.shape, base.decoder, config.adapters
-    item = decoder.dtype.itemsize
-    slots = adapters.slots * footprint.slot_bytes(shape, adapters.max_rank, item)
-    page = footprint.kv_token_bytes(shape, item) * config.engine.page_size
-    log.info("%.0f MB of adapter slots, %.0f MB of pages", slots / 1e6, pages * page / 1e6)
-    if decoder.device.type != "cuda":  # elsewhere memory is taken as it is first written
-        return
-    free, _ = torch.cuda.mem_get_info(decoder.device)
-    if slots + pages * page > free:
-        raise ConfigError(
-            f"adapters.slots: {adapters.slots} slots of rank {adapters.max_rank} take "
-            f"{slots / 1e9:.1f} GB and the key/value pages {pages * page / 1e9:.1f} GB, but the "
-            f"device has {free / 1e9:.1f} GB free; lower adapters.slots, adapters.max_rank or "
-            "engine.kv_bytes",
-            field="adapters.slots",
-        )

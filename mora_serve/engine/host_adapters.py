@@ -123,7 +123,9 @@ class Converter:
         for piece, norm in zip(pieces, norms, strict=True):
             if piece.module.magnitude is not None:
                 magnitude = file[piece.module.magnitude].flatten()[piece.rows].float()
-                scales[piece.key] = magnitude / norm - 1
+                scale = magnitude / norm - 1
+                pinned = self._slots.device.type == "cuda"
+                scales[piece.key] = scale.pin_memory() if pinned else scale
         return scales
 
     def _norm(self, piece: _Piece, file: _Tensors) -> Tensor:

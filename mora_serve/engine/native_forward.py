@@ -90,6 +90,9 @@ class NativeForward:
         # float64 [PHASES], where somebody wants to know what steps spend their time on
         self.seconds: npt.NDArray[np.float64] | None = None
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward."""
         chunks: list[tuple[int, int, int, int, int]] = []
@@ -122,7 +125,7 @@ class NativeForward:
             None if self.seconds is None else self.seconds.ctypes.data,
         )
         self.native.forward(self._model, step)
-        return Logits(logits, best.tolist(), finite.astype(bool).tolist()) if wanted else None
+        return Logits.of(logits, best.tolist(), finite.astype(bool).tolist()) if wanted else None
 
     def _buffer(self, rows: int) -> Tensor:
         """Logits [rows, vocabulary], good until the next step."""

@@ -22,6 +22,9 @@ class ParallelForward:
         self.torch_threads = forward.torch_threads
         self._forward, self._team = forward, team
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward. Raises DeviceLost when the ranks cannot go on together."""
         inputs = StepInputs.of(batch, slot, self._forward.kv.page_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence as Seq
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,20 +24,6 @@ from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
-from mora_serve.model.footprint import kv_token_bytes
-
-
-def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> int:
-    """Pages of the cache: as configured, or what kv_bytes holds, but no more than ever needed.
-
-    One page more than usable: page 0 stays zero and pads page tables.
-    """
-    if config.kv_pages:
-        return config.kv_pages + 1
-    token_bytes = kv_token_bytes(decoder.shape, decoder.dtype.itemsize)
-    fits = config.kv_bytes // (token_bytes * config.page_size)
-    needed = config.max_batch * -(-max_context // config.page_size)
-    return max(1, min(fits, needed)) + 1
 
 
 def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -86,16 +73,44 @@ class Runner:
 
     def _forward(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
-        if config.kernels != "torch" and can_run(self.decoder):
+        kernels = config.kernels
+        if kernels in ("auto", "native") and can_run(self.decoder):
             return NativeForward(*parts, max_context, config.threads or allowed_cores())
-        if config.kernels == "native":
+        if kernels == "native":
             raise ConfigError(
                 "engine.kernels: 'native' asks for the compiled CPU path, which is not built or "
                 "does not take this base, type or processor; use 'auto', or install from source "
                 "where there is a C compiler",
                 field="engine.kernels",
             )
+        if kernels == "triton" or (kernels == "auto" and self._has_triton()):
+            return self._cuda_forward(max_context, config)
         return TorchForward(*parts, config.threads)
+
+    def _has_triton(self) -> bool:
+        return self.decoder.device.type == "cuda" and find_spec("triton") is not None
+
+    def _cuda_forward(self, max_context: int, config: EngineConfig) -> Forward:
+        if find_spec("triton") is None:
+            raise ConfigError(
+                "engine.kernels: 'triton' asks for kernels that need the package triton, which is "
+                "not installed; install it, or use 'auto'",
+                field="engine.kernels",
+            )
+        if self.decoder.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                "engine.kernels: 'triton' asks for kernels that need a card, but base.device is "
+                f"{self.decoder.device.type}; use 'auto'",
+                field="engine.kernels",
+            )
+        from mora_serve.engine.cuda_forward import CudaForward
+
+        parts = self.decoder, self.pool.slots, self.kv
+        return CudaForward(*parts, max_context, config.max_batch, self.pool.reserve)
+
+    def prepare(self) -> None:
+        """Measure, compile and capture what the first steps would otherwise wait for."""
+        self.forward.prepare()
 
     def clear(self, pages: Seq[int]) -> None:
         """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
@@ -121,14 +136,15 @@ class Runner:
         drawn = [
             i
             for i, sequence in enumerate(sampling)
-            if logits.finite[i] and not takes_best(sequence.request.sampling)
+            if logits.finite[i]
+            and i not in logits.drawn
+            and not takes_best(sequence.request.sampling)
         ]
         if drawn:
             rows = [
                 SamplingRow(s.request.sampling, s.request.prompt, s.output)
                 for s in (sampling[i] for i in drawn)
             ]
-            values = logits.values if len(drawn) == len(tokens) else logits.values[drawn]
-            for i, token in zip(drawn, sample(values, rows), strict=True):
+            for i, token in zip(drawn, sample(logits.read(drawn), rows), strict=True):
                 tokens[i] = token
         return list(zip(sampling, tokens, strict=True))

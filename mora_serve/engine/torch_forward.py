@@ -28,6 +28,9 @@ class TorchForward:
         self.decoder, self.slots, self.kv = decoder, slots, kv
         self.torch_threads = threads
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch, as they share one product."""
         return self.compute(StepInputs.of(batch, slot, self.kv.page_size))
@@ -37,7 +40,7 @@ class TorchForward:
         logits = self.logits(inputs)
         if logits is None:
             return None
-        return Logits(logits, logits.argmax(-1).tolist(), is_finite(logits).tolist())
+        return Logits.of(logits, logits.argmax(-1).tolist(), is_finite(logits).tolist())
 
     def logits(self, inputs: StepInputs) -> Tensor | None:
         """The logits [n, vocabulary] of the chunks that sample; None where none does."""

@@ -68,6 +68,12 @@ class Checkpoint:
         self._check(name)
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def on_host(self, name: str) -> Tensor:
+        """One tensor as it is in the mapped file. Raises ConfigError when it is missing."""
+        self._check(name)
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
     def tensor(
         self,
         name: str,

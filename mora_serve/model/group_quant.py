@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mora_serve.model.quant import by_chunks
+from mora_serve.model.quant import CARD_CHUNK_ELEMENTS, by_chunks
 
 MIDDLE = 8  # the zero of a weight that was quantised symmetrically
 
@@ -54,7 +54,21 @@ class GroupWeight:
         return out if self.order is None else out[:, self.order.argsort()]
 
     def _sorted(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """Rows of the matrix in the order of the codes."""
+        """Rows of the matrix in the order of the codes.
+
+        A few at a time: in float32 all of a large matrix is more than a card keeps free for it.
+        """
+        step = max(1, CARD_CHUNK_ELEMENTS // self.shape[1])
+        if stop - start <= step:
+            return self._values(start, stop).to(dtype)
+        out = torch.empty(stop - start, self.shape[1], dtype=dtype, device=self.codes.device)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            out[first - start : last - start] = self._values(first, last)
+        return out
+
+    def _values(self, start: int, stop: int) -> Tensor:
+        """Rows in float32, in the order of the codes."""
         codes, scales = self.codes[start:stop], self.scales[start:stop]
         zeros = None if self.zeros is None else self.zeros[start:stop].float()
         values = torch.empty(*codes.shape, 2, device=codes.device)
@@ -69,7 +83,7 @@ class GroupWeight:
                 part = of_groups.view(len(codes), last - first, size)
                 part.sub_(MIDDLE if zeros is None else zeros[:, first:last, None])
                 part.mul_(scales[:, first:last, None])
-        return values.to(dtype)
+        return values
 
     def stacked(self, below: object) -> Self | None:
         """See Stackable."""

@@ -408,9 +408,9 @@ def _fingerprint(shape: ModelShape, tokenizer: Tokenizer, checkpoint: Checkpoint
             for norm in ("input_layernorm", "post_attention_layernorm")
         ]
     for name in names:
-        tensor = checkpoint.tensor(name).flatten()
+        tensor = checkpoint.on_host(name).flatten()
         for start in range(0, tensor.numel(), 1 << 22):
             part = tensor[start : start + (1 << 22)]
-            rounded = part.to("cpu", torch.bfloat16).half().bfloat16()
+            rounded = part.to(torch.bfloat16).half().bfloat16()
             digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -21,6 +21,8 @@ from mora_serve.model.footprint import BLOCK
 # Dequantised rows at a time: small enough to stay in the cache and to be reused by the allocator,
 # where one large buffer a call would be mapped and faulted in anew (4x slower on the CPU).
 CHUNK_ELEMENTS = 1 << 20
+# Elements quantised at a time on a card, which fills it, and is little beside one layer in 16 bits.
+CARD_CHUNK_ELEMENTS = 1 << 24
 
 
 # MKL computes the last rows of a product whose number of rows is not a multiple of its tile with
@@ -222,15 +224,16 @@ def fuse(parts: Sequence[Stackable], bias: Tensor | None = None) -> Linear:
 
 
 def quantise(weight: Tensor) -> NF4Weight:
-    """Quantise a [out, in] matrix to NF4, a few rows at a time.
+    """Quantise a [out, in] matrix to NF4 where it is, a few rows at a time.
 
-    bitsandbytes' CPU quantiser needs 16 times the memory of its input; blocks of 64 are
-    independent, so chunks of rows give the same codes.
+    Each chunk is taken in float32, and bitsandbytes' CPU quantiser needs 16 times the memory of
+    its input; blocks of 64 are independent, so chunks of rows give the same codes.
     """
     import bitsandbytes.functional as bnb
 
     rows, columns = weight.shape
-    step = max(1, CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else rows
+    chunk = CHUNK_ELEMENTS if weight.device.type == "cpu" else CARD_CHUNK_ELEMENTS
+    step = max(1, chunk // columns)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, columns // BLOCK, dtype=torch.float32, device=weight.device)
     for start in range(0, rows, step):

@@ -55,6 +55,10 @@ class ServedEngine(Protocol):
     def max_context(self) -> int:
         """Prompt and answer in tokens, at most."""
 
+    @property
+    def slots(self) -> int:
+        """Adapters on the device at the same time; of a replica, where there are several."""
+
     def start(
         self,
         deliver: Callable[[Sequence[Event | AdapterLoad]], None],

@@ -51,7 +51,7 @@ def engine(*scripts: Script) -> tuple[RemoteEngine, list[Event], Scripted]:
     replicas = Scripted(*scripts)
     base = RemoteBase("b", SHAPE, None, "f", "nf4", "bf16", "cpu")
     told: list[bool] = []
-    made = RemoteEngine(replicas, base, 64, Config(), asyncio.get_running_loop(), told.append)
+    made = RemoteEngine(replicas, base, 64, 8, Config(), asyncio.get_running_loop(), told.append)
     made.told = told
     events: list[Event] = []
     made._deliver = events.extend
@@ -182,8 +182,7 @@ async def test_states_come_from_a_replica():
 def test_pins_leave_slots_for_mixtures():
     async def pinned() -> None:
         made, _, _ = engine(whole)
-        limits = Config().adapters
-        for i in range(limits.slots - limits.max_mixture):
+        for i in range(8 - Config().adapters.max_mixture):
             made.pin(f"d{i}")
         made.pin("d0")
         with pytest.raises(ResourceExhausted):

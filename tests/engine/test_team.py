@@ -91,6 +91,7 @@ def test_two_ranks_give_the_answers_of_one(both):
         answers = local.generate(JOBS)
         rows = [torch.stack(capture.logits[f"r{start + i}"]) for i in range(len(JOBS))]
         local.engine.runner.forward = local.engine.runner.forward._forward
+        del local.engine.runner.run  # the one that captures
         found.append((answers, rows))
     (want, reference), (got, rows) = found
     assert got == want

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mora_serve.model import group_quant
 from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.quant import DenseWeight, fuse
 
@@ -79,6 +80,24 @@ def test_neighbours_of_one_order_become_one(kinds, group):
     assert torch.equal(linear.dequantise(torch.float32), whole)
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(linear.matmul(x), x @ whole.T, rtol=1e-5, atol=1e-3)
+
+
+def test_a_large_matrix_is_made_a_few_rows_at_a_time(monkeypatch):
+    """No more than so many elements in float32; the numbers are the same."""
+    w = weight(12, 0, 40, ordered=True)
+    want = w.dequantise(torch.bfloat16)
+    made = []
+    values = GroupWeight._values
+
+    def counted(self, start, stop):
+        made.append(stop - start)
+        return values(self, start, stop)
+
+    monkeypatch.setattr(GroupWeight, "_values", counted)
+    monkeypatch.setattr(group_quant, "CARD_CHUNK_ELEMENTS", 5 * COLUMNS)
+    assert torch.equal(w.dequantise(torch.bfloat16), want)
+    assert torch.equal(w.dequantise(torch.bfloat16, 1, 11), want[1:11])
+    assert made == [5, 5, 2, 5, 5]
 
 
 def test_others_stay_apart():

@@ -63,7 +63,8 @@ class MixtureBuffers:
         pinned = device.type == "cuda"
         self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._views = [host.numpy() for host in self._hosts]
-        self._copied = [torch.cuda.Event() for _ in range(2 if pinned else 0)]
+        event: Any = torch.cuda.Event
+        self._copied = [event() for _ in range(2 if pinned else 0)]
         self._turn = 0
 
     def capacity(self, rows: int, tile_rows: int) -> tuple[int, int]:

@@ -184,7 +184,8 @@ def _weights(of_codes, of_absmax, turn, real, BLOCK: tl.constexpr, BLOCKS: tl.co
     return packed, tl.load(of_absmax + turn * BLOCKS, mask=real[:, None], other=0.0)
 
 
-@triton.jit
+# Any number of rows is one binary: a step with a new number compiles nothing.
+@triton.jit(do_not_specialize=["rows"])
 def _row_kernel(
     x,
     codes,
@@ -230,7 +231,7 @@ def _row_kernel(
     tl.store(target, y.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _tile_kernel(
     x,
     codes,

@@ -135,6 +135,10 @@ def prefill_attention(
     group = heads // kv_heads
     columns = triton.next_power_of_2(dim)
     rows = 64 if columns > 128 or longest * group <= 64 else 128
+    tile = TILE if columns <= 128 else TILE // 2
+    if q.dtype == torch.float32:  # without tensor cores larger ones do not fit in registers
+        rows = 32 if columns <= 64 else 16
+        tile //= 2
     _prefill_kernel[(triton.cdiv(longest * group, rows), kv_heads, chunks)](
         q,
         keys,
@@ -154,7 +158,7 @@ def prefill_attention(
         PAGE=page_size,
         WINDOW=window or 0,
         ROWS=rows,
-        TILE=TILE if columns <= 128 else TILE // 2,
+        TILE=tile,
         DOT=dot_type(q.dtype),
         num_warps=8 if rows * columns > 8192 else 4,
         num_stages=2,
@@ -286,7 +290,8 @@ def _combine_kernel(
     tl.store(out + head * DIM + column, result, mask=column < DIM)
 
 
-@triton.jit
+# Of a step these are what comes after its decode rows: wherever they begin, it is one binary.
+@triton.jit(do_not_specialize_on_alignment=["table", "starts", "contexts", "lengths"])
 def _prefill_kernel(
     q,
     keys,

@@ -35,6 +35,7 @@ class Compiled:
     stack: int = 0  # bytes of a thread in local memory: what did not fit in registers
     shared: int = 0  # bytes of a block
     tensor_cores: bool = False
+    binary: str = ""  # equal for launches that need one compilation
 
 
 def compiled(
@@ -105,7 +106,11 @@ def _launched(launch: Any, architecture: int) -> list[Compiled]:
         usage = _usage(result.asm["cubin"])
         shared, ptx = result.metadata.shared, result.asm["ptx"]
         found.append(
-            Compiled(kernel.__name__, "", usage["REG"], usage["STACK"], shared, "mma" in ptx)
+            Compiled(
+                kernel.__name__,
+                *("", usage["REG"], usage["STACK"], shared, "mma" in ptx),
+                result.hash,
+            )
         )
         return result
 

@@ -38,10 +38,26 @@ def decode(heads, kv_heads, dim, window=None, width=512, dtype=BF16) -> None:
     decode_attention(q, keys, keys, ints(16, width), ints(16), window, q, scratch)
 
 
-def prefill(heads, kv_heads, dim, window=None) -> None:
-    q, keys = empty(512, heads, dim), empty(kv_heads, 4096, 16, dim)
+def prefill(heads, kv_heads, dim, window=None, dtype=BF16) -> None:
+    q, keys = empty(512, heads, dim, dtype=dtype), empty(kv_heads, 4096, 16, dim, dtype=dtype)
     table, each = ints(4, 512), ints(4)
     prefill_attention(q, keys, keys, table, each, each, each, 512, window, q)
+
+
+def prefills_after_decodes() -> None:
+    """The same chunks where no row decodes, and after some: their tables begin anywhere."""
+    q, keys = empty(512, 8, 128), empty(2, 4096, 16, 128)
+    table, each = ints(9, 513), ints(9)
+    for first in (0, 1, 4):
+        rows = slice(first, first + 4)
+        parts = table[rows], each[rows], each[rows], each[rows]
+        prefill_attention(q, keys, keys, *parts, 512, None, q)
+
+
+def few_rows() -> None:
+    """Numbers of rows that one plan is for, a power of two among them."""
+    for rows in (5, 7, 16):
+        nf4(rows, 512, 1024)
 
 
 def rotary(heads, kv_heads, dim) -> None:
@@ -68,6 +84,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode-window": partial(decode, 28, 4, 128, window=4096),
     "decode-one-split": partial(decode, 4, 4, 16, width=8, dtype=FP32),
     "prefill": partial(prefill, 32, 8, 128),
+    "prefill-fp32": partial(prefill, 32, 8, 128, dtype=FP32),
+    "prefills": prefills_after_decodes,
     "prefill-wide": partial(prefill, 16, 8, 256, window=4096),
     "norm": partial(norm, 4096),
     "swiglu": lambda: swiglu(empty(16, 2 * 14336), empty(16, 14336), empty(2 * 14336)),
@@ -75,11 +93,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "nf4-one": partial(nf4, 1, 4096, 14336),
     "nf4-one-tree": partial(nf4, 1, 4096, 4096, default_plan(1, 4096, 4096, "tree")),
     "nf4-few": partial(nf4, 16, 6144, 4096),
+    "nf4-rows": few_rows,
     "nf4-many": partial(nf4, 256, 6144, 4096, Plan(128, 128, 1, 1, "table", 8)),
 }
 # Ampere's and Hopper's tensor cores are compiled for differently, the rest is not.
 ON_TENSOR_CORES = ("decode", "prefill", "prefill-wide", "nf4-few", "nf4-many")
+ONCE = ("prefills", "nf4-rows")  # launches that share a binary
 ARCHITECTURES = {case: (80, 90) if case in ON_TENSOR_CORES else (90,) for case in LAUNCHES}
+ARCHITECTURES["prefill-fp32"] = (86, 90)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +117,15 @@ def test_a_launch_compiles_and_fits(results, case: str):
             assert not kernel.error
             assert kernel.shared <= SHARED_LIMIT[architecture]
             assert kernel.stack <= 256
-        assert kernels[0].tensor_cores == (case in ON_TENSOR_CORES or case == "decode-window")
+        on_cores = case in ON_TENSOR_CORES or case in ONCE or case == "decode-window"
+        assert kernels[0].tensor_cores == on_cores
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_a_step_of_other_sizes_compiles_nothing(results, case: str):
+    kernels = [k for k in results[case, 90] if k.kernel != "_sum_kernel"]
+    assert len(kernels) == 3
+    assert len({kernel.binary for kernel in kernels}) == 1
 
 
 def test_split_rows_take_a_second_launch(results):
