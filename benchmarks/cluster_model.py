@@ -54,7 +54,7 @@ class Cluster:
         report_seconds: float = 0.0,
     ) -> None:
         tables = Tables(profile, limits, seed)
-        self.fleet: Fleet[int] = Fleet(range(replicas))
+        self.fleet: Fleet[int] = Fleet(range(replicas), limits.slots)
         self.replicas = [Replica(i, tables, self._wake, self._changed) for i in range(replicas)]
         self._routing, self._rng = routing, random.Random(seed)
         self._report_seconds = report_seconds

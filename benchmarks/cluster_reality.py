@@ -280,7 +280,7 @@ def real(
 async def _play(
     addresses: Sequence[str], work: Work, routing: Routing, trace: Sequence[Job]
 ) -> tuple[Sequence[Any], list[int]]:
-    fleet: Fleet[int] = Fleet(range(len(addresses)))
+    fleet: Fleet[int] = Fleet(range(len(addresses)), work.slots)
     rng = random.Random(work.seed)
     served = [0] * len(addresses)
     async with contextlib.AsyncExitStack() as opened:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+DEFAULT_SPILL = 1.25  # cluster.spill
 DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
@@ -230,7 +231,8 @@ class ClusterConfig:
         True, "send a mixture to where its adapters are resident; false leaves it to Ray's router"
     )
     spill: float = _doc(
-        1.25, "a replica with this many times the mean of requests gives way to the next one"
+        DEFAULT_SPILL,
+        "a replica with this many times the mean of requests gives way to the next one",
     )
     refresh_seconds: float = _doc(0.5, "time between two looks at what others have registered")
     flush_seconds: float = _doc(

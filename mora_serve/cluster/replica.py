@@ -87,12 +87,7 @@ class Replica:
     def record_routing_stats(self) -> dict[str, Any]:
         """What Serve tells the request routers of all gateways."""
         stats = self._engine.stats()
-        return {
-            "resident": list(stats.resident),
-            "slots": stats.slots,
-            "running": stats.running,
-            "waiting": stats.waiting,
-        }
+        return {"resident": sorted(stats.resident), "slots": stats.slots}
 
     def check_health(self) -> None:
         """Raise where the engine is gone: Serve then replaces this replica."""
