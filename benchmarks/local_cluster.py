@@ -1,4 +1,4 @@
-"""A cluster on this machine: one Ray node, ``mora_serve.cluster`` on it, no proxies."""
+"""A cluster on this machine: Ray nodes on loopback, ``mora_serve.cluster`` on them, no proxies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ NAMESPACE, NAME = "serve", "mora"
 class LocalCluster:
     """Up inside its context. ``flags`` are keys of the configuration; ports are free ones.
 
+    Each of the ``nodes`` has a raylet and an object store of its own, and says that it has ``cpus``
+    cores, of which a gateway and a replica take one each; Ray spreads them over the nodes.
     Ray's workers are told nothing of the surroundings' settings but PYTHONPATH.
     """
 
-    def __init__(self, flags: Mapping[str, Any], cpus: int = 8) -> None:
+    def __init__(self, flags: Mapping[str, Any], nodes: int = 2, cpus: int = 4) -> None:
         self._flags = {
             "server.port": 0,
             "server.metrics_port": -1,
@@ -30,25 +32,30 @@ class LocalCluster:
             "cluster.cpus": 1,
             **flags,
         }
-        self._cpus = cpus
+        self._nodes, self._cpus = nodes, cpus
+        self._cluster: Any = None
         self.addresses: list[str] = []
 
     def __enter__(self) -> LocalCluster:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
         from ray import serve
+        from ray.cluster_utils import Cluster
 
         from mora_serve.cluster import app
         from mora_serve.cluster.deploying import GATEWAY
 
         try:
-            ray.init(
-                num_cpus=self._cpus,
-                include_dashboard=False,
-                object_store_memory=80 << 20,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            self._cluster = Cluster(shutdown_at_exit=True)
+            for _ in range(self._nodes):
+                self._cluster.add_node(
+                    num_cpus=self._cpus,
+                    object_store_memory=80 << 20,
+                    include_dashboard=False,
+                    include_log_monitor=False,
+                    no_monitor=True,
+                )
+            ray.init(self._cluster.address, log_to_driver=False, logging_level="error")
             serve.start(proxy_location="Disabled")
             serve.run(app(self._flags), name=NAME, route_prefix=None)
             asked = serve.get_deployment_handle(GATEWAY, NAME).broadcast("address")
@@ -105,6 +112,10 @@ class LocalCluster:
         from ray import serve
 
         try:
-            serve.shutdown()
+            if ray.is_initialized():
+                serve.shutdown()
         finally:
             ray.shutdown()
+            if self._cluster is not None:
+                self._cluster.shutdown()
+                self._cluster = None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mora_serve.cluster import app
+from mora_serve.config import DEFAULT_SPILL
 from mora_serve.errors import ConfigError
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'mora-serve[ray]'")
@@ -36,7 +37,7 @@ def test_a_fixed_number_of_replicas_with_ours_as_the_router():
     assert replica.ray_actor_options["num_gpus"] == 1
     router = replica._deployment_config.request_router_config
     assert router.request_router_class == "mora_serve.cluster.affinity.AffinityRouter"
-    assert router.request_router_kwargs == {"spill": 1.25}
+    assert router.request_router_kwargs == {"spill": DEFAULT_SPILL}
 
 
 def test_more_replicas_by_the_requests_at_work():

@@ -53,7 +53,7 @@ def becomes(holds: Callable[[], bool]) -> bool:
 
 async def test_answers_are_those_of_a_single_server(cluster: LocalCluster):
     single = Config(server=ServerConfig(port=0, metrics_port=-1))
-    prompts = [e.prompt for e in read_examples(bundle_path())][:12]
+    prompts = [e.prompt for e in read_examples(bundle_path())][:8]
     async with (
         MoraServer(single) as server,
         AsyncClient(server.address) as alone,
