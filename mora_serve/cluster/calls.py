@@ -40,9 +40,10 @@ class HandleReplicas:
     """See ``mora_serve.cluster.remote.Replicas``; ``handle`` is the deployment's."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._generate = handle.options(method_name="generate", stream=True)
-        self._pool = handle.options(method_name="pool")
+        # Over gRPC: a message through Ray's object store takes three times the gateway's cores.
+        self._handle = handle.options(_by_reference=False)
+        self._generate = self._handle.options(method_name="generate", stream=True)
+        self._pool = self._handle.options(method_name="pool")
 
     async def stream(
         self, request: Request, left: float | None

@@ -28,6 +28,7 @@ from mora_serve.server.gate import Places
 
 log = logging.getLogger(__name__)
 
+PAUSE = 0.05  # seconds
 ATTEMPTS = 4  # replicas that one request is given to, one after the other
 REPORT_SECONDS = 1.0  # between two looks at the replicas
 REPORT_TIMEOUT = 5.0
@@ -213,7 +214,9 @@ class RemoteEngine:
 
     async def _serve(self, request: Request, admission: asyncio.Future[None]) -> None:
         sent = Sent()
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            if attempt:  # whoever knows of the loss tells the router in the meantime
+                await asyncio.sleep(PAUSE * 2**attempt)
             sent.restart()
             left = None if request.deadline is None else request.deadline - time.monotonic()
             try:
