@@ -236,7 +236,7 @@ class ClusterConfig:
     )
     refresh_seconds: float = _doc(0.5, "time between two looks at what others have registered")
     flush_seconds: float = _doc(
-        0.02, "time in which a stream's tokens are gathered, after its first, which is sent at once"
+        0.05, "time in which a stream's tokens are gathered, after its first, which is sent at once"
     )
     warm_seconds: float = _doc(
         20.0, "time that a new replica may take to load the adapters that others use most"

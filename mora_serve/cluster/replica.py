@@ -152,8 +152,8 @@ class Replica:
                         continue
                     yield event
                     # The first token at once; then what a moment brings, in one message.
-                    if not first and event.finish is None and not generation.finished:
-                        await asyncio.sleep(self._config.cluster.flush_seconds)
+                    if not first and event.finish is None:
+                        await generation.gather(self._config.cluster.flush_seconds)
                     first = False
         finally:
             for digest in held:

@@ -8,6 +8,7 @@ event of at most ``max_tokens`` tokens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Awaitable, Sequence
@@ -51,6 +52,7 @@ class Generation:
         self._text: list[str] = []
         self._last: Event | None = None  # the event that carries `finish`
         self._ready = asyncio.Event()
+        self._over = asyncio.Event()
         self._ended = False
         self._token_time: float | None = None
         self.admission: Awaitable[None] | None = None
@@ -90,6 +92,12 @@ class Generation:
         if self.admission is not None:
             await self.admission
 
+    async def gather(self, seconds: float) -> None:
+        """Let events come together for so long, or until the engine has ended the request."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
     @property
     def finished(self) -> bool:
         """Whether the engine has ended the request."""
@@ -111,6 +119,7 @@ class Generation:
             self._text.append(event.text)
         if event.finish is not None:
             self._last = event
+            self._over.set()
         self._ready.set()
 
 

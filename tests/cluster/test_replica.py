@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -66,6 +67,14 @@ async def test_a_request_is_admitted_and_then_answered(replica: Replica, records
 async def test_later_tokens_are_gathered(replica: Replica):
     items = [item async for item in replica.generate(asked(max_tokens=200), None)]
     assert len(items) < 150
+
+
+async def test_an_answers_end_waits_for_nothing(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    slow = dataclasses.replace(replica._config.cluster, flush_seconds=1e6)
+    monkeypatch.setattr(replica, "_config", dataclasses.replace(replica._config, cluster=slow))
+    items = [item async for item in replica.generate(asked(max_tokens=200), None)]
+    assert items[-1].finish is Finish.LENGTH
+    assert len(items) <= 4  # the place, the first token, what came with it, the rest
 
 
 async def test_a_refusal_is_a_failure_with_its_fields(replica: Replica):
