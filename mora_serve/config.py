@@ -224,6 +224,7 @@ class ClusterConfig:
     gateways: int = _doc(1, "processes that speak the API, each on a node of its own")
     cpus: float = _doc(1.0, "cores that Ray reserves for a replica")
     gpus: float = _doc(0.0, "cards that Ray reserves for a replica")
+    gateway_cpus: float = _doc(1.0, "cores that Ray reserves for a gateway")
     target_requests: float = _doc(
         0.0, "requests a replica that it is to have at work; more start another; 0 for a full batch"
     )

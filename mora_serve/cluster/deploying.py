@@ -129,6 +129,8 @@ def replica_deployment(config: Config) -> Any:
                 "min_replicas": cluster.replicas,
                 "max_replicas": cluster.max_replicas,
                 "target_ongoing_requests": cluster.target_requests or batch,
+                "metrics_interval_s": 2.0,
+                "look_back_period_s": 10.0,  # its mean counts
                 "upscale_delay_s": 5.0,
                 "downscale_delay_s": 300.0,
             }
@@ -166,7 +168,7 @@ def gateway_deployment(config: Config) -> Any:
         GatewayDeployment,
         name=GATEWAY,
         num_replicas=config.cluster.gateways,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": config.cluster.gateway_cpus},
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=config.server.drain_seconds + 5,
         logging_config={"enable_access_log": False},

@@ -41,6 +41,8 @@ def test_the_application_has_a_configuration_of_ours():
     config = load_config(environ={}, flags=args)
     assert config.cluster.replicas == 2
     assert config.server.state
+    reserved = 2 * config.cluster.cpus + config.cluster.gateways * config.cluster.gateway_cpus
+    assert reserved <= 2  # a small machine: Ray would wait for more without end
 
 
 def test_kuberays_application_reads_the_mounted_configuration(tmp_path: Path):
@@ -64,6 +66,7 @@ def test_each_deployment_fits_its_group_of_workers(tmp_path: Path):
         config.cluster.replicas,
         config.cluster.max_replicas,
     )
+    assert float(gateways["rayStartParams"]["num-cpus"]) == config.cluster.gateway_cpus
     assert float(replicas["rayStartParams"]["num-cpus"]) == config.cluster.cpus
     assert float(replicas["rayStartParams"]["num-gpus"]) == config.cluster.gpus
 
