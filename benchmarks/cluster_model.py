@@ -143,6 +143,7 @@ class Cluster:
             / max(1, len(answered))
             * 1e3,
             "load": max(served) / max(1e-9, sum(served) / len(served)),
+            "tokens_a_second": sum(job.output for job in answered) / max(1e-9, self.seconds),
             "refused": len(trace) - len(answered),
             "seconds": self.seconds,
         }

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
-DEFAULT_SPILL = 1.5  # cluster.spill
+DEFAULT_SPILL = 1.25  # cluster.spill
 DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 

@@ -15,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from mora_serve.cluster import affinity
 from mora_serve.cluster.calls import HandleReplicas
 from mora_serve.cluster.gateway import Gateway
+from mora_serve.cluster.policy import REPORT_SECONDS
 from mora_serve.config import Config, load_config
 from mora_serve.core import EngineStats, Request
 from mora_serve.errors import ConfigError
@@ -24,7 +25,6 @@ from mora_serve.server.memory import limit_arenas
 log = logging.getLogger(__name__)
 
 GATEWAY, REPLICA = "gateway", "replica"
-STATS_SECONDS = 1.0  # between two reports of what is resident
 
 
 class ReplicaDeployment:
@@ -136,7 +136,7 @@ def replica_deployment(config: Config) -> Any:
             }
         }
     router = RequestRouterConfig(
-        request_routing_stats_period_s=STATS_SECONDS,
+        request_routing_stats_period_s=REPORT_SECONDS,
         **(
             {
                 "request_router_class": affinity.PATH,

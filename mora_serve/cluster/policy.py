@@ -32,6 +32,7 @@ ROUTINGS: tuple[Routing, ...] = ("affinity", "power-of-two", "random")
 # these, in a fleet that is nearly idle a second request would already be sent to load its adapter
 # elsewhere.
 SLACK = 2.0
+REPORT_SECONDS = 1.0  # between two reports of what a replica has in its slots
 HOMES = 8  # replicas that an adapter tries as its home, one after the other
 
 

@@ -19,7 +19,7 @@ class Router(AffinityRouter):
 
     def __init__(self, queues: dict[str, int]) -> None:
         self._queues = queues
-        self.initialize_state(spill=1.5)
+        self.initialize_state(spill=1.25)
 
     @property
     def replica_queue_len_cache(self) -> Any:
