@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
-from mora_serve.adapters.changelog import ChangeLog
+from mora_serve.adapters.changelog import Log
 from mora_serve.adapters.record import Change, State
+from mora_serve.errors import Unavailable
 
 Subscriber = Callable[[Change], None]
 
@@ -21,7 +22,7 @@ class History:
     succeeded by another, its change being written and announced.
     """
 
-    def __init__(self, log: ChangeLog, snapshot_every: int) -> None:
+    def __init__(self, log: Log, snapshot_every: int) -> None:
         self.state = State()
         self.lock = threading.RLock()
         self._log = log
@@ -42,6 +43,11 @@ class History:
         with self.lock:
             for state, changes in self._news():
                 self._succeed(state, changes)
+
+    def poll(self) -> None:
+        """``refresh`` if there is something new; while there is not, nobody waits for the look."""
+        if self._log.newer(self.state.revision):
+            self.refresh()
 
     def newest(self) -> State:
         """The state of the log as it is now, without taking it in."""
@@ -72,8 +78,9 @@ class History:
             return
         try:
             self._log.snapshot(state.revision, state.to_json())
-        except OSError as e:  # the change itself is durable; the next one tries again
-            logging.getLogger(__name__).warning("registry: no snapshot: %s", e.strerror)
+        except (OSError, Unavailable) as e:  # the change is durable; the next one tries again
+            why = e.strerror if isinstance(e, OSError) else e.message
+            logging.getLogger(__name__).warning("registry: no snapshot: %s", why)
 
     def _news(self) -> list[tuple[State, list[Change]]]:
         while True:
