@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mora_serve.adapters.blobs import Buffer, sync_directory, write_durably
+from mora_serve.adapters.blobs import sync_directory, write_durably
 from mora_serve.errors import ConfigError, MoraError, Unavailable
 
 if TYPE_CHECKING:
@@ -99,9 +100,12 @@ class Objects:
             retry_after=_PAUSE,
         ) from error
 
-    def put(self, name: str, data: Buffer) -> None:
-        """Write an object, in place of one that is there. Whole or not at all."""
-        self._ask(lambda: self._put(self._path(name), data), at_once=True)
+    def put(self, name: str, path: Path) -> None:
+        """Write a file's bytes, in place of an object that is there. Whole or not at all."""
+        try:
+            self._ask(lambda: self._put(path, self._path(name)), at_once=True)
+        except FileNotFoundError as e:  # the bucket
+            raise self._failure(e) from e
 
     def get(self, name: str, path: Path) -> bool:
         """Copy an object into a new file; False where there is none."""
@@ -143,6 +147,9 @@ class Objects:
         except FileNotFoundError:
             return
 
+    def drop(self, folder: str) -> None:
+        """An empty folder is not wanted any more, where there are such."""
+
     def clean(self) -> None:
         """Remove what killed processes left unfinished, where the store has such."""
 
@@ -162,8 +169,8 @@ class Objects:
         """Raises FileExistsError where the path is taken."""
         self._fs.pipe_file(path, data, mode="create")
 
-    def _put(self, path: str, data: Buffer) -> None:
-        self._fs.pipe_file(path, bytes(data))
+    def _put(self, file: Path, path: str) -> None:
+        self._fs.put_file(str(file), path)
 
     def _entries(self, folder: str) -> Iterable[tuple[str, dict[str, Any]]]:
         def work() -> list[dict[str, Any]]:
@@ -221,6 +228,11 @@ class MemoryObjects(Objects):
 class FileObjects(Objects):
     """Objects in a directory that several machines mount: files appear whole and durable."""
 
+    def drop(self, folder: str) -> None:
+        """Remove an empty folder."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self._path(folder))
+
     def clean(self) -> None:
         """Remove temporary files of killed processes."""
         folder = Path(self._path("tmp"))
@@ -229,23 +241,35 @@ class FileObjects(Objects):
                 path.unlink(missing_ok=True)
 
     def _create(self, path: str, data: bytes) -> None:
-        self._appear(path, data, os.link)
+        self._appear(path, lambda temporary: write_durably(temporary, data), os.link)
 
-    def _put(self, path: str, data: Buffer) -> None:
-        self._appear(path, data, os.replace)
+    def _put(self, file: Path, path: str) -> None:
+        def copy(temporary: Path) -> None:
+            with open(file, "rb") as source, open(temporary, "xb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+                target.flush()
+                os.fsync(target.fileno())
 
-    def _appear(self, path: str, data: Buffer, how: Callable[[Path, str], None]) -> None:
-        temporary = Path(self._path("tmp"), uuid.uuid4().hex)
-        for folder in (temporary.parent, Path(path).parent):
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                sync_directory(folder.parent)
+        self._appear(path, copy, os.replace)
+
+    def _appear(
+        self, path: str, write: Callable[[Path], None], how: Callable[[Path, str], None]
+    ) -> None:
+        folder, temporary = Path(path).parent, Path(self._path("tmp"), uuid.uuid4().hex)
+        _make(temporary.parent)
         try:
-            write_durably(temporary, data)
-            how(temporary, path)
+            write(temporary)
+            for left in reversed(range(_ATTEMPTS)):
+                _make(folder)
+                try:
+                    how(temporary, path)
+                    break
+                except FileNotFoundError:  # somebody dropped the folder
+                    if not left:
+                        raise
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(Path(path).parent)
+        sync_directory(folder)
 
 
 def open_objects(url: str) -> Objects:
@@ -291,7 +315,7 @@ def open_objects(url: str) -> Objects:
 
 def _options(protocol: str) -> dict[str, Any]:
     """What fsspec is told: listings as they are now, and answers within seconds."""
-    options: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
         limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 2}}
         options["config_kwargs"] = limits
@@ -319,6 +343,12 @@ def _tried(objects: Objects) -> Objects:
         "writes (S3's If-None-Match)",
         field=FIELD,
     )
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(folder.parent)
 
 
 def _unavailable() -> Unavailable:

@@ -103,6 +103,11 @@ class Registry:
         """Grows with each change."""
         return self._state.revision + self._offers.turns
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """Contents that are referred to, the router's included."""
+        return self._state.digests
+
     def get(self, tenant: str, name: str, digest: str = "") -> AdapterRecord:
         """What the tenant means by a name, of this content where a digest is given.
 

@@ -165,21 +165,22 @@ class SharedContents(Contents):
         stored = set(self._objects.folders(BLOBS))
         gone = 0
         for digest in sorted(stored.difference(referenced())):
-            names = [
-                f"{BLOBS}/{digest}/{name}" for name in self._objects.sizes(f"{BLOBS}/{digest}")
-            ]
+            folder = f"{BLOBS}/{digest}"
+            names = [f"{folder}/{name}" for name in self._objects.sizes(folder)]
             if any(self._objects.age(name) < age for name in names):
                 continue
             if digest in set(referenced()):  # it has been registered meanwhile
                 continue
             for name in names:
                 self._objects.remove(name)
+            self._objects.drop(folder)
             gone += 1
         return gone
 
-    def _write(self, digest: str, files: Mapping[str, Buffer]) -> None:
-        for name, data in files.items():
-            self._objects.put(f"{BLOBS}/{digest}/{name}", data)
+    def _write(self, digest: str, names: Iterable[str]) -> None:
+        """Write what is held in the cache to the store."""
+        for name in names:
+            self._objects.put(f"{BLOBS}/{digest}/{name}", self._directory / digest / name)
 
     def _fetch(self, digest: str) -> Health:
         found = self._objects.sizes(f"{BLOBS}/{digest}")
