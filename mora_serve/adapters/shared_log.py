@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LOG, SNAPSHOTS = "log", "snapshots"
 
+_FEW = 4  # changes that are read one after the other before all are listed
 _LOOK_EVERY = 30.0  # seconds between looks for snapshots that a reader may have missed
 
 
@@ -46,6 +47,8 @@ class SharedLog:
 
         Raises ConfigError for a whole file that this version cannot read.
         """
+        if after and (few := self._few(after)):
+            return News(after, None, few)
         while True:
             newest = self._newest_snapshot()
             start, snapshot = after, None
@@ -55,21 +58,21 @@ class SharedLog:
                     continue  # it is damaged, or an even newer one has replaced it
             changes, missing = self._changes(start)
             # With a new snapshot, what is missing may have been removed for it.
-            if self._newest_snapshot() == newest:
+            if not missing or self._newest_snapshot() == newest:
                 self._tell(missing)
                 return News(start, snapshot, changes)
 
     def newer(self, after: int) -> bool:
         """Whether something happened after change number ``after``; one small request.
 
-        It is for the next change. Hundreds of changes that are already covered by a snapshot, and
-        removed, show within half a minute.
+        It is for the next change. Where that is gone, because hundreds came behind it and it was
+        removed for a snapshot, this shows within half a minute.
         """
         if self._objects.read(_name(LOG, after + 1)) is not None:
             return True
         if time.monotonic() - self._looked < _LOOK_EVERY:
             return False
-        return self._newest_snapshot() > after
+        return max(self._newest_snapshot(), *self._numbers(LOG), 0) > after
 
     def append(self, number: int, change: Any) -> bool:
         """Make ``change`` the one with this number; False if another one is.
@@ -82,7 +85,7 @@ class SharedLog:
         if not self._objects.create(_name(LOG, number), packed({**change, **by})):
             return False
         if self._newest_snapshot() >= number:
-            # Hundreds of changes came meanwhile. It may be one that the snapshot covers, or in the
+            # Hundreds of changes came in this moment. It may be one that the snapshot covers, or in the
             # place of one that was covered and removed, where nobody looks for it.
             raise Unavailable(
                 f"{FIELD}: the change may or may not be made; look, and try again",
@@ -118,6 +121,19 @@ class SharedLog:
         if is_whole(self._objects.read(name) or b""):
             raise unreadable(number, "it holds what this version does not know")
         self._pass_over(name)
+
+    def _few(self, after: int) -> list[tuple[int, Any]] | None:
+        """The next changes, without listing any; None where there is none, or are many."""
+        changes: list[tuple[int, Any]] = []
+        for number in range(after + 1, after + 2 + _FEW):
+            name = _name(LOG, number)
+            if (data := self._objects.read(name)) is None:
+                return changes
+            change = self._content(name, data, number)
+            if change is None:
+                self._tell([number])
+            changes.append((number, LOST if change is None else change))
+        return None
 
     def _newest_snapshot(self) -> int:
         found = self._numbers(SNAPSHOTS)
