@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from mora_serve.adapters.changelog import Log
 from mora_serve.adapters.record import Change, State
-from mora_serve.errors import Unavailable
+from mora_serve.errors import MoraError, Unavailable
+
+T = TypeVar("T")
 
 Subscriber = Callable[[Change], None]
 
@@ -55,6 +58,21 @@ class History:
             steps = self._news()
             return steps[-1][0] if steps else self.state
 
+    def derive(self, work: Callable[[State], T]) -> T:
+        """What ``work`` makes of the state; what it refuses (MoraError) by an old one it is asked
+        again of the newest.
+        """
+        while True:
+            state = self.state
+            try:
+                return work(state)
+            except MoraError:
+                if not self._log.newer(state.revision):
+                    raise
+                self.refresh()
+                if self.state is state:
+                    raise
+
     def commit(self, change: Callable[[State], Change | None]) -> tuple[State, Change | None]:
         """Append what ``change`` derives from the state; again if another process came first.
 
@@ -62,7 +80,7 @@ class History:
         """
         with self.lock:
             while True:
-                made = change(self.state)
+                made = self.derive(change)
                 if made is None:
                     return self.state, None
                 if self._log.append(made.revision, made.to_json()):

@@ -224,6 +224,11 @@ class MemoryObjects(Objects):
         with self._lock:
             super()._create(path, data)
 
+    def drop(self, folder: str) -> None:
+        """Remove an empty folder."""
+        with contextlib.suppress(OSError):
+            self._fs.rmdir(self._path(folder))
+
 
 class FileObjects(Objects):
     """Objects in a directory that several machines mount: files appear whole and durable."""

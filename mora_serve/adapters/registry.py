@@ -303,7 +303,7 @@ class Registry:
             after = replaced(record, version=before.version + 1, pinned=before.pinned)
             return Change(state.revision + 1, before, after)
 
-        change(self._state)  # refuse before gigabytes are written
+        self._history.derive(change)  # refuse before gigabytes are written
         content: dict[str, Buffer] = {CONFIG: adapter.config, WEIGHTS: adapter.weights}
         try:
             with disk_errors():
@@ -348,7 +348,7 @@ class Registry:
 
     def unregister(self, tenant: str, name: str) -> AdapterRecord:
         """Remove an adapter; what is retained stays readable. Raises NotFound."""
-        removed = lookup.own(self._state, tenant, name)
+        removed = self._history.derive(lambda state: lookup.own(state, tenant, name))
 
         def change(state: State) -> Change:
             nonlocal removed

@@ -174,7 +174,7 @@ class SharedContents(Contents):
             for name in names:
                 self._objects.remove(name)
             self._objects.drop(folder)
-            gone += 1
+            gone += bool(names)
         return gone
 
     def _write(self, digest: str, names: Iterable[str]) -> None:

@@ -47,7 +47,8 @@ class SharedLog:
 
         Raises ConfigError for a whole file that this version cannot read.
         """
-        if after and (few := self._few(after)):
+        # What lies where a snapshot has freed numbers may be a late writer's, and is nobody's.
+        if after and (few := self._few(after)) and self._newest_snapshot() <= after:
             return News(after, None, few)
         while True:
             newest = self._newest_snapshot()
@@ -85,8 +86,8 @@ class SharedLog:
         if not self._objects.create(_name(LOG, number), packed({**change, **by})):
             return False
         if self._newest_snapshot() >= number:
-            # Hundreds of changes came in this moment. It may be one that the snapshot covers, or in the
-            # place of one that was covered and removed, where nobody looks for it.
+            # Hundreds of changes came in this moment. It may be one that the snapshot covers, or in
+            # the place of one that was covered and removed, where nobody looks for it.
             raise Unavailable(
                 f"{FIELD}: the change may or may not be made; look, and try again",
                 field=FIELD,
