@@ -194,7 +194,7 @@ def _until(done: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def s3() -> Iterator[str]:
     """The URL of a bucket on moto's server, which the environment leads to."""
-    import boto3
+    import fsspec
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -211,7 +211,7 @@ def s3() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        boto3.client("s3").create_bucket(Bucket="adapters")
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("adapters")
         yield "s3://adapters/registry"
     finally:
         server.stop()
