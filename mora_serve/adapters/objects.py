@@ -86,9 +86,12 @@ class Objects:
                 self._create(self._path(name), data)
             except Exception as e:  # FileExistsError, or one that says nothing of the outcome
                 error = e
-                with contextlib.suppress(Unavailable):
-                    if (found := self._read(name)) is not None:
-                        return found == data
+                try:
+                    found = self._read(name)
+                except Unavailable:
+                    break
+                if found is not None:
+                    return found == data
             else:
                 self._answered()
                 return True
@@ -246,7 +249,7 @@ class FileObjects(Objects):
                 path.unlink(missing_ok=True)
 
     def _create(self, path: str, data: bytes) -> None:
-        self._appear(path, lambda temporary: write_durably(temporary, data), os.link)
+        self._appear(path, lambda temporary: write_durably(temporary, data), os.link, undo=True)
 
     def _put(self, file: Path, path: str) -> None:
         def copy(temporary: Path) -> None:
@@ -258,8 +261,14 @@ class FileObjects(Objects):
         self._appear(path, copy, os.replace)
 
     def _appear(
-        self, path: str, write: Callable[[Path], None], how: Callable[[Path, str], None]
+        self,
+        path: str,
+        write: Callable[[Path], None],
+        how: Callable[[Path, str], None],
+        *,
+        undo: bool = False,
     ) -> None:
+        """Write a file under another name, give it its own; ``undo`` that where it may be lost."""
         folder, temporary = Path(path).parent, Path(self._path("tmp"), uuid.uuid4().hex)
         _make(temporary.parent)
         try:
@@ -274,7 +283,12 @@ class FileObjects(Objects):
                         raise
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(folder)
+        try:
+            sync_directory(folder)
+        except OSError:
+            if undo:  # nobody is told that it is there
+                os.unlink(path)
+            raise
 
 
 def open_objects(url: str) -> Objects:
@@ -308,6 +322,8 @@ def open_objects(url: str) -> Objects:
         return _tried(FileObjects(fs, root))
     if "memory" in kinds:
         return _tried(MemoryObjects(fs, root))
+    if kinds & {"s3", "s3a"}:
+        fs.retries = 2  # of its own, around those of its library: a minute at a store that is gone
     if kinds & set(_CONDITIONAL):
         return _tried(Objects(fs, root))
     raise ConfigError(
@@ -322,8 +338,8 @@ def _options(protocol: str) -> dict[str, Any]:
     """What fsspec is told: listings as they are now, and answers within seconds."""
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
-        limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 2}}
-        options["config_kwargs"] = limits
+        retries = {"total_max_attempts": 2, "mode": "standard"}
+        options["config_kwargs"] = {"connect_timeout": 2, "read_timeout": 10, "retries": retries}
     return options if protocol in _CONDITIONAL else {}
 
 

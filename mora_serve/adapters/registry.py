@@ -424,6 +424,8 @@ class Registry:
 
         Returns how many. Raises Unavailable.
         """
+        if not self._state.revision:
+            return 0  # a history that is gone refers to nothing
         return self._storage.collect(lambda: self._history.newest().digests)
 
     # Inside

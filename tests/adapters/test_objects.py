@@ -230,6 +230,24 @@ def test_a_registry_lies_in_a_bucket(bucket: str) -> None:
         assert again.revision == ours.revision
 
 
+def test_a_name_that_was_not_made_durable_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller hears of an error, so the change must not be there afterwards."""
+    store = file_objects(tmp_path)
+    store.create("log/1", b"1")
+
+    def fails(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "sync_directory", fails)
+    with pytest.raises(Unavailable):
+        store.create("log/2", b"2")
+    assert not store.create("log/1", b"2")
+    assert sorted(os.listdir(tmp_path / "log")) == ["1"]
+    assert not os.listdir(tmp_path / "tmp")
+
+
 def test_files_of_a_killed_process_go_when_they_are_old(tmp_path: Path) -> None:
     store = file_objects(tmp_path)
     store.create("log/1", b"1")

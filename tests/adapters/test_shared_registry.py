@@ -236,6 +236,27 @@ def test_a_content_that_is_missing_in_the_store_shows_at_the_start() -> None:
                 theirs.get("default", "a")
 
 
+def test_what_a_removal_leaves_is_collected_when_it_is_old_but_not_without_a_history(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody emptied a part of the bucket: what is left may be all there is to repair it with."""
+    url = memory_url()
+    with opened(url) as ours:
+        objects = objects_of(ours)
+        for i in (1, 2):
+            ours.register("default", f"a{i}", adapter(i))
+        ours.unregister("default", "a2")
+        assert ours.collect() == 0
+        monkeypatch.setattr(type(objects), "age", lambda *_: 1e9)
+        assert ours.collect() == 1
+        assert objects.folders("blobs") == [adapter(1).digest]
+        for folder in ("log", "snapshots"):
+            objects._fs.rm(objects._path(folder), recursive=True)
+        with opened(url) as theirs:
+            assert theirs.collect() == 0
+        assert objects.folders("blobs") == [adapter(1).digest]
+
+
 def test_a_directory_can_be_moved_into_a_store_and_back(tmp_path: Path) -> None:
     """The files are the same: copying them is all there is to do."""
     with Registry(tmp_path / "state", *LIMITS_AND_SHAPE, snapshot_every=3) as alone:
