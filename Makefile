@@ -14,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -euc
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint format proto claims bench gpu clean
+.PHONY: help demo serve test lint format proto claims bench bench-gpu clean
 
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.core
@@ -25,14 +25,14 @@ SHOW := sed -u -n -e 's/^ *\(Downloading .*\)/  \1/p' \
 	-e 's/^ *\(Installing collected packages\):.*/  \1 .../p'
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
-		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1: \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' Makefile
 
 demo: $(CORE) ## start the server with the bundled models and show it at work
 	@$(PY) -m mora_serve demo $(ARGS)
 
-serve: $(CORE) ## serve the bundled models; ARGS="--base.model DIR" for another base
-	@$(PY) -m mora_serve serve $(ARGS)
+serve: $(CORE) ## serve the bundled models, with the console; ARGS="--base.model DIR" for another base
+	@$(PY) -m mora_serve serve --http-address 127.0.0.1:8000 $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k name" for some of them
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
@@ -46,9 +46,10 @@ format: $(DEV) ## format the code and apply safe fixes
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1
+proto: $(DEV) ## regenerate the gRPC stubs in mora_serve/v1, and docs/api.md
 	@$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/mora_serve/v1/*.proto
+	@$(PY) -m benchmarks.api_reference
 
 claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 	@$(PY) -m benchmarks.claims --tag $(TAG) $(ARGS)
@@ -56,8 +57,8 @@ claims: $(DEV) ## measure the stated figures that carry a tag; TAG=core
 bench: $(DEV) ## measure performance beside peers: JSON, tables, plots; PARTS="throughput growth"
 	@$(PY) -m benchmarks $(PARTS) $(ARGS)
 
-gpu: $(DEV) ## on a machine with a card: the GPU tests and a first measurement
-	@$(PY) -m benchmarks.gpu_check $(ARGS)
+bench-gpu: $(DEV) ## on a machine with a card: the whole measurement there, in under ten minutes
+	@$(PY) -m benchmarks gpu $(ARGS)
 
 clean: ## remove the environment, caches and measurements that are not kept
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
@@ -82,7 +83,7 @@ $(PY):
 
 $(CORE): pyproject.toml constraints.txt | $(PY)
 	@echo 'Installing mora-serve into $(VENV) (some minutes the first time) ...'
-	@$(INSTALL) -e . | $(SHOW)
+	@$(INSTALL) -e '.[http]' | $(SHOW)
 	@touch $@
 
 $(DEV): $(CORE)

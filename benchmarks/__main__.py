@@ -1,6 +1,6 @@
 """Run the benchmarks of performance: each part's JSON, table and picture, in one go.
 
-    python -m benchmarks                         all parts; the peers take most of the time
+    python -m benchmarks                         all parts but gpu; the peers take most of the time
     python -m benchmarks throughput growth       some parts
     python -m benchmarks --redraw                tables and pictures of stored results
     python -m benchmarks --readme                the README's section from stored results
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, tables
+from benchmarks import cluster_report, gpu_shown, plots, tables
 from benchmarks.report import ROOT, log
 from router_training.report.style import drawing
 
@@ -36,6 +36,7 @@ class Part:
     shorter: tuple[str, ...] = ()
     table: Callable[[Mapping[str, Any]], str] = tables.others
     plot: Callable[[Mapping[str, Any]], Any] | None = None
+    named_only: bool = False  # it needs a card, or takes its time
 
 
 def _flags(line: str) -> tuple[str, ...]:
@@ -79,6 +80,13 @@ PARTS: Mapping[str, Part] = {
         plots.registered,
     ),
     "residency": Part("residency", (), _flags("--repeat 2"), tables.residency, plots.residency),
+    "gpu": Part("gpu", table=gpu_shown.table, plot=gpu_shown.plot, named_only=True),
+    "cluster": Part(
+        "cluster_simulator",
+        table=cluster_report.tables,
+        plot=cluster_report.picture,
+        named_only=True,
+    ),
 }
 
 
@@ -98,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; give some of {', '.join(PARTS)}")
-    names = args.parts or list(PARTS)
+    names = args.parts or [name for name, part in PARTS.items() if not part.named_only]
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     if not (args.redraw or args.readme):

@@ -11,8 +11,6 @@ package index; takes about a minute. With ``--shots DIR`` the pictures of the vi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.node_client import NPM_CI
+from benchmarks.node_client import NPM_CI, run_script
 from mora_serve.client import Client
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.demo.process import ServerProcess, free_port
@@ -57,20 +55,10 @@ def walk(folder: Path, shots: Path) -> dict[str, Any]:
         prompts.write_text("\n".join(card.prompts))
         adapter = bundle_path() / "adapters" / UPLOADED
         url = f"http://127.0.0.1:{port}"
-        done = subprocess.run(
-            [
-                *("node", "walk.mjs", "--url", url, "--adapter", str(adapter)),
-                *("--prompts", str(prompts), "--shots", str(shots)),
-            ],
-            cwd=copy,
-            env={**os.environ, "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
+        command = ["node", "walk.mjs", "--url", url, "--adapter", str(adapter)]
+        said, _ = run_script(
+            [*command, "--prompts", str(prompts), "--shots", str(shots)], copy, seconds=400
         )
-    report.log(done.stdout + done.stderr)
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**said, "failed": len(said["failed"]), "failures": said["failed"]}
 
 

@@ -195,6 +195,10 @@ class Recorded:
         self.torch_threads = forward.torch_threads
         self.logits: list[Tensor] = []
 
+    def prepare(self) -> None:
+        """As the forward does."""
+        self._forward.prepare()
+
     def __call__(self, batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:
         out = self._forward(batch, slot)
         self.logits = [] if out is None else list(out.values.clone())

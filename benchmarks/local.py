@@ -11,8 +11,9 @@ from mora_serve.adapters.validate import ValidatedAdapter, read_directory
 from mora_serve.config import Config
 from mora_serve.core import AdapterLoad, AdapterWeight, Event, Mixture, Request, SamplingParams
 from mora_serve.engine.engine import Engine
+from mora_serve.engine.team import load_ranks
 from mora_serve.errors import NotFound
-from mora_serve.model.loading import load_base
+from mora_serve.model.loading import Base
 
 Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 
@@ -20,13 +21,19 @@ Job = tuple[Sequence[int], Mapping[str, float], SamplingParams]
 class LocalEngine:
     """The real engine over real adapter files, without its thread, the registry or gRPC."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, base: Base | None = None) -> None:
+        """``base`` in place of the one that the configuration names."""
         self.config = config
-        self.base = load_base(config.base)
+        self.base, self.team = load_ranks(config) if base is None else (base, None)
         self.adapters: dict[str, ValidatedAdapter] = {}
         self.digests: dict[str, str] = {}
         self.open_hook: Callable[[str], object] = lambda digest: None  # told of each reading
-        self.engine = Engine(self.base, config, self._open)
+        try:
+            self.engine = Engine(self.base, config, self._open, self.team)
+        except BaseException:
+            if self.team is not None:
+                self.team.close()
+            raise
         self.steps: list[Sequence[Event | AdapterLoad]] = []
         self._count = 0
 
@@ -38,7 +45,10 @@ class LocalEngine:
 
     def register(self, name: str, root: Path, path: str) -> None:
         """Make the PEFT directory ``path`` under ``root`` usable as ``name``."""
-        adapter = read_directory(root, path, self.base.shape, self.config.adapters)
+        self.add(name, read_directory(root, path, self.base.shape, self.config.adapters))
+
+    def add(self, name: str, adapter: ValidatedAdapter) -> None:
+        """Make an adapter usable as ``name``."""
         self.adapters[adapter.digest] = adapter
         self.digests[name] = adapter.digest
 

@@ -57,26 +57,33 @@ def converse(example: Path) -> dict[str, Any]:
         with Client(server.address) as client:
             server.wait_until_ready(client)
         command = ["node", "conversation.mjs", "--address", server.address]
-        done = subprocess.run(
-            [*command, "--adapter", str(adapters / "uppercase")],
-            cwd=example,
-            env={**os.environ, "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
+        said, status = run_script(
+            [*command, "--adapter", str(adapters / "uppercase")], example, seconds=180
         )
-    report.log(done.stdout + done.stderr)
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     lock = json.loads((example / "package-lock.json").read_text())["packages"]
     return {
         "checks": said["checks"],
         "failed": len(said["failed"]),
         "failures": said["failed"],
-        "status": done.returncode,
+        "status": status,
         "node": said["node"],
         "grpc_js": lock["node_modules/@grpc/grpc-js"]["version"],
     }
+
+
+def run_script(command: list[str], folder: Path, *, seconds: float) -> tuple[dict[str, Any], int]:
+    """The JSON object of a script's last line, and its exit status."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    report.log(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]), done.returncode
 
 
 if __name__ == "__main__":

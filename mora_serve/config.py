@@ -21,6 +21,7 @@ from typing import Any, Literal
 from mora_serve.errors import ConfigError
 
 LEAST_POLL_SECONDS = 0.1
+DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
 
@@ -34,7 +35,11 @@ class BaseConfig:
 
     model: str = _doc("demo", "Hugging Face directory or hub id; 'demo' is the bundled one")
     revision: str = _doc("main", "revision of a hub id")
-    quantization: Literal["nf4", "none"] = _doc("nf4", "4-bit NF4, or the weights as they are")
+    quantization: Literal["auto", "nf4", "none"] = _doc(
+        "auto",
+        "auto is as the checkpoint is stored, and 4-bit NF4 for one of 16 or 32 bits; none keeps "
+        "those as they are",
+    )
     dtype: Literal["auto", "bf16", "fp32"] = _doc(
         "auto", "compute type; auto is bf16 where the processor has it"
     )
@@ -54,7 +59,16 @@ class EngineConfig:
     )
     page_size: int = _doc(16, "tokens a page of the key/value cache")
     kv_pages: int = _doc(0, "pages of the key/value cache; 0 sizes it from kv_bytes")
-    kv_bytes: int = _doc(1 << 30, "memory for the key/value cache, in bytes")
+    kv_bytes: int = _doc(
+        0,
+        "memory for the key/value cache, in bytes; 0 is 1 GiB on a CPU and, on a card, what "
+        "memory_fraction leaves",
+    )
+    memory_fraction: float = _doc(
+        0.9,
+        "share of a card's memory, free after the base is loaded, that adapter slots, the "
+        "key/value cache and what a step works in may take",
+    )
     prefix_cache: bool = _doc(True, "share the pages of equal prefixes of equal mixtures")
     max_context: int = _doc(0, "prompt and answer in tokens; 0 takes the model's own limit")
     max_queue: int = _doc(1024, "requests waiting before new ones are refused")
@@ -75,8 +89,15 @@ class EngineConfig:
         "CPU threads for the engine; 0 takes all cores that it may use, or, where torch computes, "
         "as many as torch does",
     )
-    kernels: Literal["auto", "native", "torch"] = _doc(
-        "auto", "what computes a step on a CPU; auto is the compiled path where it can run"
+    tensor_parallel: int = _doc(
+        1,
+        "devices of this machine that share the base, for one that a single card cannot hold: a "
+        "process each, on cards side by side from base.device on, or on the CPU",
+    )
+    kernels: Literal["auto", "native", "triton", "torch"] = _doc(
+        "auto",
+        "what computes a step: native on a CPU, triton on a card, or torch on either; auto is the "
+        "first where it can run",
     )
 
 
@@ -85,7 +106,11 @@ class AdaptersConfig:
     """What may be registered, and how much of it is resident."""
 
     root: str = _doc("", "directory under which RegisterAdapter may read; empty refuses paths")
-    slots: int = _doc(32, "adapters on the device at the same time")
+    slots: int = _doc(
+        0,
+        "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
+        "requests run, if a quarter of engine.memory_fraction holds them",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -131,6 +156,11 @@ class ServerConfig:
         -1,
         "port of the OpenAI-compatible HTTP API, with the TLS and the keys of the gRPC port; 0 "
         "takes a free one, -1 switches it off",
+    )
+    http_names: str = _doc(
+        "",
+        "names besides localhost that the HTTP port may be asked for by, with commas; empty: any, "
+        "but without keys and access.allow_anonymous none",
     )
     metrics_host: str = _doc(
         "127.0.0.1", "address of the Prometheus port, which has neither TLS nor keys"
@@ -321,7 +351,8 @@ _MOST = {"server.max_message_bytes": 2**31 - 1, "bytes": 2**63 - 1, "port": 6553
 def _check(config: Config) -> None:
     positive = (
         *(f"engine.{k}" for k in ("max_batch", "step_tokens", "page_size", "max_queue")),
-        *(f"adapters.{k}" for k in ("slots", "max_rank", "max_mixture", "max_adapters")),
+        "engine.tensor_parallel",
+        *(f"adapters.{k}" for k in ("max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
     )
     for key in positive:
@@ -381,7 +412,19 @@ def _check(config: Config) -> None:
             "tokens is shorter than one without: it must be at least 1, or 0 for no limit",
             field="engine.step_pace",
         )
-    if config.adapters.slots < config.adapters.max_mixture:
+    if not 0 < config.engine.memory_fraction <= 1:
+        raise ConfigError(
+            f"engine.memory_fraction: {config.engine.memory_fraction:g} is out of range; it must "
+            "be above 0 and at most 1",
+            field="engine.memory_fraction",
+        )
+    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+        raise ConfigError(
+            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
+            field="engine.kernels",
+        )
+    if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(
             f"adapters.slots: {config.adapters.slots} is less than adapters.max_mixture "
             f"({config.adapters.max_mixture}); a full mixture would never fit",

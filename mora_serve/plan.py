@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mora_serve.config import AdaptersConfig, EngineConfig
+from mora_serve.config import DEFAULT_SLOTS, AdaptersConfig, EngineConfig
 from mora_serve.errors import InvalidArgument
 from mora_serve.model import footprint
 from mora_serve.model.shape import SITES, ModelShape
@@ -23,7 +23,7 @@ class Wanted:
     card: int
     quantization: str = "nf4"
     itemsize: int = 2
-    slots: int = AdaptersConfig.slots
+    slots: int = DEFAULT_SLOTS
     rank: int = 16
     dora: bool = False
     context: int = 8192

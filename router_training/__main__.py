@@ -15,6 +15,13 @@ from router_training.tuning import command as tuning
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    status: int = args.run(args)
+    return status
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """A command line read, ``run`` being what it asks for. SystemExit for one that is none."""
     parser = argparse.ArgumentParser(
         prog="python -m router_training",
         description="Train what mora-serve runs: routers, and the demo's base and adapters.",
@@ -53,14 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     joint.add_argument("config", type=Path, help="the YAML file; JointSettings has its keys")
     joint.set_defaults(run=_joint)
-    given = sys.argv[1:] if arguments is None else arguments
-    args, rest = parser.parse_known_args(command.with_default(given, commands.choices))
+    args, rest = parser.parse_known_args(command.with_default(arguments, commands.choices))
     if rest and not hasattr(args, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = rest
-    status: int = args.run(args)
-    return status
+    return args
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ from router_training.router_data import MIN_ADAPTERS, MIN_OUTSIDE, RouterData
 from router_training.rows import TextRow, read_prompts, read_rows, token_row
 from router_training.settings import check_bounds, check_unused
 from router_training.sources import CardedAdapter, enough_to_learn, find_adapters, groups_of
+from router_training.trainable import check_trainable
 
 ROUTER_FILE, REPORT_FILE = "router.safetensors", "report.json"
 CARD_PROMPTS = 16
@@ -151,6 +152,7 @@ def run(settings: JointSettings, log: Log) -> Path:
     report.json. Raises InvalidArgument or ConfigError for what is wrong in settings or data.
     """
     settings.check()
+    check_trainable(settings.base, "base")
     out = Path(settings.out)
     if out.is_dir() and any(out.iterdir()):
         raise _wrong("out", f"{out.name!r} is not empty; give a new directory")

@@ -84,7 +84,7 @@ def test_serve_has_a_flag_for_every_key_of_the_configuration() -> None:
         (("serve", "--adapters.slotz", "3"), "did you mean --adapters.slots"),
         (("serve", "--adapter.slots=3"), "did you mean --adapters.slots"),
         (("serve", "--adapters.slots", "none"), "'none' is not a valid int"),
-        (("serve", "--adapters.slots", "0"), "adapters.slots: 0 is out of range"),
+        (("serve", "--adapters.max_rank", "0"), "adapters.max_rank: 0 is out of range"),
         (("serve", "--config", "no-such-file.toml"), "configuration file: cannot be read"),
         (("serve", "--adapt", "3"), "unknown argument --adapt"),
         (("generate", ""), "prompt: it is empty"),

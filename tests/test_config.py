@@ -90,7 +90,8 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_key_and_value(
     ("key", "given_value"),
     [
         ("engine.max_batch", 0),
-        ("adapters.slots", 0),
+        ("engine.tensor_parallel", 0),
+        ("adapters.slots", -1),
         ("router.max_adapters", -1),
         ("engine.kv_bytes", -1),
         ("router.feedback_bytes", LEAST_FEEDBACK_BYTES - 1),
@@ -114,6 +115,8 @@ def test_values_that_contradict_each_other_are_an_error_that_names_both() -> Non
         load(engine__step_tokens=8, engine__max_batch=16)
     with pytest.raises(ConfigError, match=r"adapters\.max_mixture"):
         load(adapters__slots=2, adapters__max_mixture=4)
+    with pytest.raises(ConfigError, match=r"engine\.kernels: 'native'.*engine\.tensor_parallel"):
+        load(engine__tensor_parallel=2, engine__kernels="native")
 
 
 def test_an_unknown_key_is_an_error_that_names_the_nearest_wherever_it_stands(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import families, oracle
+from benchmarks import families, memory, oracle
 from benchmarks.local import LocalEngine
 from mora_serve.client import Client
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
@@ -72,6 +72,21 @@ def test_nf4_logits_are_those_of_the_dequantised_weights(device: str, tmp_path: 
     want = logits()
     assert got.isfinite().all()
     assert (got - want).norm() / want.norm() < 2e-2
+
+
+@pytest.mark.gpu
+def test_loading_takes_one_layer_in_sixteen_bits_beside_what_stays(tmp_path: Path) -> None:
+    """The base is quantised on the card as it is read, matrix by matrix."""
+    config = memory.llama_config(2048, 5632, 3, 4096)
+    memory.write_model(tmp_path, config)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    base = load_base(BaseConfig(str(tmp_path), device="cuda"))
+    stays = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert base.linear_bytes < stays
+    assert peak - stays <= 2 * base.shape.linear_parameters // base.shape.layers
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -99,7 +99,7 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("directory", "extras"),
     [
-        ("mora_serve", ("http", "otel")),
+        ("mora_serve", ("gpu", "http", "otel")),
         ("router_training", ("train", "eval")),
         ("benchmarks", ("train", "eval", "dev")),
         ("tests", ("train", "http", "otel", "dev")),

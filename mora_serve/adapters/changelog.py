@@ -63,8 +63,8 @@ class Log(Protocol):
     def append(self, number: int, change: Any) -> bool:
         """Make a change the one with this number."""
 
-    def snapshot(self, number: int, state: Any) -> None:
-        """Record the state after a change."""
+    def snapshot(self, number: int, state: Any, least: int = 1) -> None:
+        """Record the state after a change, if so many are not covered."""
 
     def since_snapshot(self, number: int) -> int:
         """Changes that no snapshot covers."""
@@ -119,15 +119,16 @@ class ChangeLog:
                 return False  # another one was, and is gone
             return self._create(self._log, number, change)
 
-    def snapshot(self, number: int, state: Any) -> None:
+    def snapshot(self, number: int, state: Any, least: int = 1) -> None:
         """Record the state after change ``number`` and remove what it makes superfluous.
 
         The snapshot before and the changes since stay, for this one may be damaged some day.
-        Does nothing while another process appends, and where there is one as new.
+        Does nothing while another process appends, and where one covers all but fewer than
+        ``least`` changes.
         """
         with contextlib.suppress(BlockingIOError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
             before = self._newest_snapshot()
-            if before >= number:
+            if number - before < least:
                 return  # another process was quicker
             self._create(self._snapshots, number, state)
             for directory, end in ((self._log, before + 1), (self._snapshots, before)):

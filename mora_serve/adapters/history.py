@@ -67,10 +67,7 @@ class History:
             try:
                 return work(state)
             except MoraError:
-                if not self._log.newer(state.revision):
-                    raise
-                self.refresh()
-                if self.state is state:
+                if not self._outdated(state):
                     raise
 
     def commit(self, change: Callable[[State], Change | None]) -> tuple[State, Change | None]:
@@ -82,6 +79,8 @@ class History:
             while True:
                 made = self.derive(change)
                 if made is None:
+                    if self._outdated(self.state):  # the newest may need one
+                        continue
                     return self.state, None
                 if self._log.append(made.revision, made.to_json()):
                     break
@@ -91,11 +90,17 @@ class History:
             self._compact(state)
             return state, made
 
+    def _outdated(self, state: State) -> bool:
+        """Whether another state has come after it, from the log if need be."""
+        if self._log.newer(state.revision):
+            self.refresh()
+        return self.state is not state
+
     def _compact(self, state: State) -> None:
         if self._log.since_snapshot(state.revision) < self._snapshot_every:
             return
         try:
-            self._log.snapshot(state.revision, state.to_json())
+            self._log.snapshot(state.revision, state.to_json(), self._snapshot_every)
         except (OSError, Unavailable) as e:  # the change is durable; the next one tries again
             why = e.strerror if isinstance(e, OSError) else e.message
             logging.getLogger(__name__).warning("registry: no snapshot: %s", why)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LOG, SNAPSHOTS = "log", "snapshots"
 
 _FEW = 4  # changes that are read one after the other before all are listed
-_LOOK_EVERY = 30.0  # seconds between looks for snapshots that a reader may have missed
+_LOOK_EVERY = 2.0  # seconds between looks for snapshots that a reader may have missed
 
 
 class SharedLog:
@@ -67,7 +67,7 @@ class SharedLog:
         """Whether something happened after change number ``after``; one small request.
 
         It is for the next change. Where that is gone, because hundreds came behind it and it was
-        removed for a snapshot, this shows within half a minute.
+        removed for a snapshot, this shows within seconds.
         """
         if self._objects.read(_name(LOG, after + 1)) is not None:
             return True
@@ -96,14 +96,17 @@ class SharedLog:
             )
         return True
 
-    def snapshot(self, number: int, state: Any) -> None:
+    def snapshot(self, number: int, state: Any, least: int = 1) -> None:
         """Record the state after change ``number`` and remove what it makes superfluous.
 
         The snapshot before and the changes since stay, for this one may be damaged some day.
+        Does nothing where one covers all but fewer than ``least`` changes.
         """
         before = self._newest_snapshot()
-        if before >= number or not self._objects.create(_name(SNAPSHOTS, number), packed(state)):
+        if number - before < least:
             return  # another process was quicker
+        if not self._objects.create(_name(SNAPSHOTS, number), packed(state)):
+            return
         for folder, end in ((LOG, before + 1), (SNAPSHOTS, before)):
             for old in sorted(self._numbers(folder)):
                 if old < end:

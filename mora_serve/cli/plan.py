@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from mora_serve.cli.output import binary, paint, print_json, table
-from mora_serve.config import AdaptersConfig, EngineConfig
+from mora_serve.config import DEFAULT_SLOTS, EngineConfig
 from mora_serve.errors import ConfigError
 from mora_serve.model.footprint import CARDS, card_bytes
 from mora_serve.model.known import KNOWN, find_shape
@@ -60,7 +60,7 @@ def add_to(commands: Any) -> None:
             name, type=int, default=default, metavar="N", help=f"{text} ({default})"
         )
 
-    count("--slots", AdaptersConfig.slots, "adapters on the card at the same time, adapters.slots")
+    count("--slots", DEFAULT_SLOTS, "adapters on the card at the same time, adapters.slots")
     count("--rank", 16, "the slots' rank, adapters.max_rank")
     count("--context", 8192, "tokens of a request, prompt and answer")
     count("--requests", 1, "requests of that length that are to run at the same time")

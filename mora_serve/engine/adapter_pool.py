@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,6 +27,8 @@ import torch
 
 from mora_serve.adapters.validate import ValidatedAdapter
 from mora_serve.core import AdapterLoad
+from mora_serve.engine.failures import DeviceLost
+from mora_serve.engine.followers import ALONE, Followers
 from mora_serve.engine.host_adapters import HostAdapter, HostAdapters
 from mora_serve.engine.kv_cache import IntegrityError
 from mora_serve.errors import Failure, MoraError, ResourceExhausted
@@ -63,7 +65,7 @@ class AdapterPool:
 
     ``open_adapter`` gives an adapter's content (raises MoraError when it is gone); ``wake`` is
     called from the loading thread when a load has ended. ``host_bytes`` of converted adapters are
-    kept beside the slots.
+    kept beside the slots. ``followers`` are other ranks, whose slots are to hold the same.
     """
 
     def __init__(
@@ -74,14 +76,15 @@ class AdapterPool:
         wake: Callable[[], None],
         reserve: int = 1,
         host_bytes: int = 256 << 20,
+        followers: Followers = ALONE,
     ) -> None:
         self.slots = slots
         self.hits = self.misses = self.evictions = 0
-        self._host = HostAdapters(decoder, slots, open_adapter, host_bytes)
+        self._host = HostAdapters(decoder, slots, open_adapter, host_bytes, followers)
+        self._followers = followers
         self._wake = wake
-        self._reserve = reserve
-        # What each slot holds: (layer, projection) -> rows that are not zero.
-        self._filled: list[dict[tuple[int, str], int]] = [{} for _ in range(slots.slots)]
+        self.reserve = reserve
+        self._writer = SlotWriter(slots)
         self._loads = 0  # under way, or in line for the loading thread
         self._staging: set[str] = set()  # being converted ahead of a slot
         self._staged: set[str] = set()  # of the line: were, or could not be
@@ -92,14 +95,8 @@ class AdapterPool:
         self._pin_lock = threading.Lock()
         self._polls = 0
         self._done: queue.SimpleQueue[AdapterLoad] = queue.SimpleQueue()
-        cuda = slots.device.type == "cuda"
-        self._stream = (
-            torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
-            if cuda
-            else None
-        )
         # One thread of its own: a second team would take the cores of the running step.
-        self._loader = ThreadPoolExecutor(1, "adapter-load", _start_loading_thread)
+        self._loader = ThreadPoolExecutor(1, "adapter-load", start_loading_thread)
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -181,10 +178,10 @@ class AdapterPool:
         Raises ResourceExhausted when pins would leave fewer slots than one mixture needs.
         """
         with self._pin_lock:
-            limit = self.slots.slots - self._reserve
+            limit = self.slots.slots - self.reserve
             if digest not in self._pinned and len(self._pinned) >= limit:
                 raise ResourceExhausted(
-                    f"pinned: {self._reserve} of the {self.slots.slots} slots stay free for "
+                    f"pinned: {self.reserve} of the {self.slots.slots} slots stay free for "
                     "mixtures, and the others are pinned; unpin one or raise adapters.slots",
                     field="pinned",
                 )
@@ -254,7 +251,7 @@ class AdapterPool:
         if loading != self._loads:
             raise IntegrityError(f"{loading} slots wait for loads, {self._loads} are under way")
         with self._pin_lock:
-            pinned, most = len(self._pinned), max(0, self.slots.slots - self._reserve)
+            pinned, most = len(self._pinned), max(0, self.slots.slots - self.reserve)
         if pinned > most:
             raise IntegrityError(f"{pinned} adapters are pinned in place of {most}")
 
@@ -286,9 +283,12 @@ class AdapterPool:
     def _stage(self, digest: str) -> None:
         """Convert an adapter that has no slot yet. Its load will say what is wrong with it."""
         try:
-            self._host.get(digest)
+            with self._writer.beside_steps():
+                self._host.get(digest)
         except Exception:
             log.debug("adapter %s cannot be converted ahead", digest[:12], exc_info=True)
+            with contextlib.suppress(DeviceLost):
+                self._host.forget(digest)
         finally:
             self._staging.discard(digest)
             self._wake()
@@ -298,10 +298,11 @@ class AdapterPool:
         error: Failure | None = None
         nbytes = 0
         try:
-            adapter = self._host.get(digest)
-            nbytes = adapter.file_bytes
-            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                self._fill(slot, adapter)
+            with self._writer.beside_steps():
+                adapter = self._host.get(digest)
+                nbytes = adapter.file_bytes
+                with self._followers.filling(slot, digest):
+                    self._writer.fill(slot, adapter)
         except MoraError as e:
             error = Failure.of(e)
         except Exception:
@@ -311,12 +312,40 @@ class AdapterPool:
                 "LOAD_FAILED",
                 "adapter: it could not be loaded; retry, then register it anew",
             )
+            with contextlib.suppress(DeviceLost):
+                self._host.forget(digest)
         self._done.put(AdapterLoad(digest, time.monotonic() - started, nbytes, error))
         self._wake()
 
+
+class SlotWriter:
+    """Writes adapters into slots that nobody reads meanwhile. For one thread."""
+
+    def __init__(self, slots: AdapterSlots) -> None:
+        self.slots = slots
+        # What each slot holds: (layer, projection) -> rows that are not zero.
+        self._filled: list[dict[tuple[int, str], int]] = [{} for _ in range(slots.slots)]
+        cuda = slots.device.type == "cuda"
+        self._stream = (
+            torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
+            if cuda
+            else None
+        )
+
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """On a card, what is launched inside runs beside the steps: DoRA's passes over the base,
+        copies from pinned memory. ``fill`` waits for its end, so that whoever is told of it reads
+        what was copied; the steps' own stream waits for nothing.
+        """
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def fill(self, slot: int, adapter: HostAdapter) -> None:
+        """Copy an adapter into a slot, and zero what the one before leaves there besides."""
+        with self.beside_steps():
+            self._fill(slot, adapter)
+
     @torch.no_grad()
     def _fill(self, slot: int, adapter: HostAdapter) -> None:
-        """Copy an adapter into a slot, and zero what the one before leaves there besides."""
         slots, filled = self.slots, self._filled[slot]
         before = dict(filled)
         for module in adapter.modules:
@@ -350,8 +379,11 @@ class AdapterPool:
             self._stream.synchronize()
 
 
-def _start_loading_thread() -> None:
-    """One thread of torch's: a second team would take the cores of the running step."""
+def start_loading_thread() -> None:
+    """Begin a thread that loads.
+
+    One thread of torch's: a second team would take the cores of the running step.
+    """
     torch.set_num_threads(1)
     if sys.platform == "linux":  # elsewhere priorities are those of the process
         with contextlib.suppress(OSError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mora_serve.config import EngineConfig
 from mora_serve.core import Request
 from mora_serve.engine.forecast import Expected, Forecast, Load
-from mora_serve.engine.margin import Margin
+from mora_serve.engine.margin import Margins
 from mora_serve.errors import Failure, ResourceExhausted
 from mora_serve.places import most, retry_after
 
@@ -50,7 +50,7 @@ class Admission:
         self._rng = rng or random.Random()
         self._lock = threading.Lock()
         self._forecast = Forecast()
-        self._margin = Margin()
+        self._margins = Margins()
         self._open: dict[str, _Open] = {}
         self._tenants: Counter[str] = Counter()  # requests in line
         self._lines: Counter[int] = Counter()  # length of a tenant's line -> tenants
@@ -124,9 +124,9 @@ class Admission:
             if (entry := self._open.pop(request_id, None)) is None:
                 return
             if entry.end and by_itself:
-                self._margin.ended(entry.end, now - entry.joined)
+                self._margins.learning(entry.tenant).ended(entry.end, now - entry.joined)
             elif entry.end and entry.deadline is not None and entry.deadline <= now:
-                self._margin.missed()
+                self._margins.learning(entry.tenant).missed()
             if not entry.started:
                 self._leave_line(entry)
                 return
@@ -152,7 +152,7 @@ class Admission:
                 if HOPE * service > left:
                     after = retry_after(self._expected(entry.tenant, 0, 0).place, self._rng)
                     found.append((request, _late(left, service, after)))
-                    self._margin.missed()
+                    self._margins.learning(entry.tenant).missed()
         return found
 
     def expected(self, tenant: str, prompt: int, output: int) -> Expected:
@@ -194,7 +194,7 @@ class Admission:
         if not self._forecast.settled:
             return
         expected = self._expected(tenant, prompt, output)
-        if not expected.place or self._margin.value * expected.end <= left:
+        if not expected.place or self._margins.value(tenant) * expected.end <= left:
             return
         raise ResourceExhausted(
             f"deadline: it is {max(0.0, left):.1f} s away, but the wait is about "

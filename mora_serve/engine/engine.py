@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,17 +34,19 @@ from mora_serve.core import (
 from mora_serve.engine import failures
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.admission import Admission
+from mora_serve.engine.followers import ALONE
 from mora_serve.engine.integrity import Integrity
 from mora_serve.engine.isolation import Isolation, Outcome
 from mora_serve.engine.kv_cache import IntegrityError, KVCache
 from mora_serve.engine.pool_queue import PoolJob, PoolQueue
-from mora_serve.engine.runner import Runner, kv_page_count
+from mora_serve.engine.runner import Runner
 from mora_serve.engine.scheduler import Batch, Chunk, Scheduler
 from mora_serve.engine.sequence import Sequence
+from mora_serve.engine.sizes import choose_sizes
+from mora_serve.engine.team import Team
 from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
-from mora_serve.errors import ConfigError, Failure, InvalidArgument, MoraError, ResourceExhausted
-from mora_serve.model import footprint
+from mora_serve.errors import Failure, InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
@@ -59,24 +62,33 @@ Deliver = Callable[[Seq[Event | AdapterLoad]], None]
 class Engine:
     """Serves requests on one base with many adapters.
 
-    ``open_adapter(digest)`` gives a registered adapter's content. All public methods are
-    thread-safe.
+    ``open_adapter(digest)`` gives a registered adapter's content; the ``team`` has the other parts
+    of the base where there are any, and ends with the engine. All public methods are thread-safe.
     """
 
     def __init__(
-        self, base: Base, config: Config, open_adapter: Callable[[str], ValidatedAdapter]
+        self,
+        base: Base,
+        config: Config,
+        open_adapter: Callable[[str], ValidatedAdapter],
+        team: Team | None = None,
     ) -> None:
         self.base = base
         self.config = config.engine
+        self.team = team
         decoder = base.decoder
         self.max_context = min(
             config.engine.max_context or base.shape.max_positions, base.shape.max_positions
         )
-        pages = kv_page_count(decoder, config.engine, self.max_context)
-        _check_memory(base, config, pages)
+        free = None
+        if decoder.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading used in passing is free as well
+            free, _ = torch.cuda.mem_get_info(decoder.device)
+        sizes = choose_sizes(decoder.shape, config, self.max_context, decoder.dtype.itemsize, free)
+        pages = sizes.pages
         slots = AdapterSlots(
-            base.shape,
-            config.adapters.slots,
+            decoder.shape,
+            sizes.slots,
             config.adapters.max_rank,
             decoder.dtype,
             decoder.device,
@@ -93,12 +105,14 @@ class Engine:
             self._signal,
             config.adapters.max_mixture,
             config.adapters.host_bytes,
+            ALONE if team is None else team.followers,
         )
         self.cache = KVCache(pages, config.engine.page_size, config.engine.prefix_cache)
         self.scheduler = Scheduler(config.engine, self.cache, self.pool)
         self.admission = Admission(config.engine)
-        self.runner = Runner(decoder, self.pool, pages, self.max_context, config.engine)
-        self.pool_queue = PoolQueue(decoder, config.engine)
+        self.runner = Runner(decoder, self.pool, pages, self.max_context, config.engine, team)
+        states = None if team is None else partial(team.pool_states, decoder)
+        self.pool_queue = PoolQueue(decoder, config.engine, states)
         self.watchdog = Watchdog(config.engine.step_seconds, self._stuck)
         # Looked up at each run: tests and measurements wrap the runner.
         self.isolation = Isolation(lambda batch: self.runner.run(batch), self.watchdog.beat)
@@ -125,6 +139,8 @@ class Engine:
             self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
             self._thread.start()
         self.watchdog.start(self._thread)
+        if self.team is not None:
+            self.team.watch(self._stuck)
 
     @property
     def alive(self) -> bool:
@@ -276,6 +292,8 @@ class Engine:
         if self._thread is not None:
             self._thread.join(timeout if self._failure is None else 1.0)
         self.watchdog.stop()
+        if self.team is not None:  # first: a load under way waits for it
+            self.team.close()
         if not self.alive:  # a thread that hangs may read the slots still
             self.pool.close()
 
@@ -373,7 +391,7 @@ class Engine:
                 self._failed()
 
     def _stuck(self) -> None:
-        """The watchdog's: the thread stands still, and only who waits outside can be told."""
+        """The watchdog's and the team's: the thread may stand still, who waits outside is told."""
         self._failure = failures.ENGINE_FAILED
         self._stopping = True  # without the lock: who knows who holds it
         if self._failed is not None:
@@ -537,10 +555,11 @@ class Engine:
         events.append(Event(sequence.request.id, tokens, text, finish, usage, error))
 
     def warm_up(self) -> None:
-        """Run one token of the base, so that the first request does not pay for set-up.
+        """Prepare, and run one token of the base: the first request does not pay for set-up.
 
         Raises what the forward raises: it is how a device that has broken is told from a request.
         """
+        self.runner.prepare()
         request = Request("warm-up", (0,), SamplingParams(max_tokens=1))
         sequence = Sequence(request, TextStream(self.base.tokenizer.decode))
         if not self.cache.extend(sequence.pages, 1):
@@ -550,23 +569,3 @@ class Engine:
             self.runner.run((Chunk(sequence, 0, 1, True),))
         finally:
             self.cache.release(sequence.pages, dirty=True)
-
-
-def _check_memory(base: Base, config: Config, pages: int) -> None:
-    """Log what slots and pages take; raise ConfigError where the device cannot hold them."""
-    shape, decoder, adapters = base.shape, base.decoder, config.adapters
-    item = decoder.dtype.itemsize
-    slots = adapters.slots * footprint.slot_bytes(shape, adapters.max_rank, item)
-    page = footprint.kv_token_bytes(shape, item) * config.engine.page_size
-    log.info("%.0f MB of adapter slots, %.0f MB of pages", slots / 1e6, pages * page / 1e6)
-    if decoder.device.type != "cuda":  # elsewhere memory is taken as it is first written
-        return
-    free, _ = torch.cuda.mem_get_info(decoder.device)
-    if slots + pages * page > free:
-        raise ConfigError(
-            f"adapters.slots: {adapters.slots} slots of rank {adapters.max_rank} take "
-            f"{slots / 1e9:.1f} GB and the key/value pages {pages * page / 1e9:.1f} GB, but the "
-            f"device has {free / 1e9:.1f} GB free; lower adapters.slots, adapters.max_rank or "
-            "engine.kv_bytes",
-            field="adapters.slots",
-        )

@@ -10,6 +10,17 @@ from mora_serve.errors import Failure, Unavailable
 ENGINE_FAILED = Failure(
     "UNAVAILABLE", "ENGINE_FAILED", "server: its engine has failed; send the call to another one"
 )
+
+
+class DeviceLost(Unavailable):
+    """What computes is gone, or a part of it: no request is at fault, and no other can be run.
+
+    The engine ends by it.
+    """
+
+    reason = ENGINE_FAILED.reason
+
+
 # torch has no class of its own for these on a CPU.
 _MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 

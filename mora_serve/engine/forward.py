@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,13 +15,30 @@ from mora_serve.engine.scheduler import Chunk
 class Logits:
     """The logits of the chunks that sample, in the batch's order.
 
-    ``values`` [n, vocabulary] float32, good until the next step; ``best`` the greatest of each
-    row, the first where several are; ``finite`` whether all of a row are finite numbers.
+    ``best`` is the greatest of each row, the first where several are; ``finite`` whether all of a
+    row are finite numbers. For the rows in ``drawn``, ``best`` is the token that the request's own
+    temperature and seed draw (see sampler.draws_plainly). ``read`` gives rows of logits by index,
+    [n, vocabulary] float32, good until the next step.
     """
 
-    values: Tensor
+    read: Callable[[Sequence[int]], Tensor]
     best: list[int]
     finite: list[bool]
+    drawn: Collection[int] = ()
+
+    @classmethod
+    def of(cls, values: Tensor, best: list[int], finite: list[bool]) -> Logits:
+        """From all rows side by side, nothing drawn."""
+
+        def read(rows: Sequence[int]) -> Tensor:
+            return values if len(rows) == len(values) else values[list(rows)]
+
+        return cls(read, best, finite)
+
+    @property
+    def values(self) -> Tensor:
+        """All of them."""
+        return self.read(range(len(self.best)))
 
 
 class Forward(Protocol):
@@ -35,6 +52,10 @@ class Forward(Protocol):
     @property
     def torch_threads(self) -> int:
         """How many threads torch may use beside it on a CPU; 0 leaves that as it is."""
+        ...
+
+    def prepare(self) -> None:
+        """What would make the first steps slow, done before them."""
         ...
 
     def __call__(self, batch: Sequence[Chunk], slot: Callable[[str], int]) -> Logits | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mora_serve.core import TokenOut
-from mora_serve.engine.failures import is_memory, out_of_memory, step_failed
+from mora_serve.engine.failures import DeviceLost, is_memory, out_of_memory, step_failed
 from mora_serve.engine.pace import MIN_TOKENS
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence
@@ -64,7 +64,7 @@ class Isolation:
         self._steps = 0  # until it is tried with more
 
     def run(self, batch: Seq[Chunk]) -> Outcome:
-        """One step."""
+        """One step. Raises DeviceLost, as it would for every part."""
         outcome = Outcome()
         for part in list(_parts(batch, self._most)):
             self._run(part, outcome)
@@ -79,6 +79,8 @@ class Isolation:
         memory: bool | None = None  # None: nothing was raised
         try:
             outputs = self._forward(part)
+        except DeviceLost:
+            raise
         except Exception as e:
             memory = is_memory(e)
             ids = ", ".join(c.sequence.request.id for c in part)

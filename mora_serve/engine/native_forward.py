@@ -26,7 +26,7 @@ from mora_serve.model.native.library import (
     StepStruct,
     targets,
 )
-from mora_serve.model.native.weight import NativeLinear, can_tile, tiled, weight_struct
+from mora_serve.model.native.weight import NativeLinear, can_tile_layer, tiled, weight_struct
 from mora_serve.model.quant import Linear
 from mora_serve.model.shape import SITES
 
@@ -37,7 +37,7 @@ def can_run(decoder: Decoder) -> bool:
     return (
         decoder.device.type == "cpu"
         and bool(targets(decoder.dtype))
-        and all(can_tile(part) for site in sites for part in site.parts)
+        and all(map(can_tile_layer, [*sites, Linear((decoder.head,))]))
     )
 
 
@@ -90,6 +90,9 @@ class NativeForward:
         # float64 [PHASES], where somebody wants to know what steps spend their time on
         self.seconds: npt.NDArray[np.float64] | None = None
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward."""
         chunks: list[tuple[int, int, int, int, int]] = []
@@ -122,7 +125,7 @@ class NativeForward:
             None if self.seconds is None else self.seconds.ctypes.data,
         )
         self.native.forward(self._model, step)
-        return Logits(logits, best.tolist(), finite.astype(bool).tolist()) if wanted else None
+        return Logits.of(logits, best.tolist(), finite.astype(bool).tolist()) if wanted else None
 
     def _buffer(self, rows: int) -> Tensor:
         """Logits [rows, vocabulary], good until the next step."""

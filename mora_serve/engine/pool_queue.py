@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mora_serve.config import EngineConfig
+from mora_serve.engine.failures import ENGINE_FAILED, DeviceLost
 from mora_serve.errors import Internal, MoraError
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.pooling import States, pool_states
@@ -95,10 +96,19 @@ class PoolLine:
 
 
 class PoolQueue:
-    """Jobs in line, and the passes that work them off. For one thread."""
+    """Jobs in line, and the passes that work them off. For one thread.
 
-    def __init__(self, decoder: Decoder, limits: EngineConfig) -> None:
+    ``pool`` computes the states of texts after some layers, by default by the decoder alone.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        limits: EngineConfig,
+        pool: Callable[[Sequence[Sequence[int]], int], States] | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._pool = pool or (lambda texts, depth: pool_states(decoder, texts, depth))
         self._step_tokens = limits.step_tokens
         self._urgent = PoolLine()
         self._background = PoolLine()
@@ -146,7 +156,13 @@ class PoolQueue:
             return 0
         depth, texts = batch[0][0].depth, [text for _, text in batch]
         try:
-            states: list[States | None] = list(pool_states(self._decoder, texts, depth))
+            states: list[States | None] = list(self._pool(texts, depth))
+        except DeviceLost:
+            for job in {id(job): job for job, _ in batch}.values():
+                jobs.discard(job)
+                if not job.done.done():
+                    _end(job, ENGINE_FAILED.error())
+            raise
         except Exception:  # what one text does must not end the thread that serves all
             log.exception("pooling %d texts failed; each is tried alone", len(texts))
             states = [self._alone(text, depth) for text in texts]
@@ -165,7 +181,7 @@ class PoolQueue:
 
     def _alone(self, text: Sequence[int], depth: int) -> States | None:
         try:
-            state: States = pool_states(self._decoder, [text], depth)[0]
+            state: States = self._pool([text], depth)[0]
         except Exception:
             log.exception("a text of %d tokens cannot be pooled", len(text))
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence as Seq
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,27 +15,15 @@ from mora_serve.core import TokenOut
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.native_forward import NativeForward, can_run
+from mora_serve.engine.parallel_forward import ParallelForward
 from mora_serve.engine.sampler import SamplingRow, sample, takes_best
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence
+from mora_serve.engine.team import Team
 from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
-from mora_serve.model.footprint import kv_token_bytes
-
-
-def kv_page_count(decoder: Decoder, config: EngineConfig, max_context: int) -> int:
-    """Pages of the cache: as configured, or what kv_bytes holds, but no more than ever needed.
-
-    One page more than usable: page 0 stays zero and pads page tables.
-    """
-    if config.kv_pages:
-        return config.kv_pages + 1
-    token_bytes = kv_token_bytes(decoder.shape, decoder.dtype.itemsize)
-    fits = config.kv_bytes // (token_bytes * config.page_size)
-    needed = config.max_batch * -(-max_context // config.page_size)
-    return max(1, min(fits, needed)) + 1
 
 
 def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -52,8 +41,8 @@ def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 class Runner:
     """Owns the key/value pages, runs batches and samples.
 
-    ``kernels`` and ``threads`` are those of the configuration. Raises ConfigError when it asks for
-    a native path that is not there.
+    ``kernels`` and ``threads`` are those of the configuration; a ``team`` has the other parts of
+    the base. Raises ConfigError when it asks for a native path that is not there.
     """
 
     def __init__(
@@ -63,6 +52,7 @@ class Runner:
         pages: int,
         max_context: int,
         config: EngineConfig,
+        team: Team | None = None,
     ) -> None:
         shape, page_size = decoder.shape, config.page_size
         self.decoder, self.pool = decoder, pool
@@ -71,25 +61,62 @@ class Runner:
             decoder.dtype,
             decoder.device,
         )
-        self.forward = self._forward(max_context, config)
+        self._parallel = None if team is None else self._join(team, pages, config)
+        self.forward = self._parallel or self._forward(max_context, config)
+
+    def _join(self, team: Team, pages: int, config: EngineConfig) -> ParallelForward:
+        threads, slots = config.threads, self.pool.slots
+        if self.decoder.device.type == "cpu":  # which all ranks share
+            threads = threads or max(1, allowed_cores() // team.group.size)
+        team.serve(slots.slots, slots.max_rank, pages, config.page_size, threads)
+        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
 
     def _forward(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
-        if config.kernels != "torch" and can_run(self.decoder):
+        kernels = config.kernels
+        if kernels in ("auto", "native") and can_run(self.decoder):
             return NativeForward(*parts, max_context, config.threads or allowed_cores())
-        if config.kernels == "native":
+        if kernels == "native":
             raise ConfigError(
                 "engine.kernels: 'native' asks for the compiled CPU path, which is not built or "
                 "does not take this base, type or processor; use 'auto', or install from source "
                 "where there is a C compiler",
                 field="engine.kernels",
             )
+        if kernels == "triton" or (kernels == "auto" and self._has_triton()):
+            return self._cuda_forward(max_context, config)
         return TorchForward(*parts, config.threads)
+
+    def _has_triton(self) -> bool:
+        return self.decoder.device.type == "cuda" and find_spec("triton") is not None
+
+    def _cuda_forward(self, max_context: int, config: EngineConfig) -> Forward:
+        if find_spec("triton") is None:
+            raise ConfigError(
+                "engine.kernels: 'triton' asks for kernels that need the package triton, which is "
+                "not installed; install it, or use 'auto'",
+                field="engine.kernels",
+            )
+        if self.decoder.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                "engine.kernels: 'triton' asks for kernels that need a card, but base.device is "
+                f"{self.decoder.device.type}; use 'auto'",
+                field="engine.kernels",
+            )
+        from mora_serve.engine.cuda_forward import CudaForward
+
+        parts = self.decoder, self.pool.slots, self.kv
+        return CudaForward(*parts, max_context, config.max_batch, self.pool.reserve)
+
+    def prepare(self) -> None:
+        """Measure, compile and capture what the first steps would otherwise wait for."""
+        self.forward.prepare()
 
     def clear(self, pages: Seq[int]) -> None:
         """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
-        if pages and self.forward.reads_whole_pages:
-            self.kv.clear(pages)
+        if not pages or not self.forward.reads_whole_pages:
+            return
+        (self._parallel or self.kv).clear(pages)
 
     @torch.inference_mode()
     def run(self, batch: Seq[Chunk]) -> list[tuple[Sequence, TokenOut | None]]:
@@ -109,14 +136,15 @@ class Runner:
         drawn = [
             i
             for i, sequence in enumerate(sampling)
-            if logits.finite[i] and not takes_best(sequence.request.sampling)
+            if logits.finite[i]
+            and i not in logits.drawn
+            and not takes_best(sequence.request.sampling)
         ]
         if drawn:
             rows = [
                 SamplingRow(s.request.sampling, s.request.prompt, s.output)
                 for s in (sampling[i] for i in drawn)
             ]
-            values = logits.values if len(drawn) == len(tokens) else logits.values[drawn]
-            for i, token in zip(drawn, sample(values, rows), strict=True):
+            for i, token in zip(drawn, sample(logits.read(drawn), rows), strict=True):
                 tokens[i] = token
         return list(zip(sampling, tokens, strict=True))

@@ -46,6 +46,18 @@ def takes_best(params: SamplingParams) -> bool:
     )
 
 
+def draws_plainly(params: SamplingParams) -> bool:
+    """Whether the token is drawn from all of the vocabulary at the temperature, and that is all."""
+    return (
+        params.temperature >= GREEDY_BELOW
+        and params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.logprobs is None
+        and not _filtered(params)
+    )
+
+
 def is_finite(logits: Tensor) -> Tensor:
     """Whether each row of ``logits`` [n, V] has only finite numbers: bool [n]."""
     low, high = torch.aminmax(logits, dim=-1)
@@ -103,7 +115,7 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     temperature = [row.params.temperature for row in rows]
     scores = scores / torch.tensor(temperature, device=device, dtype=scores.dtype)[:, None]
     state = torch.tensor(
-        [_signed(row.params.seed) for row in rows], device=device, dtype=torch.int64
+        [signed(row.params.seed) for row in rows], device=device, dtype=torch.int64
     )
     position = torch.tensor([len(row.output) for row in rows], device=device)
     state = _mix(_mix(state) + _GAMMA * (position + 1))
@@ -201,7 +213,8 @@ def _cut(top: Tensor, total: Tensor, limit: Tensor) -> Tensor:
     return top.gather(-1, within.sum(-1, keepdim=True) - 1)[:, 0]
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
+    """The low 64 bits of a seed as a signed number."""
     seed &= (1 << 64) - 1
     return seed - (1 << 64) if seed >> 63 else seed
 

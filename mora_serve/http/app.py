@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -21,6 +21,7 @@ from mora_serve.adapters.registry import Registry
 from mora_serve.config import Config
 from mora_serve.http import asking, console, models, rpc
 from mora_serve.http.answering import EventStream, Writer
+from mora_serve.http.aside import Aside
 from mora_serve.http.docs import page
 from mora_serve.http.entrance import Guard
 from mora_serve.http.forms import ChatForm, CompletionForm, Envelope, Form
@@ -34,7 +35,6 @@ from mora_serve.http.schema import (
 )
 from mora_serve.http.tokens import TokenTexts
 from mora_serve.metrics import Metrics
-from mora_serve.router.key_map import KeyMap
 from mora_serve.router.routing import Routing
 from mora_serve.server import call as calls
 from mora_serve.server.gate import Places, State
@@ -54,8 +54,6 @@ MAX_LOOKUPS = 64
 MAX_LARGE = 64  # bodies being read, those that wait for a thread included
 _SHORT = 64 << 10  # bytes of a body that is read on the event loop: some milliseconds
 
-P = ParamSpec("P")
-T = TypeVar("T")
 B = TypeVar("B", bound=Generation)
 
 
@@ -115,8 +113,8 @@ class HttpApi:
         self._metrics = metrics
         self._gate = entrance.gate
         self._threads = threads
-        self._large = Places(MAX_LARGE, "large bodies")
-        self._lookups = Places(MAX_LOOKUPS, "look-ups")
+        self._reading = Aside(threads.tokenize, Places(MAX_LARGE, "large bodies"))
+        self._looking_up = Aside(threads.route, Places(MAX_LOOKUPS, "look-ups"))
         app = _Application(
             title="mora-serve",
             version=__version__,
@@ -137,7 +135,7 @@ class HttpApi:
         app.get("/", include_in_schema=False)(self.console)
         app.post("/console/map", include_in_schema=False)(self.key_map)
         app.get("/console/{file}", include_in_schema=False)(self.console_file)
-        for path, summary, endpoint in rpc.endpoints(lambda: self._served().services):
+        for path, summary, endpoint in rpc.endpoints(self._services, self._reading):
             app.router.add_route(path, endpoint, ["POST"], name=summary)
         self.asgi = Guard(
             app,
@@ -147,7 +145,7 @@ class HttpApi:
             config.engine.stall_seconds,
             config.server.max_message_bytes,
             streaming={rpc.UPLOAD},
-            local=not (entrance.door.locked or config.access.allow_anonymous),
+            hosts=_hosts(config, locked=entrance.door.locked),
             log_calls=config.server.log_calls,
             apart=config.server.admin_port >= 0,
         )
@@ -173,6 +171,9 @@ class HttpApi:
             raise RuntimeError("the gate lets nobody in before there are parts")
         return self.parts
 
+    def _services(self) -> Services:
+        return self._served().services
+
     async def chat_completions(self, request: Request) -> Response:
         """OpenAI's chat completions."""
         body, question = await self._read(request, ChatCompletionRequest, asking.chat)
@@ -194,13 +195,13 @@ class HttpApi:
             data = models.listed(parts.registry, parts.base, tenant)
             return JSONResponse({"object": "list", "data": data})
 
-        return await self._run(answer)
+        return await self._looking_up.run(answer)
 
     async def get_model(self, model: str) -> Response:
         """One of them."""
         parts, tenant = self._served(), calls.current().tenant
-        described = await self._run(models.described, parts.registry, parts.base, tenant, model)
-        return JSONResponse(described)
+        described = partial(models.described, parts.registry, parts.base, tenant, model)
+        return JSONResponse(await self._looking_up.run(described))
 
     async def healthz(self) -> Response:
         """Whether the server serves."""
@@ -227,17 +228,20 @@ class HttpApi:
         """What the console's page is made of."""
         return console.file(file)
 
-    async def key_map(self, request: Request) -> dict[str, Any]:
+    async def key_map(self, request: Request) -> Response:
         """The router's keys as points of a plane, and a text among them."""
         body = parsed(MapRequest, await request.body())
-        routing = self._served().routing
-        drawn: KeyMap | None = await self._run(routing.key_map, calls.current().tenant, body.text)
-        return console.map_object(drawn)
+        routing, tenant = self._served().routing, calls.current().tenant
+
+        def answer() -> Response:  # written there as well: there may be thousands of points
+            return JSONResponse(console.map_object(routing.key_map(tenant, body.text)))
+
+        return await self._looking_up.run(answer)
 
     async def _answer(self, body: Generation, question: asking.Question, form: Form) -> Response:
         parts = self._served()
         if question.asked[0].sampling.HasField("logprobs"):
-            await self._run(parts.texts.load)
+            await self._looking_up.run(parts.texts.load)
         envelope = Envelope(
             form, calls.current().request_id, body.model, f"fp_{parts.fingerprint[:12]}"
         )
@@ -258,18 +262,18 @@ class HttpApi:
             body = parsed(kind, data)
             return body, ask(body, base, most, timeout)
 
-        if len(data) <= _SHORT:
-            return read()
-        with self._large.taken(calls.current().tenant):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads.tokenize, read)
+        return read() if len(data) <= _SHORT else await self._reading.run(read)
 
     def _text(self, prompt: Any) -> str:
         if prompt.WhichOneof("kind") == "text":
             return str(prompt.text)
         return self._served().tokenizer.decode(list(prompt.token_ids.ids))
 
-    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._lookups.taken(calls.current().tenant):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads.route, partial(work, *args, **kwargs))
+
+def _hosts(config: Config, *, locked: bool) -> frozenset[str] | None:
+    """The names that the port may be asked for by, besides this machine's; None for any."""
+    names = frozenset(name.strip().lower() for name in config.server.http_names.split(","))
+    if names != {""}:
+        return names - {""}
+    # Where whoever comes is let in, a page of another site could have its own name lead here.
+    return None if locked or config.access.allow_anonymous else frozenset()

@@ -56,7 +56,8 @@ class Guard:
 
     ``names`` gives the route of a request; it is what roles, metrics and logs know it by.
     ``most_bytes`` bounds a body, except of those routes that are ``streaming``; ``stall_seconds``
-    one read and one write. ``local``: there are no keys, and nobody but this machine is to call.
+    one read and one write. ``hosts`` are the names that the server may be asked for by besides this
+    machine's own; None: any.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Guard:
         most_bytes: int,
         *,
         streaming: Collection[str] = (),
-        local: bool,
+        hosts: Collection[str] | None,
         log_calls: bool,
         apart: bool,
     ) -> None:
@@ -82,7 +83,7 @@ class Guard:
         self._log_calls = log_calls
         self._apart = apart
         self._streaming = streaming
-        self._local = local
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -147,11 +148,12 @@ class Guard:
                 field="origin",
                 reason="OTHER_ORIGIN",
             )
-        # Such a page may also have had its name lead here: where whoever comes is let in, the
-        # name that was asked for has to be this machine's.
-        if self._local and not is_loopback(host.rpartition(":")[0] if _PORT.search(host) else host):
+        # Such a page may also have had its name lead here.
+        name = host.rpartition(":")[0] if _PORT.search(host) else host
+        if self._hosts is not None and not is_loopback(name) and name.lower() not in self._hosts:
             raise PermissionDenied(
-                "host: this server is for its own machine; ask for it as localhost",
+                "host: the server does not go by this name; ask for it as localhost, or have the "
+                "name added to server.http_names",
                 field="host",
                 reason="OTHER_HOST",
             )

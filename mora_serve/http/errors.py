@@ -29,6 +29,7 @@ STATUS = {
 }
 # Where HTTP tells apart what gRPC does not, by the reason.
 _STATUS_OF_REASON = {
+    "NO_SUCH_PATH": 404,
     "METHOD_NOT_ALLOWED": 405,
     "STREAM_STALLED": 408,
     "BODY_TOO_LARGE": 413,
@@ -48,6 +49,8 @@ _CODE = {
     "TENANT_RATE": "rate_limit_exceeded",
 }
 _LONGEST = 1000  # characters of a message
+# Forms that a value may have: in pydantic's locations, and no part of what a field is called.
+ONE, LIST, OBJECT = "<one>", "<list>", "<object>"
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -99,9 +102,6 @@ def no_such_path() -> Unimplemented:
     )
 
 
-_STATUS_OF_REASON["NO_SUCH_PATH"] = 404
-
-
 def wrong_method() -> InvalidArgument:
     """The error for another HTTP method than the path's."""
     return InvalidArgument(
@@ -121,14 +121,14 @@ def of_validation(errors: Sequence[Any]) -> InvalidArgument:
         return InvalidArgument("body: it is no JSON object; send one")
     key = first.get("ctx", {}).get("key")
     field = field_of([*first["loc"], *([key] if key else [])])
+    where = field or "body"
     if kind == "extra_forbidden":
         return InvalidArgument(
-            f"{field}: it is unknown to this server; leave it out",
+            f"{where}: it is unknown to this server; leave it out",
             field=field,
             reason="UNKNOWN_PARAMETER",
         )
     reason = kind.upper() if kind.startswith("unsupported") else "INVALID_ARGUMENT"
-    where = field or "body"
     return InvalidArgument(f"{where}: {message}", field=field, reason=reason)
 
 
@@ -143,6 +143,8 @@ def field_of(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             field += f"[{part}]"
+        elif part in (ONE, LIST, OBJECT):
+            continue
         elif re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", part):
             field += f".{part}" if field else part
         else:

@@ -9,7 +9,8 @@ file name is the file's.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 from google.protobuf import json_format
@@ -21,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mora_serve.errors import InvalidArgument
+from mora_serve.http.aside import Aside
 from mora_serve.server.convert import invalid
 from mora_serve.server.services import Services
 from mora_serve.v1 import adapters_pb2, router_pb2, server_pb2
@@ -28,40 +30,52 @@ from mora_serve.v1 import adapters_pb2, router_pb2, server_pb2
 UPLOAD = "/mora_serve.v1.AdapterService/UploadAdapter"
 _MODULES = (adapters_pb2, router_pb2, server_pb2)
 _DEPTH = 32  # of nested objects
+_SHORT = 8 << 10  # bytes of JSON that are read on the event loop: some milliseconds
 _HEADER_BYTES = 1 << 20  # of the upload's header, example prompts included
 _PART_BYTES = 4096  # of the headers of a part
 
 Endpoint = Callable[[Request], Any]
+_Part = bytes | adapters_pb2.FileChunk  # the JSON of a header, or some of a file
 
 
-def endpoints(services: Callable[[], Services]) -> Iterator[tuple[str, str, Endpoint]]:
-    """Path, summary and endpoint of each call with one request and one answer, and of uploads."""
+def endpoints(
+    services: Callable[[], Services], reading: Aside
+) -> Iterator[tuple[str, str, Endpoint]]:
+    """Path, summary and endpoint of each call with one request and one answer, and of uploads.
+
+    ``reading`` is where large JSON is read.
+    """
     for module in _MODULES:
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 path = f"/{service.full_name}/{method.name}"
                 if path == UPLOAD:
-                    yield path, "UploadAdapter, as a form", _upload(services)
+                    yield path, "UploadAdapter, as a form", _upload(services, reading)
                 elif not (method.client_streaming or method.server_streaming):
-                    kind = GetMessageClass(method.input_type)
-                    yield path, method.name, _unary(services, service.full_name, method.name, kind)
+                    read = partial(_read, reading, GetMessageClass(method.input_type), "body")
+                    yield path, method.name, _unary(services, service.full_name, method.name, read)
 
 
 def _unary(
-    services: Callable[[], Services], service: str, method: str, kind: type[Message]
+    services: Callable[[], Services],
+    service: str,
+    method: str,
+    read: Callable[[bytes], Awaitable[Message]],
 ) -> Endpoint:
     async def endpoint(request: Request) -> Response:
-        message = _parsed(await request.body() or b"{}", kind(), "body")
+        message = await read(await request.body() or b"{}")
         handle = getattr(services().servicers[service], method)
         return _answer(await handle(message, None))
 
     return endpoint
 
 
-def _upload(services: Callable[[], Services]) -> Endpoint:
+def _upload(services: Callable[[], Services], reading: Aside) -> Endpoint:
+    header = partial(_read, reading, adapters_pb2.UploadHeader, "header")
+
     async def endpoint(request: Request) -> Response:
         handle = services().servicers["mora_serve.v1.AdapterService"].UploadAdapter
-        return _answer(await handle(_parts(request), None))
+        return _answer(await handle(_parts(request, header), None))
 
     return endpoint
 
@@ -72,6 +86,12 @@ def _answer(message: Message) -> Response:
             message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
     )
+
+
+async def _read(reading: Aside, kind: type[Any], field: str, data: bytes) -> Any:
+    """The message that JSON says. Raises InvalidArgument, about ``field``."""
+    parse = partial(_parsed, data, kind(), field)
+    return parse() if len(data) <= _SHORT else await reading.run(parse)
 
 
 def _parsed(data: bytes, message: Any, field: str) -> Any:
@@ -88,7 +108,9 @@ def _parsed(data: bytes, message: Any, field: str) -> Any:
     return message
 
 
-async def _parts(request: Request) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+async def _parts(
+    request: Request, header: Callable[[bytes], Awaitable[Any]]
+) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
     """The messages of an upload, as its form comes in."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
@@ -99,18 +121,24 @@ async def _parts(request: Request) -> AsyncIterator[adapters_pb2.UploadAdapterRe
             reason="NOT_A_FORM",
         )
     form = _Form(boundary)
+
+    async def message(part: _Part) -> adapters_pb2.UploadAdapterRequest:
+        if isinstance(part, bytes):
+            return adapters_pb2.UploadAdapterRequest(header=await header(part))
+        return adapters_pb2.UploadAdapterRequest(chunk=part)
+
     async for data in request.stream():
-        for message in form.feed(data):
-            yield message
-    for message in form.end():
-        yield message
+        for part in form.feed(data):
+            yield await message(part)
+    for part in form.end():
+        yield await message(part)
 
 
 class _Form:
     """A form's parts as they come: nothing but the header and one piece is kept."""
 
     def __init__(self, boundary: bytes) -> None:
-        self._out: list[adapters_pb2.UploadAdapterRequest] = []
+        self._out: list[_Part] = []
         self._size = 0
         self._name = self._value = b""
         self._headers: dict[bytes, bytes] = {}
@@ -129,8 +157,8 @@ class _Form:
             },
         )
 
-    def feed(self, data: bytes) -> list[adapters_pb2.UploadAdapterRequest]:
-        """The messages that come with some more bytes."""
+    def feed(self, data: bytes) -> list[_Part]:
+        """What is complete with some more bytes."""
         try:
             self._parser.write(data)
         except FormParserError:
@@ -138,7 +166,7 @@ class _Form:
         out, self._out = self._out, []
         return out
 
-    def end(self) -> list[adapters_pb2.UploadAdapterRequest]:
+    def end(self) -> list[_Part]:
         """What is left. Raises InvalidArgument for a form that breaks off."""
         try:
             self._parser.finalize()
@@ -179,12 +207,10 @@ class _Form:
             if len(self._header) > _HEADER_BYTES:
                 raise invalid("header", "it is too long; send fewer example prompts")
             return
-        chunk = adapters_pb2.FileChunk(file=self._file, data=bytes(data[start:end]))
-        self._out.append(adapters_pb2.UploadAdapterRequest(chunk=chunk))
+        self._out.append(adapters_pb2.FileChunk(file=self._file, data=bytes(data[start:end])))
 
     def _on_end(self) -> None:
         if self._file is not None:
             return
-        header = _parsed(bytes(self._header), adapters_pb2.UploadHeader(), "header")
+        self._out.append(bytes(self._header))
         self._header.clear()
-        self._out.append(adapters_pb2.UploadAdapterRequest(header=header))

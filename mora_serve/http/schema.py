@@ -13,7 +13,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -77,23 +79,42 @@ def _same(value: Any, neutral: Any) -> bool:
     return type(value) is type(neutral) and bool(value == neutral)
 
 
-Number = Annotated[float, Field(strict=False)]
 Count = Annotated[int, Field(ge=0, le=_UINT32)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _one_or_more(value: Any) -> str:
+    return errors.LIST if isinstance(value, list) else errors.ONE
+
+
+def _one_or_object(value: Any) -> str:
+    return errors.OBJECT if isinstance(value, dict) else errors.ONE
+
+
+# What is wrong with one of several forms is told of the form that was meant.
+Texts = Annotated[
+    Annotated[str, Tag(errors.ONE)] | Annotated[list[str], Field(fail_fast=True), Tag(errors.LIST)],
+    Discriminator(_one_or_more),
+]
 
 
 class AdapterWeight(Body):
     """One adapter of a mixture."""
 
-    weight: Number = 1.0
+    weight: float = 1.0
     digest: str = ""
+
+
+Weight = Annotated[
+    Annotated[AdapterWeight, Tag(errors.OBJECT)] | Annotated[float, Tag(errors.ONE)],
+    Discriminator(_one_or_object),
+]
 
 
 class Mora(Body):
     """How ``model: "auto"`` chooses: a mixture, tasks, or what the router picks from."""
 
     adapters: Annotated[
-        dict[str, AdapterWeight | Number] | None,
+        dict[str, Weight] | None,
         BeforeValidator(_few),
         Field(
             description="An explicit mixture, by the adapters' names: weights, or objects as the "
@@ -141,17 +162,17 @@ class Generation(Body):
     n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: Annotated[int | None, Field(ge=-_INT64, lt=2 * _INT64)] = None
-    stop: str | Texts | None = None
+    stop: Texts | None = None
     user: Annotated[str | None, Field(description="Accepted and not used.")] = None
     # Of this server's engine, under the names that other servers of open models use.
     top_k: Count | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop_token_ids: Annotated[list[Count] | None, Field(fail_fast=True)] = None
     ignore_eos: bool | None = None
 
@@ -165,6 +186,13 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag(errors.ONE)]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag(errors.LIST)],
+    Discriminator(_one_or_more),
+]
 
 
 class Message(Body):
@@ -183,7 +211,7 @@ class Message(Body):
     role: Annotated[
         str, Field(description="`system` (or `developer`), `user`, `assistant` or `tool`.")
     ]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: Content | None = None
 
 
 class ChatCompletionRequest(Generation):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,7 +23,8 @@ from mora_serve.server import tls
 from mora_serve.server.gate import Places
 from mora_serve.server.strangers import host_of
 
-HEADER_SECONDS = 15.0  # for a request's headers to come in, from its first byte or the connection's
+# For TLS's handshake; then for a request's headers, from its first byte or the connection's.
+HEADER_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 75  # for the next request of a connection
 HEADER_BYTES = 64 << 10
 CONNECTIONS = 4096
@@ -69,6 +72,13 @@ class Protocol(H11Protocol):
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: say so, or hang up where an answer has begun or is over."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
     def _await_request(self) -> None:
         self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
@@ -79,7 +89,27 @@ class Protocol(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the process's signals to the server that it is a part of."""
+    """Leaves the process's signals to the server that it is a part of; handshakes are bounded."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections."""
+        config = self.config
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        make = partial(
+            protocol,
+            config=config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        secure: dict[str, Any] = {}
+        if config.ssl is not None:
+            secure = {"ssl": config.ssl, "ssl_handshake_timeout": HEADER_SECONDS}
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(make, sock=listening, backlog=_BACKLOG, **secure)
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,7 +121,7 @@ class HttpServer:
     """Serves ``app`` on a socket that listens already."""
 
     def __init__(self, app: ASGIApp, listening: socket.socket, secure: ssl.SSLContext | None):
-        self.places = Places(CONNECTIONS, "connections")
+        self.places = Places(most_connections(), "connections")
         config = uvicorn.Config(
             app,
             http=partial(Protocol, places=self.places),  # type: ignore[arg-type]
@@ -131,6 +161,12 @@ class HttpServer:
             for connection in list(self._uvicorn.server_state.connections):
                 connection.transport.abort()
             await asyncio.wait((self._task,), timeout=1.0)
+
+
+def most_connections() -> int:
+    """``CONNECTIONS``, or half of the files that the process may open: gRPC's are among them."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
 
 
 def listen(host: str, port: int, prefix: str) -> socket.socket:

@@ -63,23 +63,45 @@ class Checkpoint:
         """The keys stored beside a weight, e.g. its absmax."""
         return (key for key in self._files if key.startswith(name + "."))
 
+    def size(self, name: str) -> tuple[int, ...]:
+        """A tensor's size, by the file's header. Raises ConfigError when it is missing."""
+        self._check(name)
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def on_host(self, name: str) -> Tensor:
+        """One tensor as it is in the mapped file. Raises ConfigError when it is missing."""
+        self._check(name)
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
     def tensor(
-        self, name: str, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, ...] | None = None,
+        part: tuple[slice, slice] | None = None,
     ) -> Tensor:
-        """One tensor on the device. Raises ConfigError when it is missing or not of that size."""
+        """One tensor on the device, or the rows and columns of a matrix that ``part`` says.
+
+        Raises ConfigError when it is missing or not of that size.
+        """
+        self._check(name)
+        if size is not None and (found := self.size(name)) != size:
+            raise ConfigError(
+                f"base.model: tensor {name} is {list(found)}, by the configuration it "
+                f"should be {list(size)}; check that both are of one model",
+                field="base.model",
+            )
+        file = self._files[name]
+        tensor: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+        return tensor.to(self.device, dtype, copy=dtype is not None)
+
+    def _check(self, name: str) -> None:
         if name not in self._files:
             raise ConfigError(
                 f"base.model: tensor {name} is missing; download the model again",
                 field="base.model",
             )
-        tensor: Tensor = self._files[name].get_tensor(name)
-        if size is not None and tensor.shape != size:
-            raise ConfigError(
-                f"base.model: tensor {name} is {list(tensor.shape)}, by the configuration it "
-                f"should be {list(size)}; check that both are of one model",
-                field="base.model",
-            )
-        return tensor.to(self.device, dtype, copy=dtype is not None)
 
 
 def _files(directory: Path) -> list[tuple[Path, set[str] | None]]:

@@ -17,6 +17,7 @@ from mora_serve.model.attention import Attention
 from mora_serve.model.passes import rms_norm, rotate, swiglu
 from mora_serve.model.quant import Linear, Table, Weight
 from mora_serve.model.shape import ModelShape
+from mora_serve.model.shard import SUMMED, Group, Shard
 
 
 class Adapters(Protocol):
@@ -57,7 +58,9 @@ class Wanted:
 class Decoder:
     """Embedding, layers, head. All methods are differentiable in the adapters.
 
-    Tied, ``embedding`` and ``head`` are one object.
+    Tied, ``embedding`` and ``head`` are one object. Where a ``group`` of ranks shares the base,
+    ``shape`` is that of this rank's ``shard``: layers and head are its parts, the embedding and the
+    residual stream are whole.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class Decoder:
         head: Weight,
         inverse_frequencies: Tensor,
         rope_scale: float = 1.0,
+        shard: Shard | None = None,
+        group: Group | None = None,
     ) -> None:
         self.shape = shape
+        self.shard, self.group = shard, group
         self.embedding = embedding
         self.layers = layers
         self.norm = norm
@@ -147,13 +153,18 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden [T, hidden] -> logits [T, vocabulary] in float32."""
-        return self.head.matmul(hidden).float()
+        logits = self.head.matmul(hidden)
+        if self.group is not None:
+            logits = self.group.join(logits, self.shape.vocab_size)
+        return logits.float()
 
     def _site(self, layer: int, site: str, x: Tensor, adapters: Adapters | None) -> Tensor:
         linear = self.layers[layer].sites[site]
         y = linear.matmul(x)
         if adapters is not None:
             y = adapters.apply(layer, site, x, y)
+        if self.group is not None and site in SUMMED:
+            y = self.group.sum(y)
         return y if linear.bias is None else y + linear.bias
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

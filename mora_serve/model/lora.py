@@ -218,12 +218,11 @@ class PooledAdapters:
                     y[:, out].index_add_(0, segment.rows, delta)
 
 
-def dora_scale(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
-    """c = m / ||W + BA|| per output row, in float32.
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """||W + BA|| per output row, by which DoRA's c is m / ||W + BA||, in float32: [out].
 
-    weight [out, in] dequantised; a [rank, in]; b [rank, out] with the scaling folded in;
-    magnitude [out].
+    weight [out, in] dequantised; a [rank, in]; b [rank, out] with the scaling folded in.
     """
     merged = torch.addmm(weight.float(), b.float().T, a.float())
     norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
-    return magnitude.float() / norm
+    return norm

@@ -7,9 +7,9 @@ which fuses q/k/v and gate/up. Nested (double-quantised) checkpoints are un-nest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from mora_serve.model.footprint import BLOCK
 # Dequantised rows at a time: small enough to stay in the cache and to be reused by the allocator,
 # where one large buffer a call would be mapped and faulted in anew (4x slower on the CPU).
 CHUNK_ELEMENTS = 1 << 20
+# Elements quantised at a time on a card, which fills it, and is little beside one layer in 16 bits.
+CARD_CHUNK_ELEMENTS = 1 << 24
 
 
 # MKL computes the last rows of a product whose number of rows is not a multiple of its tile with
@@ -68,6 +70,27 @@ class DenseWeight:
         """Rows by index [n] int64 -> [n, in] in ``dtype``."""
         return F.embedding(indices, self.weight).to(dtype)
 
+    def stacked(self, below: object) -> Self | None:
+        """See Stackable."""
+        if not isinstance(below, DenseWeight):
+            return None
+        return type(self)(torch.cat([self.weight, below.weight]))
+
+
+def by_chunks(
+    x: Tensor, shape: tuple[int, int], dequantise: Callable[[torch.dtype, int, int], Tensor]
+) -> Tensor:
+    """x [rows, in] -> x @ W.T [rows, out], W [out, in] being dequantised some rows at a time."""
+    rows, columns = shape
+    step = max(1, CHUNK_ELEMENTS // columns)
+    if rows <= step or x.is_cuda or x.requires_grad:
+        return product(x, dequantise(x.dtype, 0, rows))
+    out = x.new_empty(x.shape[0], rows)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        out[:, start:stop] = product(x, dequantise(x.dtype, start, stop))
+    return out
+
 
 @dataclass(slots=True)
 class NF4Weight:
@@ -88,15 +111,7 @@ class NF4Weight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [rows, in] -> x @ W.T [rows, out], a chunk of output rows at a time."""
-        rows, columns = self.shape
-        step = max(1, CHUNK_ELEMENTS // columns)
-        if rows <= step or x.is_cuda or x.requires_grad:
-            return product(x, self.dequantise(x.dtype))
-        out = x.new_empty(x.shape[0], rows)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            out[:, start:stop] = product(x, self.dequantise(x.dtype, start, stop))
-        return out
+        return by_chunks(x, self.shape, self.dequantise)
 
     def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of the matrix in ``dtype``."""
@@ -112,6 +127,14 @@ class NF4Weight:
             dtype,
         )
         return out
+
+    def stacked(self, below: object) -> Self | None:
+        """See Stackable."""
+        if not isinstance(below, NF4Weight) or below.absmax.shape[1] != self.absmax.shape[1]:
+            return None
+        return type(self)(
+            torch.cat([self.codes, below.codes]), torch.cat([self.absmax, below.absmax])
+        )
 
 
 class Weight(Protocol):
@@ -133,6 +156,14 @@ class Weight(Protocol):
 
     def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of the matrix in ``dtype``."""
+        ...
+
+
+class Stackable(Weight, Protocol):
+    """A weight as it is loaded, which may become one with its neighbours."""
+
+    def stacked(self, below: object) -> Self | None:
+        """Both matrices as one, ``below``'s rows after these; None where they are not of a kind."""
         ...
 
 
@@ -180,34 +211,29 @@ class Linear:
         return torch.cat(pieces)
 
 
-def fuse(parts: Sequence[Weight], bias: Tensor | None = None) -> Linear:
+def fuse(parts: Sequence[Stackable], bias: Tensor | None = None) -> Linear:
     """Stack weights along the output; neighbours of one kind become one weight."""
-    merged: list[Weight] = []
+    merged: list[Stackable] = []
     for part in parts:
-        last = merged[-1] if merged else None
-        if isinstance(last, NF4Weight) and isinstance(part, NF4Weight):
-            if last.absmax.shape[1] == part.absmax.shape[1]:
-                merged[-1] = NF4Weight(
-                    torch.cat([last.codes, part.codes]), torch.cat([last.absmax, part.absmax])
-                )
-                continue
-        elif isinstance(last, DenseWeight) and isinstance(part, DenseWeight):
-            merged[-1] = DenseWeight(torch.cat([last.weight, part.weight]))
-            continue
-        merged.append(part)
+        both = merged[-1].stacked(part) if merged else None
+        if both is None:
+            merged.append(part)
+        else:
+            merged[-1] = both
     return Linear(tuple(merged), bias)
 
 
 def quantise(weight: Tensor) -> NF4Weight:
-    """Quantise a [out, in] matrix to NF4, a few rows at a time.
+    """Quantise a [out, in] matrix to NF4 where it is, a few rows at a time.
 
-    bitsandbytes' CPU quantiser needs 16 times the memory of its input; blocks of 64 are
-    independent, so chunks of rows give the same codes.
+    Each chunk is taken in float32, and bitsandbytes' CPU quantiser needs 16 times the memory of
+    its input; blocks of 64 are independent, so chunks of rows give the same codes.
     """
     import bitsandbytes.functional as bnb
 
     rows, columns = weight.shape
-    step = max(1, CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else rows
+    chunk = CHUNK_ELEMENTS if weight.device.type == "cpu" else CARD_CHUNK_ELEMENTS
+    step = max(1, chunk // columns)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, columns // BLOCK, dtype=torch.float32, device=weight.device)
     for start in range(0, rows, step):

@@ -12,8 +12,9 @@ from mora_serve.adapters.storage import SharedStorage, Storage
 from mora_serve.config import Config
 from mora_serve.core import DEFAULT_TENANT, SHARED_TENANT
 from mora_serve.engine.engine import Engine
+from mora_serve.engine.team import Team, load_ranks
 from mora_serve.errors import ConfigError, MoraError
-from mora_serve.model.loading import Base, Progress, load_base
+from mora_serve.model.loading import Base, Progress
 from mora_serve.router.feedback import FeedbackStore
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import Selector
@@ -54,14 +55,24 @@ def assemble(config: Config) -> Assembly:
     """
     start = time.monotonic()
     log.info("loading base %s", config.base.model)
-    base = load_base(config.base, _progress())
+    base, team = load_ranks(config, _progress())
+    try:
+        return _assemble(config, base, team, start)
+    except BaseException:
+        if team is not None:
+            team.close()
+        raise
+
+
+def _assemble(config: Config, base: Base, team: Team | None, start: float) -> Assembly:
     log.info(
-        "loaded %s (%s) in %.1f s: %.1f MB of linear weights, %.1f MB besides",
+        "loaded %s (%s) in %.1f s: %.1f MB of linear weights, %.1f MB besides%s",
         base.name,
         base.shape.model_type,
         time.monotonic() - start,
         base.linear_bytes / 1e6,
         base.other_bytes / 1e6,
+        "" if team is None else f", on each of {team.group.size} ranks",
     )
     state = Path(config.server.state) if config.server.state else None
     place = _place(config, state)
@@ -80,7 +91,7 @@ def assemble(config: Config) -> Assembly:
                 "raise its limits, or serve another base",
                 field="base.model",
             ) from e
-    engine = Engine(base, config, registry.open)
+    engine = Engine(base, config, registry.open, team)
     engine.warm_up()
     # The engine does not run yet: states for the stored adapters' keys are computed right here.
     routing = Routing(registry, base.fingerprint, EngineStates(engine))

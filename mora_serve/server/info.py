@@ -84,7 +84,7 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             max_stop=config.engine.max_stop,
             max_logprobs=config.engine.max_logprobs,
             max_adapters=config.adapters.max_adapters,
-            slots=config.adapters.slots,
+            slots=assembly.engine.pool.slots.slots,
             max_adapter_bytes=config.adapters.max_bytes,
             max_prompts=config.adapters.max_prompts,
             max_queue=config.engine.max_queue,

@@ -10,6 +10,7 @@ The names of attributes are those of the conventions for GenAI spans; ``mora.`` 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -155,9 +156,11 @@ class Tracing:
         except MoraError as e:
             made.failed(e.code, e.reason)
             raise
-        except BaseException as e:
-            cancelled = type(e).__name__ in ("CancelledError", "GeneratorExit")
-            made.failed("CANCELLED" if cancelled else "INTERNAL", "")
+        except (asyncio.CancelledError, GeneratorExit):
+            made.failed("CANCELLED", "")
+            raise
+        except BaseException:
+            made.failed("INTERNAL", "")
             raise
         finally:
             span.end()

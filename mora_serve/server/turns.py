@@ -35,8 +35,13 @@ class TurnExecutor(Executor):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         # All of them from the start: a pool that still grows looks like a leak.
         self._beginning = threading.Barrier(threads)
-        for _ in range(threads):
-            self._threads.submit(self._beginning.wait)
+        try:
+            for _ in range(threads):
+                self._threads.submit(self._beginning.wait)
+        except RuntimeError:  # the system has no more: those that began would wait for ever
+            self._threads.shutdown(wait=False)
+            self._beginning.abort()
+            raise
         self._lock = threading.Lock()
         self._lines: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}  # by turn
 

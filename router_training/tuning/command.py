@@ -185,9 +185,11 @@ def _example() -> str:
 def _check(args: argparse.Namespace) -> int:
     def work() -> int:
         from mora_serve.model.loading import read_base
+        from router_training.trainable import check_trainable
         from router_training.tuning.prepared import marked, prepare
 
         settings = read_tune_settings(args.config, args.overrides)
+        check_trainable(settings.base_model, "base_model")
         base = read_base(settings.base_model)
         if settings.rl is not None:
             return _check_preferences(settings, base.tokenizer, as_json=args.json)

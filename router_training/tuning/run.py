@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from mora_serve.model.loading import BaseFiles, read_base
 from router_training.output import writable
+from router_training.trainable import check_trainable
 from router_training.tuning import ranks, sft
 from router_training.tuning.adalora import Budget, regularised, save_as_lora
 from router_training.tuning.begin import with_adapter
@@ -56,6 +57,7 @@ def train(settings: TuneSettings, log: Log) -> Trained:
     and where the output directory has a run of other ones.
     """
     check_machine(settings)
+    check_trainable(settings.base_model, "base_model")
     writable(Path(settings.output_dir), "output_dir")
     names = together(settings)
     set_seed(settings.seed)  # before the trainer does: of how an adapter begins

@@ -16,6 +16,7 @@ from mora_serve.client import Client
 from mora_serve.core import API_KEY
 from mora_serve.errors import InvalidArgument
 from mora_serve.model.loading import BaseFiles, read_base
+from router_training.trainable import check_trainable
 from router_training.tuning import ranks
 from router_training.tuning.answers import METRICS, Answered, answer, answerable, served, upload
 from router_training.tuning.encoding import CHATML, Encoder
@@ -112,6 +113,7 @@ def evaluate(settings: TuneSettings, directories: Mapping[str, Path], log: Log) 
     for directory in directories.values():
         _present(directory, settings)
     check_machine(settings)
+    check_trainable(settings.base_model, "base_model")
     base = read_base(settings.base_model)
     prepared = prepare(settings, base.tokenizer)
     found = evaluated(settings, base, prepared, directories, log)

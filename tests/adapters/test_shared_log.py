@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +33,10 @@ def filled(count: int, snapshots: tuple[int, ...] = ()) -> tuple[Objects, Shared
         if number in snapshots:
             log.snapshot(number, list(range(1, number + 1)))
     return objects, log
+
+
+def numbers(objects: Objects, folder: str) -> list[int]:
+    return sorted(int(n[:20]) for n in objects.sizes(folder))
 
 
 def name(number: int, folder: str = "log") -> str:
@@ -95,12 +100,37 @@ def test_a_writer_whom_snapshots_overtake_in_the_act_is_not_told_that_it_succeed
 
 def test_a_snapshot_leaves_the_one_before_and_the_changes_since() -> None:
     objects, log = filled(8, snapshots=(2, 4, 6))
-    assert [int(n[:20]) for n in sorted(objects.sizes("log"))] == [5, 6, 7, 8]
-    assert [int(n[:20]) for n in sorted(objects.sizes("snapshots"))] == [4, 6]
+    assert numbers(objects, "log") == [5, 6, 7, 8]
+    assert numbers(objects, "snapshots") == [4, 6]
     before = objects.sizes("log")
     SharedLog(objects).snapshot(5, [])
     assert objects.sizes("log") == before
     assert log.since_snapshot(8) == 2
+
+
+def test_who_counts_by_an_old_snapshot_takes_no_other_and_frees_no_numbers() -> None:
+    objects, log = filled(8, snapshots=(6,))
+    log.snapshot(8, [], least=3)
+    assert numbers(objects, "snapshots") == [6]
+    log.snapshot(8, [], least=2)
+    assert numbers(objects, "snapshots") == [6, 8]
+
+
+def test_a_reader_whose_next_change_is_gone_hears_of_the_others_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects, log = filled(7)
+    reader = SharedLog(objects)
+    assert reader.read(0).changes[-1][0] == 7
+    for number in (8, 9):
+        log.append(number, change(number))
+        log.snapshot(number, [])
+    assert numbers(objects, "log") == [9]
+    later = time.monotonic() + 3.0
+    assert not reader.newer(7)  # it looked just now
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    assert reader.newer(7)
+    assert not reader.newer(9)
 
 
 def test_a_damaged_change_is_passed_over_by_all_readers_alike() -> None:

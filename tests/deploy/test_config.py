@@ -29,6 +29,8 @@ def test_who_listens_beyond_the_machine_says_who_may_call(path: Path):
     if config.server.host != Config().server.host:
         assert config.server.tls_cert or config.server.allow_plaintext
         assert config.access.file or config.access.allow_anonymous
+    if config.server.http_host != Config().server.http_host:
+        assert config.access.file or config.server.http_names  # against DNS rebinding
 
 
 def test_the_environment_file_names_keys_that_exist():

@@ -30,6 +30,7 @@ from mora_serve.demo.process import free_port
 from tests.deploy.test_images import DOCKERFILE, USER
 from tests.deploy.test_prometheus import QUERIES, promtool
 
+REPLACED = ("/tmp", "/var/lib", "/var/cache")  # noqa: S108 - places that are made anew
 VOLUMES = ("/var/lib/mora-serve", "/var/cache/mora-serve")
 _USER, _GROUP = USER.split(":")
 CONTAINED = ["unshare", f"--map-user={_USER}", f"--map-group={_GROUP}", "--mount", "--keep-caps"]
@@ -61,6 +62,8 @@ class Live:
 def can_contain() -> bool:
     if not all(map(shutil.which, ("unshare", "setpriv"))):
         return False
+    if any(Path(p).is_relative_to(place) for p in (ROOT, sys.prefix) for place in REPLACED):
+        return False  # what runs would not be there
     probe = [*CONTAINED, "bash", "-ec", SURROUNDINGS, "-", "true"]
     return subprocess.run(probe, capture_output=True).returncode == 0
 

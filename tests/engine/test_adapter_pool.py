@@ -182,8 +182,8 @@ def test_dora_scales_are_made_once(make_engine, monkeypatch):
     """A DoRA adapter that comes back to the device needs no pass over the base."""
     local = make_engine(slots=4)
     made = []
-    scale = host_adapters.dora_scale
-    monkeypatch.setattr(host_adapters, "dora_scale", lambda *a: made.append(1) or scale(*a))
+    norm = host_adapters.dora_norm
+    monkeypatch.setattr(host_adapters, "dora_norm", lambda *a: made.append(1) or norm(*a))
     pool = local.engine.pool
     first = hold(local, "dora")
     scales = [p.dora[pool.slot(*first)].clone() for p in pool.slots.parts() if p.dora is not None]

@@ -128,6 +128,8 @@ def test_answers_that_come_later_than_foretold_move_deadlines_away() -> None:
 
     with pytest.raises(ResourceExhausted, match="deadline"):
         late()
+    # Nobody else's deadlines have moved.
+    admission.check("another", 10, OUTPUT, 1.5 * admission.expected("another", 10, OUTPUT).end)
 
 
 def test_who_leaves_says_nothing_of_the_forecast() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mora_serve.engine.margin import LATE, LEAST, MOST, Margin
+from mora_serve.engine.margin import LATE, LEAST, MOST, TENANTS, Margin, Margins
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.5])
@@ -29,6 +29,15 @@ def test_a_forecast_that_holds_needs_little() -> None:
     for _ in range(2000):
         margin.ended(2.0, 2.0)
     assert LEAST == margin.value < missed
+
+
+def test_as_many_tenants_as_are_kept_and_no_more() -> None:
+    margins = Margins()
+    margins.learning("first").missed()
+    assert margins.value("first") > LEAST == margins.value("nobody")
+    for i in range(TENANTS):
+        margins.learning(str(i))
+    assert margins.value("first") == LEAST
 
 
 @given(st.lists(st.one_of(st.none(), st.tuples(st.floats(0.01, 100), st.floats(0, 1000)))))

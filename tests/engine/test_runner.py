@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,9 @@ def test_without_a_quota_it_is_what_the_system_says(
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert allowed_cores(tmp_path / "none") == 4
+
+
+def test_the_engine_is_imported_without_triton() -> None:
+    """There are no wheels of it for every system; its kernels are imported where they run."""
+    code = "import sys; sys.modules['triton'] = None; import mora_serve.engine.engine"
+    subprocess.run([sys.executable, "-c", code], check=True)

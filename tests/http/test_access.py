@@ -218,7 +218,9 @@ class TestOtherSites:
             assert http.get("/v1/models", headers={"origin": own}).status_code == 200
             assert http.get("/v1/models", headers={"origin": "null"}).status_code == 403
 
-    def test_may_not_have_their_name_lead_here(self, serving: Running, guarded: Guarded) -> None:
+    def test_may_not_have_their_name_lead_here(
+        self, serving: Running, guarded: Guarded, root: Path
+    ) -> None:
         """DNS rebinding: the page's own name has come to mean this machine."""
         with asking(serving) as http:
             for host, status in (
@@ -228,6 +230,18 @@ class TestOtherSites:
                 ("localhost", 200),
                 ("localhost:1", 200),
                 ("[::1]:8000", 200),
+            ):
+                assert http.get("/v1/models", headers={"host": host}).status_code == status
+        config = with_http(
+            root, access={"allow_anonymous": True}, server={"http_names": "a.example, Mora"}
+        )
+        with running(config) as named, asking(named) as http:
+            for host, status in (
+                ("evil.example", 403),
+                ("a.example.evil.example", 403),
+                ("A.example:8000", 200),
+                ("mora", 200),
+                ("localhost", 200),
             ):
                 assert http.get("/v1/models", headers={"host": host}).status_code == status
         with guarded.ask("generate") as http:  # where there are keys, the page has none

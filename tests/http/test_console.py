@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from mora_serve.core import EngineStats
 from mora_serve.http import console
+from mora_serve.metrics import Metrics
+from mora_serve.router.key_map import KeyMap
+from tests.deploy.test_prometheus import sample_names
 from tests.http.conftest import asking
 from tests.server.conftest import Running
 
@@ -51,6 +57,20 @@ def test_every_element_that_scripts_look_for_is_there(page: str) -> None:
         assert wanted <= ids, script.name
 
 
+def test_every_metric_that_scripts_read_is_the_servers() -> None:
+    """Of a histogram by its own name, to which they add what they need."""
+    metrics = Metrics("1")
+    metrics.watch(EngineStats, lambda digests: (), lambda: 0)
+    served = sample_names(metrics.registry)
+    read = {
+        name
+        for script in STATIC.glob("*.js")
+        for name in re.findall(r'"(mora_\w+)"', script.read_text())
+    }
+    assert len(read) >= 10
+    assert {name for name in read if not {name, f"{name}_bucket"} & served} == set()
+
+
 def test_every_field_of_a_form_has_a_label(page: str) -> None:
     without = re.sub(r"<label.*?</label>", "", page, flags=re.S)
     assert not re.search(r"<(input|textarea|select)", without)
@@ -77,6 +97,20 @@ def test_the_map_has_the_adapters_and_the_text(demo: Running) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "texts")
         with asking(demo, **{"mora-tenant": "another"}) as other:
             assert other.post(MAP, json={"text": "x"}).json()["adapters"] == []
+
+
+def test_the_map_is_written_on_a_thread(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have thousands of points: they would keep everybody waiting."""
+    write, threads = console.map_object, []
+
+    def written(drawn: KeyMap | None) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return write(drawn)
+
+    monkeypatch.setattr(console, "map_object", written)
+    with asking(demo) as http:
+        assert http.post(MAP, json={}).json()["adapters"]
+    assert [name.partition("_")[0] for name in threads] == ["route"]
 
 
 def test_without_a_router_the_map_is_empty(http: httpx.Client) -> None:

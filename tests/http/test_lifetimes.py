@@ -132,14 +132,12 @@ def test_a_full_line_is_429_and_comes_with_a_time(root: Path) -> None:
     with running(with_http(root, engine={"max_batch": 1, "max_queue": 1})) as serving:
         slow_steps(serving)
         with asking(serving) as http, concurrent.futures.ThreadPoolExecutor(2) as threads:
-            streams = [
-                http.send(
-                    http.build_request("POST", "/v1/completions", json={**LONG, "stream": True}),
-                    stream=True,
-                )
-                for _ in range(2)
-            ]
-            wait_for(lambda: stats(serving).running and stats(serving).waiting)
+            streams = []
+            for there in (lambda: stats(serving).running, lambda: stats(serving).waiting):
+                body = {**LONG, "stream": True}
+                request = http.build_request("POST", "/v1/completions", json=body)
+                streams.append(http.send(request, stream=True))
+                wait_for(there)
             answer = threads.submit(http.post, "/v1/completions", json=LONG).result()
             assert answer.status_code == 429
             assert float(answer.headers["retry-after"]) > 0
@@ -193,6 +191,27 @@ def test_a_stop_waits_for_what_can_finish(root: Path) -> None:
         assert time.monotonic() - start < 20
         with pytest.raises(httpx.ConnectError), asking(serving) as http:
             http.get("/healthz")
+
+
+def test_where_the_engine_has_failed_all_are_sent_elsewhere(root: Path) -> None:
+    """Who streams hears it within the stream; OpenAI's clients may try again, at another server."""
+    with running(with_http(root)) as serving, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        slow_steps(serving)
+
+        def streamed() -> str:
+            with asking(serving) as http:
+                return http.post("/v1/completions", json={**LONG, "stream": True}).text
+
+        streaming = threads.submit(streamed)
+        wait_for(lambda: stats(serving).running)
+        serving.loop.call_soon_threadsafe(serving.server._fail)
+        *_, last = streaming.result(60).strip().split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        with asking(serving) as http:
+            health, late = http.get("/healthz"), http.post("/v1/completions", json=LONG)
+        assert (health.status_code, health.json()) == (503, {"status": "failed"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "engine_failed")
+        assert "x-should-retry" not in late.headers
 
 
 async def test_while_the_model_loads_calls_are_told_to_come_again(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import socket
 import ssl
 from pathlib import Path
@@ -70,20 +71,34 @@ def test_a_client_needs_a_certificate_where_grpcs_does(root: Path, trusted: Auth
         assert httpx.get(url, verify=context).status_code == 200
 
 
+def test_a_handshake_has_to_come_in_time(root: Path, trusted: Authority, monkeypatch: Any) -> None:
+    monkeypatch.setattr(web, "HEADER_SECONDS", 0.3)
+    cert, key = trusted.issue("slow")
+    config = with_http(root, server={"tls_cert": str(cert), "tls_key": str(key)})
+    with (
+        running(config) as serving,
+        connect(serving) as silent,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert silent.recv(1) == b""
+
+
 def connect(serving: Running) -> socket.socket:
     return socket.create_connection(("127.0.0.1", serving.server.http_port), timeout=30)
 
 
 def test_headers_have_to_come_in_time(root: Path, monkeypatch: Any) -> None:
     """Of a connection that says nothing, of one that says a byte now and then, of a second call."""
-    monkeypatch.setattr(web, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(web, "HEADER_SECONDS", 2.0)  # and enough for a whole request
     with running(with_http(root)) as serving, contextlib.ExitStack() as stack:
         silent, slow, second = (stack.enter_context(connect(serving)) for _ in range(3))
         slow.sendall(b"GET /healthz HT")
         second.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         answer = b""
         while not answer.endswith(b"}"):
-            answer += second.recv(4096)
+            part = second.recv(4096)
+            assert part
+            answer += part
         assert b"200 OK" in answer
         second.sendall(b"GET /heal")
         for connection in (silent, slow, second):
@@ -130,6 +145,21 @@ def test_what_is_no_request_of_http_harms_nobody(serving: Running, data: bytes) 
         assert http.get("/healthz").status_code == 200
 
 
+def test_what_becomes_no_http_after_an_answer_is_hung_up_on(serving: Running, caplog: Any) -> None:
+    """Without a word in the log, which whoever reaches the port could fill so."""
+    refused = b"POST /v1/none HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connect(serving) as connection:
+        connection.sendall(refused)
+        assert b"404 Not Found" in connection.recv(4096)
+        connection.sendall(b"no chunk\r\n")
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+    with asking(serving) as http:
+        assert http.get("/healthz").status_code == 200
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 def test_a_host_has_a_part_of_the_connections(root: Path, monkeypatch: Any) -> None:
     """One that takes all it can get leaves as many for others, and comes again when it hangs up."""
     monkeypatch.setattr(web, "CONNECTIONS", 8)
@@ -143,6 +173,16 @@ def test_a_host_has_a_part_of_the_connections(root: Path, monkeypatch: Any) -> N
         wait_for(lambda: places.held == 3)
         with asking(serving) as http:
             assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("files", "most"), [(1024, 512), (1 << 20, 4096), (resource.RLIM_INFINITY, 4096)]
+)
+def test_connections_leave_half_of_the_processs_files(
+    files: int, most: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (files, files))
+    assert web.most_connections() == most
 
 
 def test_a_port_in_use_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def form(directory: Path, header: dict[str, Any], *names: str) -> list[tuple[str
 
 
 def test_every_call_with_one_answer_is_served() -> None:
-    paths = [path for path, _, _ in rpc.endpoints(lambda: None)]  # type: ignore[arg-type,return-value]
+    paths = [path for path, _, _ in rpc.endpoints(lambda: None, None)]  # type: ignore[arg-type,return-value]
     assert {p.rpartition("/")[2] for p in paths} == {
         *("RegisterAdapter", "UploadAdapter", "UpdateAdapter", "UnregisterAdapter"),
         *("ListAdapters", "GetAdapter", "PinAdapter"),
@@ -69,6 +70,34 @@ def test_the_router_and_the_server_are_described(demo: Running) -> None:
     assert info["router_digest"] == router["digest"] == decision["router_digest"]
     assert decision["source"] == "SOURCE_ROUTER"
     assert decision["candidates"][0]["score"] > 0
+
+
+def test_large_json_is_read_on_a_thread(
+    http: httpx.Client, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a body as of an upload's header: some megabytes would keep everybody waiting."""
+    parse, threads = rpc._parsed, []
+
+    def parsed(data: bytes, message: Any, field: str) -> Any:
+        threads.append((len(data) > rpc._SHORT, threading.current_thread().name[:8]))
+        return parse(data, message, field)
+
+    monkeypatch.setattr(rpc, "_parsed", parsed)
+    for text in ("word", "word" * 3000):
+        body = {"prompt": {"text": text}, "selection": {"auto": {"text": 5}}}
+        answer = http.post("/mora_serve.v1.RouterService/Route", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
+        header = {"name": "Not a name", "card": {"prompts": [text]}}
+        upload = form(root / "adapters" / "plain", header)
+        answer = http.post(f"{ADAPTERS}/UploadAdapter", files=upload)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "header.name")
+    small, large = (
+        [n for is_large, n in threads if not is_large],
+        [n for is_large, n in threads if is_large],
+    )
+    assert len(small) == len(large) == 2
+    assert set(large) == {"tokenize"}
+    assert "tokenize" not in small
 
 
 def test_errors_name_the_fields_of_the_messages(serving: Running) -> None:

@@ -98,8 +98,11 @@ def test_unquantised_weights_of_a_4bit_checkpoint_are_refused(copy):
     with pytest.raises(ConfigError, match="already 4-bit") as e:
         load(copy)
     assert e.value.field == "base.quantization"
-    edit(copy, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ConfigError, match="gptq"):
+    edit(copy, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(ConfigError, match="stored as 'aqlm'"):
+        load(copy)
+    edit(copy, quantization_config=["gptq"])
+    with pytest.raises(ConfigError, match="stored as 'None'"):
         load(copy)
 
 

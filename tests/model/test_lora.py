@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mora_serve.model.lora import (
     AdapterSlots,
     PooledAdapters,
-    dora_scale,
+    dora_norm,
     plan_mixtures,
 )
 from mora_serve.model.shape import SITES, ModelShape
@@ -92,8 +92,7 @@ def test_an_adapter_of_nan_does_not_reach_other_rows():
     assert torch.isfinite(y[[0, 1, 3, 4]]).all()
 
 
-def test_dora_scale_is_the_norm_ratio():
-    """c = m / ||W + BA|| per output row."""
-    w, a, b, m = torch.randn(6, 4), torch.randn(2, 4), torch.randn(2, 6), torch.rand(6)
-    want = m / torch.stack([(w[i] + b[:, i] @ a).norm() for i in range(6)])
-    torch.testing.assert_close(dora_scale(w, a, b, m), want)
+def test_dora_norms_are_of_the_merged_rows():
+    w, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(2, 6)
+    want = torch.stack([(w[i] + b[:, i] @ a).norm() for i in range(6)])
+    torch.testing.assert_close(dora_norm(w, a, b), want)

@@ -123,8 +123,8 @@ def test_an_adapter_that_overflows_ends_its_own_requests(impatient, client, root
 def test_an_adapter_that_cannot_be_loaded_ends_its_own_requests(impatient, client, monkeypatch):
     """Its content breaks under the loading thread; others are answered, and so is a retry."""
     client.register_adapter("breaking", "plain")
-    host = impatient.server._assembly.engine.pool._host
-    monkeypatch.setattr(host, "_convert", lambda *args: 1 / 0)
+    converter = impatient.server._assembly.engine.pool._host._converter
+    monkeypatch.setattr(converter, "convert", lambda *args: 1 / 0)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         good = threads.submit(client.generate, "hello", **SHORT)
         with pytest.raises(errors.Internal) as caught:

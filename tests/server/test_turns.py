@@ -204,3 +204,20 @@ def test_the_threads_that_callers_share_serve_them_in_turn(kind: str) -> None:
     threads.shutdown()
     assert len(done) == 101
     assert "quiet" in [p.tenant for p in done[:4]]  # two threads, and each may have been overtaken
+
+
+def test_where_threads_are_wanting_none_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that cannot have them all ends with an error: it does not hang at its end."""
+    start, begun = threading.Thread.start, list[threading.Thread]()
+
+    def first_only(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", first_only)
+    with pytest.raises(RuntimeError, match="can't start"):
+        TurnExecutor(2, "turns")
+    begun[0].join(20)
+    assert not begun[0].is_alive()

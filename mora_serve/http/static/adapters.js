@@ -1,14 +1,16 @@
 // The adapters of the caller: what they are, where they are, and what became of them.
 
-import { metrics, rpc, upload } from "/console/api.js";
+import { adapters, metrics, rpc, upload } from "/console/api.js";
 import { $, asked, bytes, facts, make, seconds } from "/console/dom.js";
 
 let rows = [];
 let order = ["name", 1];
 let tell = () => {};
+let changed = () => {};
 
-export function start(report) {
+export function start(report, describe) {
   tell = report;
+  changed = describe;
   $("#find").addEventListener("input", render);
   $("#refresh").addEventListener("click", () => enter().catch(tell));
   $("#register").addEventListener("click", register);
@@ -29,13 +31,7 @@ export function start(report) {
 }
 
 export async function enter() {
-  const found = [];
-  let token = "";
-  do {
-    const page = await rpc("AdapterService/ListAdapters", { page_size: 200, page_token: token });
-    found.push(...(page.adapters ?? []));
-    token = page.next_page_token ?? "";
-  } while (token);
+  const found = await adapters();
   const counts = await metrics().catch(() => null); // it takes the administrators' role
   const of = (metric, name) => counts?.get(metric)?.find((s) => s.labels.adapter === name)?.value;
   rows = found.map((a) => {
@@ -80,7 +76,7 @@ function when(text) {
 
 function row(r) {
   const number = (value) => make("td", { class: "number" }, value);
-  const act = (text, does, title) => make("button", { type: "button", title, onclick: () => does(r).then(enter).catch(tell) }, text);
+  const act = (text, does, title) => make("button", { type: "button", title, onclick: () => does(r).then(enter).then(changed).catch(tell) }, text);
   return make("tr", { "data-name": r.name },
     make("td", {}, make("button", { type: "button", class: "link", onclick: () => describe(r).catch(tell) }, r.name)),
     make("td", {}, make("span", { class: `tag ${r.state}` }, r.state), r.adapter.shared ? make("span", { class: "tag" }, "shared") : null),
@@ -139,6 +135,7 @@ async function send() {
     form.close();
     $("form", form).reset();
     await enter();
+    await changed();
   } catch (e) {
     $("#register-problem").textContent = e.message;
   } finally {

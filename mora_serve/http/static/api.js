@@ -35,6 +35,18 @@ export async function rpc(method, request = {}, options = {}) {
   return (await post(`/mora_serve.v1.${method}`, request, options)).json();
 }
 
+// All adapters that the caller may use.
+export async function adapters() {
+  const found = [];
+  let token = "";
+  do {
+    const page = await rpc("AdapterService/ListAdapters", { page_size: 200, page_token: token });
+    found.push(...(page.adapters ?? []));
+    token = page.next_page_token ?? "";
+  } while (token);
+  return found;
+}
+
 // The events of a stream of OpenAI's API, until it is done.
 export async function* events(path, body, signal) {
   const answer = await post(path, { ...body, stream: true }, { signal });

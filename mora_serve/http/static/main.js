@@ -83,6 +83,6 @@ addEventListener("keydown", (e) => {
 addEventListener("hashchange", () => show(location.hash.slice(1)));
 $("#key-button").addEventListener("click", askForKey);
 
-for (const view of Object.values(views)) view.start(tell);
+for (const view of Object.values(views)) view.start(tell, describe);
 await describe();
 show(location.hash.slice(1));

@@ -1,6 +1,6 @@
 // A prompt, who answers it, and the answers as they come: one, or three side by side.
 
-import { events, rpc } from "/console/api.js";
+import { adapters, events } from "/console/api.js";
 import { $, bar, make, seconds } from "/console/dom.js";
 
 const weights = new Map(); // the mixture of the sliders
@@ -31,13 +31,7 @@ export function describe(server) {
 }
 
 export async function enter() {
-  const found = [];
-  let token = "";
-  do {
-    const page = await rpc("AdapterService/ListAdapters", { page_size: 200, page_token: token });
-    found.push(...(page.adapters ?? []));
-    token = page.next_page_token ?? "";
-  } while (token);
+  const found = await adapters();
   names = found.map((a) => a.name);
   for (const name of weights.keys()) if (!names.includes(name)) weights.delete(name);
   sliders();

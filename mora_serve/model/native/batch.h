@@ -29,6 +29,7 @@ struct Workspace {
     float *h, *y;
     float *inner; /* [pairs][3][max_rank] */
     real *x, *q, *wide, *attended;
+    real *ordered; /* the inputs of a product whose weight has them in another order */
     float *scores; /* [threads][group * max_context] */
     size_t score_size;
 };

@@ -19,17 +19,19 @@ static void weight_tiles(const Weight *w, const real *x, int rows, int first, in
     if (w->kind != DENSE) {
         size_t size = (size_t)w->columns / 8 * group_bytes(w->kind);
         const uint8_t *tile = (const uint8_t *)w->weights + first * size;
-        const float *absmax = NULL;
+        Tiles tiles = {tile, w->scales, w->offsets, w->columns, w->span};
         int rest = w->rows - out < n * LANES ? w->rows % LANES : 0, whole = rest ? n - 1 : n;
-        if (w->kind == NF4)
-            absmax = w->absmax + (size_t)first * w->columns / BLOCK * LANES;
+        if (w->kind != TILED) {
+            size_t scales = (size_t)first * spans(&tiles) * LANES;
+            tiles.scales += scales;
+            tiles.offsets += w->offsets ? scales : 0;
+        }
         if (whole)
-            tile_product(w->kind, x, stride, rows, tile, absmax, w->columns, whole, y + out,
-                         y_stride);
+            tile_product(w->kind, w->block, x, stride, rows, tiles, whole, y + out, y_stride);
         if (rest) { /* TILED: the last tile's zeros have no place in y */
             float last[PRODUCT_ROWS][LANES];
-            tile_product(w->kind, x, stride, rows, tile + whole * size, NULL, w->columns, 1, *last,
-                         LANES);
+            tiles.codes += whole * size;
+            tile_product(w->kind, w->block, x, stride, rows, tiles, 1, *last, LANES);
             for (int r = 0; r < rows; r++)
                 memcpy(y + r * y_stride + out + whole * LANES, last[r], rest * sizeof(float));
         }
@@ -76,6 +78,12 @@ static void product_unit(const Linear *linear, int unit, const real *x, int rows
     }
 }
 
+static void reorder(const int32_t *order, int n, const real *x, real *out)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = x[order[i]];
+}
+
 /* A site's product and the first half of its adapters' for all rows, up to the barrier. */
 static void site_products(Team *team, int thread, Forward *f, int layer, int site,
                           const real *x, float *y)
@@ -86,11 +94,19 @@ static void site_products(Team *team, int thread, Forward *f, int layer, int sit
     int units = shrinks + weight_units(linear), width = 0;
     for (int i = 0; i < linear->parts; i++)
         width += linear->weights[i].rows;
+    const real *in = x;
+    if (linear->order) { /* the adapters' A have the inputs as they are */
+        for (int r; (r = team_next(team)) < f->step->rows;)
+            reorder(linear->order, columns, x + (size_t)r * columns,
+                    f->space->ordered + (size_t)r * columns);
+        team_barrier(team);
+        in = f->space->ordered;
+    }
     for (int unit; (unit = team_next(team)) < units;) {
         if (unit < shrinks)
             shrink_unit(f, projections, unit, x, columns);
         else
-            product_unit(linear, unit - shrinks, x, f->step->rows, y, width);
+            product_unit(linear, unit - shrinks, in, f->step->rows, y, width);
     }
     static const int PHASE[SITES] = {QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT};
     end_phase(team, thread, f, PHASE[site]);
@@ -228,9 +244,14 @@ static void forward(Team *team, int thread, void *argument)
     end_phase(team, thread, f, EMBEDDING);
     for (int layer = 0; layer < m->layers; layer++)
         run_layer(team, thread, f, layer);
-    for (int i; (i = team_next(team)) < step->wanted;)
-        memcpy(s->wide + (size_t)i * m->hidden,
-               s->x + (size_t)step->wanted_rows[i] * m->hidden, m->hidden * sizeof(real));
+    for (int i; (i = team_next(team)) < step->wanted;) {
+        const real *x = s->x + (size_t)step->wanted_rows[i] * m->hidden;
+        real *out = s->wide + (size_t)i * m->hidden;
+        if (m->head.order)
+            reorder(m->head.order, m->hidden, x, out);
+        else
+            memcpy(out, x, m->hidden * sizeof(real));
+    }
     team_barrier(team);
     int units = weight_units(&m->head);
     for (int unit; step->wanted && (unit = team_next(team)) < units;)

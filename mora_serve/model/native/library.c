@@ -93,7 +93,8 @@ Native *mora_new(const char *target, int threads)
 static void free_space(Workspace *s)
 {
     void *all[] = {s->row, s->segment, s->order, s->pair_row, s->pair_slot, s->pair_weight,
-                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->scores};
+                   s->h, s->y, s->q, s->inner, s->x, s->wide, s->attended, s->ordered,
+                   s->scores};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     memset(s, 0, sizeof *s);
@@ -130,6 +131,8 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
     size_t qkv = heads + 2 * (size_t)m->kv_heads * m->head_dim;
     size_t most = qkv > 2 * inner ? qkv : 2 * inner;
     most = most > hidden ? most : hidden;
+    size_t widest = inner > hidden ? inner : hidden;
+    widest = widest > heads ? widest : heads;
     pairs = pairs ? pairs : 1;
     s->score_size = (size_t)(m->heads / m->kv_heads) * m->max_context;
     s->row = block(rows * sizeof(Row));
@@ -145,9 +148,15 @@ static int grow(Workspace *s, const Model *m, size_t rows, size_t pairs, size_t 
     s->x = block(rows * hidden * real_size);
     s->wide = block(rows * (inner > hidden ? inner : hidden) * real_size);
     s->attended = block(rows * heads * real_size);
+    int ordered = 0;
+    for (int l = 0; l < m->layers && m->layer; l++)
+        for (int site = 0; site < SITES; site++)
+            ordered |= m->layer[l].sites[site].order != NULL;
+    s->ordered = block(ordered ? rows * widest * real_size : 1);
     s->scores = block(threads * s->score_size * sizeof(float));
     int ok = s->row && s->segment && s->order && s->pair_row && s->pair_slot && s->pair_weight
-             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->scores;
+             && s->h && s->y && s->q && s->inner && s->x && s->wide && s->attended && s->ordered
+             && s->scores;
     if (!ok)
         free_space(s);
     return ok;
@@ -203,15 +212,14 @@ void mora_product(Native *native, const Linear *linear, const void *x, int rows,
 }
 
 /* Codes as bitsandbytes packs them, [rows][columns / 2] with the earlier input in the high half of
-   a byte, to tiles (see product.h), and absmax [rows][columns / 64] beside. */
-void mora_tile(const uint8_t *codes, const float *absmax, int rows, int columns, uint8_t *tiles,
-               float *scales)
+   a byte, to tiles (see product.h). */
+void mora_tile(const uint8_t *codes, int rows, int columns, uint8_t *tiles)
 {
     for (int row = 0; row < rows; row++) {
-        int lane = row % LANES;
         const uint8_t *in = codes + (size_t)row * (columns / 2);
-        uint8_t *out = tiles + (size_t)(row / LANES) * (columns / 8) * NF4_GROUP + 4 * lane;
-        for (int g = 0; g < columns / 8; g++, in += 4, out += NF4_GROUP) {
+        uint8_t *out = tiles + (size_t)(row / LANES) * (columns / 8) * CODE_GROUP
+                       + 4 * (row % LANES);
+        for (int g = 0; g < columns / 8; g++, in += 4, out += CODE_GROUP) {
             uint32_t word = 0;
             for (int k = 0; k < 8; k++) {
                 uint32_t code = k % 2 ? in[k / 2] & 15 : in[k / 2] >> 4;
@@ -219,26 +227,24 @@ void mora_tile(const uint8_t *codes, const float *absmax, int rows, int columns,
             }
             memcpy(out, &word, sizeof word);
         }
-        for (int b = 0; b < columns / BLOCK; b++)
-            scales[((size_t)(row / LANES) * (columns / BLOCK) + b) * LANES + lane] =
-                absmax[(size_t)row * (columns / BLOCK) + b];
     }
 }
 
-/* Rows first .. last of a tiled weight as floats [last - first][columns]. */
-void mora_untile(const uint8_t *tiles, const float *scales, int columns, int first, int last,
-                 float *out)
+/* Rows first .. last of an NF4 or INT4 weight as floats [last - first][columns]. */
+void mora_untile(const Weight *w, int first, int last, float *out)
 {
+    const float *values = code_values(w->kind);
+    size_t spans = (w->columns + w->span - 1) / w->span;
     for (int row = first; row < last; row++) {
         int lane = row % LANES;
-        const uint8_t *in = tiles + (size_t)(row / LANES) * (columns / 8) * NF4_GROUP + 4 * lane;
-        for (int k = 0; k < columns; k++) {
+        const uint8_t *in = (const uint8_t *)w->weights
+                            + (size_t)(row / LANES) * (w->columns / 8) * CODE_GROUP + 4 * lane;
+        for (int k = 0; k < w->columns; k++) {
             uint32_t word;
-            memcpy(&word, in + (size_t)(k / 8) * NF4_GROUP, sizeof word);
+            memcpy(&word, in + (size_t)(k / 8) * CODE_GROUP, sizeof word);
             int code = word >> (4 * (k % 8 / 2) + 16 * (k % 2)) & 15;
-            float scale = scales[((size_t)(row / LANES) * (columns / BLOCK) + k / BLOCK) * LANES
-                                 + lane];
-            *out++ = NF4_VALUES[code] * scale;
+            size_t at = ((row / LANES) * spans + k / w->span) * LANES + lane;
+            *out++ = values[code] * w->scales[at] + (w->offsets ? w->offsets[at] : 0);
         }
     }
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LANES = 16  # outputs of one tile of a weight
-DENSE, NF4, TILED = 0, 1, 2
+DENSE, NF4, TILED, INT4 = 0, 1, 2, 3
 FILE_TYPES = ("F32", "F16", "BF16")  # of an adapter's tensors, as C numbers them
 CHUNK_FIELDS = 5  # int32 each
 PHASES = (
@@ -35,15 +35,23 @@ class WeightStruct(Structure):
         ("kind", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
+        ("block", c_int32),
+        ("span", c_int32),
         ("weights", c_void_p),
-        ("absmax", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
     ]
 
 
 class LinearStruct(Structure):
     """A linear layer: parts stacked along the output."""
 
-    _fields_ = [("parts", c_int32), ("weights", POINTER(WeightStruct)), ("bias", c_void_p)]
+    _fields_ = [
+        ("parts", c_int32),
+        ("weights", POINTER(WeightStruct)),
+        ("bias", c_void_p),
+        ("order", c_void_p),
+    ]
 
 
 class ProjectionStruct(Structure):
@@ -143,9 +151,9 @@ def library() -> ctypes.CDLL | None:
     lib.mora_forward.restype = c_int
     lib.mora_product.argtypes = [c_void_p, POINTER(LinearStruct), c_void_p, c_int, c_void_p]
     lib.mora_product.restype = None
-    lib.mora_tile.argtypes = [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p]
+    lib.mora_tile.argtypes = [c_void_p, c_int, c_int, c_void_p]
     lib.mora_tile.restype = None
-    lib.mora_untile.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p]
+    lib.mora_untile.argtypes = [POINTER(WeightStruct), c_int, c_int, c_void_p]
     lib.mora_untile.restype = None
     lib.mora_unpack.argtypes, lib.mora_unpack.restype = [POINTER(PieceStruct), c_int], None
     return lib

@@ -11,22 +11,26 @@
 #include <stdint.h>
 
 #define LANES 16      /* outputs of one tile of a weight */
-#define BLOCK 64      /* weights that share one absmax */
-#define NF4_GROUP 64  /* bytes of 16 outputs x 8 inputs: see product.h */
+#define BLOCK 64      /* inputs that are summed before they are scaled */
+#define HALF_BLOCK 32
+#define CODE_GROUP 64 /* bytes of 16 outputs x 8 inputs: see product.h */
 #define TILED_GROUP 256
 
-enum { DENSE = 0, NF4 = 1, TILED = 2 };
+enum { DENSE = 0, NF4 = 1, TILED = 2, INT4 = 3 };
 
 typedef struct {
     int32_t kind, rows, columns;
-    const void *weights;  /* DENSE: real [rows][columns]; NF4, TILED: see product.h */
-    const float *absmax;  /* NF4: [rows / 16][columns / 64][16] */
+    int32_t block, span;  /* NF4, INT4: inputs summed at once; inputs that share a scale, blocks */
+    const void *weights;  /* DENSE: real [rows][columns]; the others: see product.h */
+    const float *scales;  /* NF4, INT4: [rows / 16][columns / span, rounded up][16] */
+    const float *offsets; /* INT4: as scales, or NULL if all are 0 */
 } Weight;
 
 typedef struct {
     int32_t parts;
     const Weight *weights; /* stacked along the output */
     const void *bias;      /* real [rows], or NULL */
+    const int32_t *order;  /* [columns] input j of the weights is x[order[j]]; or NULL: x[j] */
 } Linear;
 
 /* One projection of one layer in all adapter slots, see model/lora.py. */

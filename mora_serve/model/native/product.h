@@ -7,9 +7,13 @@
    are outputs and nothing has to be summed across them. A tile is made of groups of 8 inputs:
 
    - NF4, 64 bytes: 32-bit word o is output o, its bits 16 p + 4 j .. + 3 the code of input 2 j + p.
-     absmax lies beside: 16 floats for each 64 inputs. Each block of 64 is summed on its own and
-     then multiplied by its absmax, which is exact where a dequantised weight in bfloat16 would be
-     rounded.
+     Scales (absmax) lie beside: 16 floats for each `span` of inputs. Each block of 64 is summed on
+     its own and then multiplied by its scale, which is exact where a dequantised weight in bfloat16
+     would be rounded.
+   - INT4, in the same layout: a weight is (code - 8) scale + offset, as GPTQ and AWQ have it with
+     offset = (8 - zero) scale. So a block is scale (its sum as above) + offset (the sum of its
+     inputs), and nothing in it is rounded but sums: the 16 values are whole numbers, exact in
+     bfloat16 too. Blocks are of 32 inputs where spans are no multiples of 64.
    - TILED, 256 bytes: bfloat16, whatever `real` is. Word 16 j + o is output o, its lower half input
      2 j, its upper half input 2 j + 1. Where the number of outputs is not a multiple of 16, the
      last tile is filled up with zeros.
@@ -25,7 +29,20 @@
 
 INLINE size_t group_bytes(int kind)
 {
-    return kind == NF4 ? NF4_GROUP : TILED_GROUP;
+    return kind == TILED ? TILED_GROUP : CODE_GROUP;
+}
+
+/* Neighbouring tiles of one weight, from the first one's memory on. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scales, *offsets; /* see Weight */
+    int columns, span;
+} Tiles;
+
+/* Scales of one output. */
+INLINE int spans(const Tiles *t)
+{
+    return (t->columns + t->span - 1) / t->span;
 }
 
 /* How many rows share the decoding of a strip, and how many strips go together where there are
@@ -40,11 +57,11 @@ INLINE size_t group_bytes(int kind)
 #if BF16
 
 #define TABLE __m512i
-INLINE __m512i nf4_table(void)
+INLINE __m512i code_table(int kind)
 {
     uint16_t table[32];
     for (int i = 0; i < 32; i++)
-        table[i] = from_float(NF4_VALUES[i % 16]);
+        table[i] = from_float(code_values(kind)[i % 16]);
     return _mm512_loadu_si512(table);
 }
 
@@ -57,8 +74,8 @@ INLINE void group_product(int kind, int R, vf part[], const real *const x[], siz
     __m512i packed = _mm512_loadu_si512(codes);
     UNROLL for (int j = 0; j < 4; j++) {
         __m512i shifted = j ? _mm512_srli_epi16(packed, 4 * j) : packed;
-        __m512bh w = (__m512bh)(kind == NF4 ? _mm512_permutexvar_epi16(shifted, table)
-                                            : _mm512_loadu_si512(codes + 64 * j));
+        __m512bh w = (__m512bh)(kind == TILED ? _mm512_loadu_si512(codes + 64 * j)
+                                              : _mm512_permutexvar_epi16(shifted, table));
         UNROLL for (int r = 0; r < R; r++) {
             int32_t pair;
             memcpy(&pair, x[r] + k + 2 * j, sizeof pair);
@@ -69,12 +86,12 @@ INLINE void group_product(int kind, int R, vf part[], const real *const x[], siz
 
 #else
 
-/* The NF4 weights w[input] of one strip of outputs for 8 inputs. */
+/* The values w[input] of the codes of one strip of outputs for 8 inputs. */
 #if defined(AVX512)
 #define TABLE vf
-INLINE vf nf4_table(void)
+INLINE vf code_table(int kind)
 {
-    return load(NF4_VALUES);
+    return load(code_values(kind));
 }
 
 INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
@@ -91,11 +108,11 @@ typedef struct {
     __m256i plane[4];
 } Planes;
 #define TABLE Planes
-INLINE Planes nf4_table(void)
+INLINE Planes code_table(int kind)
 {
     uint32_t bits[16];
     Planes table;
-    memcpy(bits, NF4_VALUES, sizeof bits);
+    memcpy(bits, code_values(kind), sizeof bits);
     UNROLL for (int p = 0; p < 4; p++) {
         uint8_t bytes[16];
         UNROLL for (int i = 0; i < 16; i++)
@@ -136,9 +153,9 @@ INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
 }
 #else
 #define TABLE const float *
-INLINE const float *nf4_table(void)
+INLINE const float *code_table(int kind)
 {
-    return NF4_VALUES;
+    return code_values(kind);
 }
 
 INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
@@ -156,7 +173,7 @@ INLINE void decode_group(const uint8_t *codes, TABLE table, vf w[8])
 
 INLINE void group_weights(int kind, const uint8_t *codes, TABLE table, vf w[8])
 {
-    if (kind == NF4) {
+    if (kind != TILED) {
         decode_group(codes, table, w);
         return;
     }
@@ -180,39 +197,66 @@ INLINE void group_product(int kind, int R, vf part[], const real *const x[], siz
 
 #endif
 
-/* R rows times N neighbouring strips; strip n begins at codes + offset[n], absmax + scales[n]. */
-INLINE void strip_rows(int kind, int R, int N, const real *x, size_t stride, const uint8_t *codes,
-                       const float *absmax, const size_t offset[], const size_t scales[],
-                       int columns, int fetching, float *y, size_t y_stride)
+/* sums[r][b] = the sum of x[r] over block b of `size` inputs, of whole blocks alone. */
+INLINE void block_sums(int size, const real *x, size_t stride, int rows, int columns, float *sums)
 {
-    TABLE table = nf4_table();
+    int blocks = columns / size;
+    for (int r = 0; r < rows; r++)
+        for (int b = 0, n; b < blocks; b += n) {
+            vf acc[4] = {splat(0), splat(0), splat(0), splat(0)};
+            float out[4];
+            n = blocks - b < 4 ? blocks - b : 4;
+            for (int i = 0; i < n; i++)
+                for (int k = 0; k < size; k += VL)
+                    acc[i] += load_real(x + r * stride + (b + i) * size + k);
+            sum4(acc[0], acc[1], acc[2], acc[3], out);
+            memcpy(sums + (size_t)r * blocks + b, out, n * sizeof(float));
+        }
+}
+
+/* R rows times N neighbouring strips; strip n begins at codes + offset[n], scales + scale[n].
+   Blocks are of `size` inputs; sums are block_sums' of these rows where there are offsets. */
+INLINE void strip_rows(int kind, int size, int R, int N, const real *x, size_t stride,
+                       const Tiles *t, const size_t offset[], const size_t scale[],
+                       const float *sums, int fetching, float *y, size_t y_stride)
+{
+    TABLE table = code_table(kind);
     vf total[CHAINS][TILE_ROWS], part[CHAINS][TILE_ROWS];
     const real *row[TILE_ROWS];
     const size_t group = group_bytes(kind), lines = group / STRIPS < 64 ? 1 : group / STRIPS / 64;
-    const uint8_t *next = codes + offset[0] + (size_t)N * columns / 8 * group / STRIPS;
+    const uint8_t *next = t->codes + offset[0] + (size_t)N * t->columns / 8 * group / STRIPS;
+    const int blocks = t->columns / size, per = kind == INT4 ? t->span / size : 1;
     size_t k = 0;
     UNROLL for (int r = 0; r < R; r++)
         row[r] = x + r * stride;
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int r = 0; r < R; r++)
             total[n][r] = splat(0);
-    for (int block = 0; block < columns / BLOCK; block++) {
+    for (int block = 0; block < blocks; block++) {
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int r = 0; r < R; r++)
                 part[n][r] = splat(0);
-        for (size_t end = k + BLOCK; k < end; k += 8)
+        for (size_t end = k + size; k < end; k += 8)
             UNROLL for (int n = 0; n < N; n++) {
                 if (fetching) { /* what comes next, in the order of memory (see dots) */
                     UNROLL for (size_t i = 0; i < lines; i++)
                         __builtin_prefetch(next += group / STRIPS / lines);
                 }
-                group_product(kind, R, part[n], row, k, codes + offset[n] + k / 8 * group, table);
+                group_product(kind, R, part[n], row, k, t->codes + offset[n] + k / 8 * group,
+                              table);
             }
+        size_t at = (size_t)(block / per) * LANES;
         UNROLL for (int n = 0; n < N; n++) {
-            vf scale = kind == NF4 ? load(absmax + scales[n] + block * LANES) : splat(1);
+            vf by = kind == TILED ? splat(1) : load(t->scales + scale[n] + at);
             UNROLL for (int r = 0; r < R; r++)
-                total[n][r] = multiply_add(part[n][r], scale, total[n][r]);
+                total[n][r] = multiply_add(part[n][r], by, total[n][r]);
         }
+        if (kind == INT4 && t->offsets)
+            UNROLL for (int n = 0; n < N; n++) {
+                vf by = load(t->offsets + scale[n] + at);
+                UNROLL for (int r = 0; r < R; r++)
+                    total[n][r] = multiply_add(splat(sums[r * blocks + block]), by, total[n][r]);
+            }
     }
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int r = 0; r < R; r++)
@@ -232,11 +276,11 @@ static int strips_together(int rows)
    those of strip_rows. */
 #define DECODED_ROWS (VL == 8 ? 6 : 4)
 
-INLINE void decode_block(int kind, const uint8_t *codes, float *w)
+INLINE void decode_block(int kind, int size, const uint8_t *codes, float *w)
 {
-    TABLE table = nf4_table();
-    for (int group = 0; group < BLOCK / 8; group++) {
-        fetch(codes + (group + BLOCK / 8 * 2) * group_bytes(kind), group_bytes(kind));
+    TABLE table = code_table(kind);
+    for (int group = 0; group < size / 8; group++) {
+        fetch(codes + (group + size / 8 * 2) * group_bytes(kind), group_bytes(kind));
         UNROLL for (int strip = 0; strip < STRIPS; strip++) {
             vf decoded[8];
             group_weights(kind, codes + group * group_bytes(kind) + strip * VL * 4, table, decoded);
@@ -246,15 +290,17 @@ INLINE void decode_block(int kind, const uint8_t *codes, float *w)
     }
 }
 
-/* y[r] += absmax * (x[r][0..64] . w), two strips of outputs of R rows. */
-INLINE void decoded_rows(int kind, int R, const real *x, size_t stride, const float *w, const float *absmax,
+/* y[r] += scale * (x[r][0..size] . w) + offset * sums[r], two strips of outputs of R rows; the
+   offsets may be NULL, and sums are `blocks` apart. */
+INLINE void decoded_rows(int kind, int size, int R, const real *x, size_t stride, const float *w,
+                         const float *scales, const float *offsets, const float *sums, int blocks,
                          float *y, size_t y_stride)
 {
     vf part[DECODED_ROWS][2];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < 2; n++)
             part[r][n] = splat(0);
-    for (int k = 0; k < BLOCK; k++) {
+    for (int k = 0; k < size; k++) {
         vf w0 = load(w + k * LANES), w1 = load(w + k * LANES + VL);
         UNROLL for (int r = 0; r < R; r++) {
             vf in = splat(x[r * stride + k]);
@@ -263,32 +309,44 @@ INLINE void decoded_rows(int kind, int R, const real *x, size_t stride, const fl
         }
     }
     UNROLL for (int n = 0; n < 2; n++) {
-        vf scale = kind == NF4 ? load(absmax + n * VL) : splat(1);
         UNROLL for (int r = 0; r < R; r++) {
             float *out = y + r * y_stride + n * VL;
-            store(out, multiply_add(part[r][n], scale, load(out)));
+            /* a product with 1 would hold one more register: half the speed with AVX2 */
+            vf total = kind == TILED ? part[r][n] + load(out)
+                                     : multiply_add(part[r][n], load(scales + n * VL), load(out));
+            if (kind == INT4 && offsets)
+                total = multiply_add(splat(sums[r * blocks]), load(offsets + n * VL), total);
+            store(out, total);
         }
     }
 }
 
-INLINE void decoded_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
-                            const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+INLINE void decoded_product(int kind, int size, const real *x, size_t stride, int rows,
+                            const Tiles *t, const float *sums, int tiles, float *y,
+                            size_t y_stride)
 {
     _Alignas(64) float w[BLOCK * LANES];
+    const uint8_t *codes = t->codes;
+    const int blocks = t->columns / size, per = kind == INT4 ? t->span / size : 1;
     for (int r = 0; r < rows; r++)
         memset(y + r * y_stride, 0, tiles * LANES * sizeof(float));
     for (int tile = 0; tile < tiles; tile++, y += LANES)
-        for (int k = 0; k < columns; k += BLOCK, codes += BLOCK / 8 * group_bytes(kind)) {
-            decode_block(kind, codes, w);
+        for (int b = 0; b < blocks; b++, codes += size / 8 * group_bytes(kind)) {
+            size_t at = ((size_t)tile * spans(t) + b / per) * LANES;
+            decode_block(kind, size, codes, w);
             for (int strip = 0; strip < STRIPS; strip += 2)
                 for (int r = 0, count; r < rows; r += count) {
-                    const real *in = x + r * stride + k;
-                    const float *scale = kind == NF4 ? absmax + strip * VL : NULL;
+                    const real *in = x + r * stride + (size_t)b * size;
+                    const float *scales = kind == TILED ? NULL : t->scales + at + strip * VL;
+                    const float *offsets = kind == INT4 && t->offsets
+                                               ? t->offsets + at + strip * VL : NULL;
+                    const float *sum = sums + (offsets ? (size_t)r * blocks + b : 0);
                     float *out = y + r * y_stride + strip * VL;
                     count = rows - r < DECODED_ROWS ? rows - r : DECODED_ROWS;
 #define CASE(R)                                                                                    \
     case R:                                                                                        \
-        decoded_rows(kind, R, in, stride, w + strip * VL, scale, out, y_stride);                   \
+        decoded_rows(kind, size, R, in, stride, w + strip * VL, scales, offsets, sum, blocks, out, \
+                     y_stride);                                                                    \
         break;
                     switch (count) {
                         CASE(1) CASE(2) CASE(3) CASE(4)
@@ -298,19 +356,22 @@ INLINE void decoded_product(int kind, const real *x, size_t stride, int rows, co
                     }
 #undef CASE
                 }
-            absmax += kind == NF4 ? LANES : 0;
         }
 }
 
 #endif
 
 /* y [rows][16 tiles] = x [rows][columns] times neighbouring tiles. */
-INLINE void kind_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
-                         const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+INLINE void kind_product(int kind, int size, const real *x, size_t stride, int rows,
+                         const Tiles *t, int tiles, float *y, size_t y_stride)
 {
+    int summed = kind == INT4 && t->offsets, blocks = t->columns / size;
+    float sums[summed ? rows * blocks : 1];
+    if (summed)
+        block_sums(size, x, stride, rows, t->columns, sums);
 #if !BF16 && !defined(AVX512)
     if (rows > TILE_ROWS) {
-        decoded_product(kind, x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
+        decoded_product(kind, size, x, stride, rows, t, sums, tiles, y, y_stride);
         return;
     }
 #endif
@@ -319,18 +380,18 @@ INLINE void kind_product(int kind, const real *x, size_t stride, int rows, const
         int strips = tiles * STRIPS, together = strips_together(count);
         for (int strip = 0; strip < strips; strip += together) {
             int n = strips - strip < together ? strips - strip : together;
-            size_t offset[CHAINS], scales[CHAINS];
+            size_t offset[CHAINS], scale[CHAINS];
             for (int i = 0; i < n; i++) {
                 size_t tile = (strip + i) / STRIPS, part = (strip + i) % STRIPS;
-                offset[i] = tile * columns / 8 * group_bytes(kind) + part * VL * 4;
-                scales[i] = tile * columns / BLOCK * LANES + part * VL;
+                offset[i] = tile * t->columns / 8 * group_bytes(kind) + part * VL * 4;
+                scale[i] = kind == TILED ? 0 : tile * spans(t) * LANES + part * VL;
             }
             const real *in = x + from * stride;
+            const float *sum = sums + (summed ? (size_t)from * blocks : 0);
             float *out = y + from * y_stride + strip * VL;
 #define CASE(R, N)                                                                                 \
     case 8 * (N) + (R):                                                                            \
-        strip_rows(kind, R, N, in, stride, codes, absmax, offset, scales, columns, from == 0, out, \
-                   y_stride);                                                                      \
+        strip_rows(kind, size, R, N, in, stride, t, offset, scale, sum, from == 0, out, y_stride); \
         break;
             switch (8 * n + count) {
                 CASE(1, 2) CASE(1, 4) CASE(2, 2) CASE(2, 4) CASE(3, 1) CASE(4, 1)
@@ -344,13 +405,32 @@ INLINE void kind_product(int kind, const real *x, size_t stride, int rows, const
     }
 }
 
-static void tile_product(int kind, const real *x, size_t stride, int rows, const uint8_t *codes,
-                         const float *absmax, int columns, int tiles, float *y, size_t y_stride)
+/* A function for each kind: in one that holds all, GCC allocates registers worse (a third slower at
+   4 rows of TILED, AVX-512). */
+#define PRODUCT(name, kind, size)                                                                  \
+    static __attribute__((noinline)) void name(const real *x, size_t stride, int rows,             \
+                                               const Tiles *t, int tiles, float *y,                \
+                                               size_t y_stride)                                    \
+    {                                                                                              \
+        kind_product(kind, size, x, stride, rows, t, tiles, y, y_stride);                          \
+    }
+PRODUCT(nf4_product, NF4, BLOCK)
+PRODUCT(int4_product, INT4, BLOCK)
+PRODUCT(int4_half_product, INT4, HALF_BLOCK)
+PRODUCT(tiled_product, TILED, BLOCK)
+#undef PRODUCT
+
+static void tile_product(int kind, int block, const real *x, size_t stride, int rows, Tiles tiles,
+                         int count, float *y, size_t y_stride)
 {
     if (kind == NF4)
-        kind_product(NF4, x, stride, rows, codes, absmax, columns, tiles, y, y_stride);
+        nf4_product(x, stride, rows, &tiles, count, y, y_stride);
+    else if (kind == TILED)
+        tiled_product(x, stride, rows, &tiles, count, y, y_stride);
+    else if (block == BLOCK)
+        int4_product(x, stride, rows, &tiles, count, y, y_stride);
     else
-        kind_product(TILED, x, stride, rows, codes, NULL, columns, tiles, y, y_stride);
+        int4_half_product(x, stride, rows, &tiles, count, y, y_stride);
 }
 
 #if defined(AVX512)

@@ -45,6 +45,14 @@ static const float NF4_VALUES[16] = {
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
 };
 
+/* The values of INT4's codes: offsets make up for another zero than 8. */
+static const float INT4_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+INLINE const float *code_values(int kind)
+{
+    return kind == INT4 ? INT4_VALUES : NF4_VALUES;
+}
+
 /* Asks for `bytes` of memory that will be read soon; addresses beyond an array do no harm. */
 INLINE void fetch(const void *p, size_t bytes)
 {

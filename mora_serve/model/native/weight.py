@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_serve.model.footprint import BLOCK
+from mora_serve.model.group_quant import MIDDLE, GroupWeight, in_order, same_order
 from mora_serve.model.memory import Arena
 from mora_serve.model.native.library import (
     DENSE,
+    INT4,
     LANES,
     NF4,
     TILED,
@@ -31,6 +33,8 @@ from mora_serve.model.quant import (
     Table,
     Weight,
 )
+
+HALF_BLOCK = 32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,16 +65,27 @@ class Tiled:
         if self._linear is None:
             self._linear = NativeLinear(Linear((self,)))
         out = torch.empty(x.shape[0], self.shape[0])
+        x = in_order(x, weight_order(self))
         self.native.product(self._linear.struct, x.contiguous(), out)
         return out.to(x.dtype)
 
 
 @dataclass(slots=True)
-class TiledNF4Weight(Tiled):
-    """NF4: ``codes`` uint8 [out / 16, in / 8, 64], ``absmax`` float32 [out / 16, in / 64, 16]."""
+class TiledCodes(Tiled):
+    """4-bit codes: ``codes`` uint8 [out / 16, in / 8, 64], NF4 or whole numbers by ``kind``.
 
+    ``scales`` float32 [out / 16, in / span rounded up, 16]; of whole numbers also ``offsets``, or
+    None where all are 0. ``block`` inputs are summed at a time. ``order`` int32 [in]: see
+    GroupWeight.
+    """
+
+    kind: int
     codes: Tensor
-    absmax: Tensor
+    scales: Tensor
+    span: int = BLOCK
+    block: int = BLOCK
+    offsets: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,16 +95,22 @@ class TiledNF4Weight(Tiled):
     @property
     def nbytes(self) -> int:
         """Bytes resident."""
-        return self.codes.nbytes + self.absmax.nbytes
+        kept = (self.codes, self.scales, self.offsets, self.order)
+        return sum(t.nbytes for t in kept if t is not None)
+
+    def struct(self) -> WeightStruct:
+        """What C is told of it."""
+        offsets = None if self.offsets is None else self.offsets.data_ptr()
+        pointers = (self.codes.data_ptr(), self.scales.data_ptr(), offsets)
+        return WeightStruct(self.kind, *self.shape, self.block, self.span, *pointers)
 
     def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop of the matrix in ``dtype``."""
+        """Rows start..stop of the matrix in ``dtype``, inputs as x has them."""
         rows, columns = self.shape
         stop = rows if stop is None else min(stop, rows)
         out = torch.empty(stop - start, columns)
-        tiles = (self.codes.data_ptr(), self.absmax.data_ptr())
-        self.native.lib.mora_untile(*tiles, columns, start, stop, out.data_ptr())
-        return out.to(dtype)
+        self.native.lib.mora_untile(ctypes.byref(self.struct()), start, stop, out.data_ptr())
+        return (out if self.order is None else out[:, self.order.argsort()]).to(dtype)
 
 
 @dataclass(slots=True)
@@ -129,11 +150,24 @@ class NativeLinear:
     def __init__(self, linear: Linear) -> None:
         self._kept = linear
         self._parts = array(WeightStruct, [weight_struct(p) for p in linear.parts])
+        order = weight_order(linear.parts[0])
         self.struct = LinearStruct(
             len(linear.parts),
             ctypes.cast(self._parts, ctypes.POINTER(WeightStruct)),
             None if linear.bias is None else linear.bias.data_ptr(),
+            None if order is None else order.data_ptr(),
         )
+
+
+def weight_order(weight: Weight) -> Tensor | None:
+    """The order in which a weight has its inputs, None for that of x."""
+    return weight.order if isinstance(weight, (GroupWeight, TiledCodes)) else None
+
+
+def can_tile_layer(linear: Linear) -> bool:
+    """Whether the native path takes this layer: all parts, with their inputs in one order."""
+    order = weight_order(linear.parts[0])
+    return all(can_tile(p) and same_order(order, weight_order(p)) for p in linear.parts)
 
 
 def _tiled_dense(weight: Tensor, native: Native, arena: Arena) -> Weight:
@@ -152,6 +186,8 @@ def _tiled_dense(weight: Tensor, native: Native, arena: Arena) -> Weight:
 
 def can_tile(weight: Weight) -> bool:
     """Whether the native path takes this weight as it is or in tiles."""
+    if isinstance(weight, GroupWeight):
+        return weight.shape[0] % LANES == 0 and _block(weight) > 0
     if not isinstance(weight, NF4Weight):
         return True
     rows, columns = weight.shape
@@ -167,26 +203,54 @@ def tiled(weight: Weight, native: Native, arena: Arena) -> Weight:
     """The same numbers in the native layout, in the arena's memory."""
     if isinstance(weight, DenseWeight):
         return _tiled_dense(weight.weight, native, arena)
-    if not isinstance(weight, NF4Weight):
-        return weight
-    rows, columns = weight.shape
-    repeats = columns // weight.absmax.shape[1] // BLOCK
-    absmax = weight.absmax.repeat_interleave(repeats, dim=1).contiguous()
-    codes = arena.zeros((rows // LANES, columns // 8, 64), torch.uint8)
-    scales = arena.zeros((rows // LANES, columns // BLOCK, LANES), torch.float32)
-    before = (weight.codes.contiguous(), absmax)
-    native.lib.mora_tile(
-        *(t.data_ptr() for t in before), rows, columns, codes.data_ptr(), scales.data_ptr()
-    )
-    return TiledNF4Weight(codes, scales, native=native)
+    if isinstance(weight, NF4Weight):
+        repeats = weight.shape[1] // weight.absmax.shape[1] // BLOCK
+        absmax = weight.absmax.repeat_interleave(repeats, dim=1)
+        codes = _tiled_codes(weight.codes, native, arena)
+        return TiledCodes(NF4, codes, _by_tile(absmax, arena), native=native)
+    if isinstance(weight, GroupWeight):
+        offsets = None
+        if weight.zeros is not None:
+            offsets = _by_tile(weight.scales * (MIDDLE - weight.zeros.float()), arena)
+        return TiledCodes(
+            INT4,
+            _tiled_codes(weight.codes, native, arena),
+            _by_tile(weight.scales, arena),
+            weight.group,
+            _block(weight),
+            offsets,
+            None if weight.order is None else weight.order.to(torch.int32),
+            native=native,
+        )
+    return weight
+
+
+def _block(weight: GroupWeight) -> int:
+    """How many inputs the native path sums at a time; 0 where it cannot."""
+    sizes = (BLOCK, HALF_BLOCK)
+    fits = (n for n in sizes if weight.shape[1] % n == 0 and weight.group % n == 0)
+    return next(fits, 0)
+
+
+def _tiled_codes(codes: Tensor, native: Native, arena: Arena) -> Tensor:
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    tiles = arena.zeros((rows // LANES, columns // 8, 64), torch.uint8)
+    packed = codes.contiguous()
+    native.lib.mora_tile(packed.data_ptr(), rows, columns, tiles.data_ptr())
+    return tiles
+
+
+def _by_tile(of_blocks: Tensor, arena: Arena) -> Tensor:
+    """[out, n] -> [out / 16, n, 16]."""
+    return arena.copy(of_blocks.view(-1, LANES, of_blocks.shape[1]).transpose(1, 2))
 
 
 def weight_struct(weight: Weight) -> WeightStruct:
     """A weight's structure. Raises TypeError for one that the native path does not take."""
     if isinstance(weight, DenseWeight):
-        return WeightStruct(DENSE, *weight.shape, weight.weight.data_ptr(), None)
-    if isinstance(weight, TiledNF4Weight):
-        return WeightStruct(NF4, *weight.shape, weight.codes.data_ptr(), weight.absmax.data_ptr())
+        return WeightStruct(DENSE, *weight.shape, 0, 0, weight.weight.data_ptr())
+    if isinstance(weight, TiledCodes):
+        return weight.struct()
     if isinstance(weight, TiledDenseWeight):
-        return WeightStruct(TILED, *weight.shape, weight.tiles.data_ptr(), None)
+        return WeightStruct(TILED, *weight.shape, 0, 0, weight.tiles.data_ptr())
     raise TypeError(f"{type(weight).__name__} is not in the native layout")

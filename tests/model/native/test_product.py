@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mora_serve.model.footprint import BLOCK
+from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.memory import Arena
 from mora_serve.model.native.library import Native, targets
-from mora_serve.model.native.weight import NativeLinear, TiledDenseWeight, can_tile, tiled
-from mora_serve.model.quant import BLOCK, DenseWeight, Linear, NF4Weight, Weight, quantise
+from mora_serve.model.native.weight import (
+    NativeLinear,
+    TiledDenseWeight,
+    can_tile,
+    can_tile_layer,
+    tiled,
+)
+from mora_serve.model.quant import DenseWeight, Linear, NF4Weight, Weight, quantise
 
 Team = Callable[[int], Native]
 SEEDS = st.integers(0, 2**16)
@@ -30,6 +38,28 @@ def codes(rows: int, columns: int, seed: int, block: int = BLOCK) -> NF4Weight:
     packed = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
     absmax = torch.rand((rows, columns // block), generator=generator) + 0.1
     return NF4Weight(packed, absmax)
+
+
+def groups(
+    rows: int,
+    columns: int,
+    seed: int,
+    group: int = 64,
+    *,
+    zeros: bool = True,
+    ordered: bool = False,
+) -> GroupWeight:
+    """Any codes, scales and zeros; ``ordered``: inputs in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (rows, -(-columns // group))
+    zero = torch.randint(0, 16, size, generator=generator, dtype=torch.uint8)
+    return GroupWeight(
+        torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8),
+        (torch.rand(size, generator=generator) + 0.1).half().float(),
+        zero if zeros else None,
+        group,
+        torch.randperm(columns, generator=generator) if ordered else None,
+    )
 
 
 def native_of(parts: list[Weight], native: Native) -> NativeLinear:
@@ -72,6 +102,42 @@ def test_four_bit_products(
 
 @given(
     rows=ROWS,
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    groups_of=st.sampled_from([(32, 32), (32, 160), (64, 64), (64, 192), (96, 192), (128, 320)]),
+    zeros=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=SEEDS,
+)
+@settings(deadline=None, max_examples=60)
+def test_products_of_whole_numbers_in_groups(
+    team: Team,
+    rows: int,
+    widths: list[int],
+    groups_of: tuple[int, int],
+    zeros: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    """Groups of half a block, of one, of several, the last one short; with a zero each or without.
+
+    No weight is rounded, so bfloat16 is as near as float32.
+    """
+    native, (group, columns) = team(threads), groups_of
+    parts: list[Weight] = [
+        groups(16 * n, columns, seed + i, group, zeros=zeros) for i, n in enumerate(widths)
+    ]
+    x = random((rows, columns), seed, native.dtype)
+    got = multiply(native, native_of(parts, native), x, 16 * sum(widths))
+    # a sum with another zero is two sums, of codes and of inputs, up to 8 times as large each
+    largest = [GroupWeight(torch.zeros_like(p.codes), p.scales, None, p.group) for p in parts]  # type: ignore[attr-defined]
+    x64, size = x.double(), torch.cat([p.dequantise(torch.float32) for p in largest]).double()
+    want = x64 @ torch.cat([p.dequantise(torch.float32) for p in parts]).double().T
+    bound = 4 * columns * 2.0**-24 * (x64.abs() @ size.abs().T)
+    assert bool(((got - want).abs() <= bound).all())
+
+
+@given(
+    rows=ROWS,
     outs=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     columns=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 192])),
     halves=st.booleans(),
@@ -93,16 +159,22 @@ def test_dense_products(
     assert_near(got, x, parts, (columns + 1) * 2.0**-24)
 
 
-@given(rows=ROWS, kind=st.sampled_from(["4 bits", "tiled", "dense"]), data=st.data())
+@given(
+    rows=ROWS, kind=st.sampled_from(["4 bits", "groups", "half", "tiled", "dense"]), data=st.data()
+)
 @settings(deadline=None, max_examples=60)
 def test_a_row_does_not_see_the_others(
     team: Team, rows: int, kind: str, data: st.DataObject
 ) -> None:
     """Any subset of the rows in any order, on any number of threads: the same bits."""
     # with rests: no whole number of outputs that go together, nor of registers
-    outs, columns = {"4 bits": (96, 192), "tiled": (99, 192), "dense": (99, 203)}[kind]
+    outs, columns = {"tiled": (99, 192), "dense": (99, 203)}.get(kind, (96, 192))
     dense = DenseWeight(random((outs, columns), 3).bfloat16().to(team(1).dtype))
-    weight: Weight = codes(outs, columns, 3) if kind == "4 bits" else dense
+    weight = {
+        "4 bits": codes(96, 192, 3),
+        "groups": groups(96, 192, 3),
+        "half": groups(96, 192, 3, 32),
+    }.get(kind, dense)
     assert isinstance(tiled(weight, team(1), Arena()), DenseWeight) == (kind == "dense")
     x = random((rows, columns), rows, team(1).dtype)
     whole = multiply(team(1), native_of([weight], team(1)), x, outs)
@@ -123,6 +195,31 @@ def test_tiles_hold_the_same_numbers(team: Team, block: int) -> None:
     assert torch.equal(tiles.dequantise(torch.float32), want)
     assert torch.equal(tiles.dequantise(torch.float32, 5, 21), want[5:21])
     assert torch.equal(tiles.dequantise(torch.bfloat16, 40), want[40:].bfloat16())
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_tiles_hold_the_same_groups(team: Team, group: int, zeros: bool) -> None:
+    """In the order of x, whatever theirs is; a product takes x as it comes."""
+    weight = groups(48, 320, 1, group, zeros=zeros, ordered=True)
+    assert can_tile(weight)
+    tiles = tiled(weight, team(1), Arena())
+    assert tiles.shape == weight.shape
+    want = weight.dequantise(torch.float32)
+    assert torch.equal(tiles.dequantise(torch.float32), want)
+    assert torch.equal(tiles.dequantise(torch.float32, 5, 21), want[5:21])
+    x = random((3, 320), 2).bfloat16().to(team(1).dtype)
+    torch.testing.assert_close(tiles.matmul(x).float(), x.float() @ want.T, rtol=1e-2, atol=0.1)
+
+
+def test_layers_that_take_their_inputs_in_several_orders_do_not_tile() -> None:
+    """A step brings x into one order for all parts of a layer."""
+    one, other = groups(32, 128, 1, ordered=True), groups(32, 128, 2, ordered=True)
+    plain = groups(32, 128, 3)
+    assert can_tile_layer(Linear((one,)))
+    assert can_tile_layer(Linear((plain, DenseWeight(torch.zeros(5, 128)))))
+    assert not can_tile_layer(Linear((one, other)))
+    assert not can_tile_layer(Linear((one, plain)))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 4099])
@@ -171,6 +268,7 @@ def test_what_bitsandbytes_quantises(team: Team) -> None:
 def test_shapes_that_do_not_tile(rows: int, columns: int, block: int) -> None:
     """Outputs beside tiles of 16, blocks of less than 64."""
     assert not can_tile(codes(rows, columns, 0, block))
+    assert not can_tile(groups(rows, columns - columns % 64 + 16, 0, 16))
 
 
 def test_gradients_flow_through_tiles(team: Team) -> None:

@@ -1,0 +1,226 @@
+"""The mixed adapter product by Triton: every row of a step with its own weighted adapters.
+
+The formula, its slots and the torch reference are those of lora.py (``PooledAdapters``); the
+kernels are in lora_kernels.py, the table that they read in mixtures.py. A site is two launches,
+whatever the number of its projections and of the step's adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from mora_serve.model.kernels.lora_kernels import (
+    expand_rows,
+    expand_tiles,
+    shrink_rows,
+    shrink_tiles,
+)
+from mora_serve.model.kernels.mixtures import (
+    LARGE,
+    SMALL,
+    TILE_ROWS,
+    VECTOR,
+    VECTOR_ENTRIES,
+    MixtureBuffers,
+)
+from mora_serve.model.kernels.operands import dot_type
+
+__all__ = ["KernelAdapters", "MixtureBuffers", "Slots", "dora_parts"]
+
+RANKS = 16  # rows of A and B that a program holds at a time, the least that tl.dot takes
+DOT_COLUMNS = 64  # of x and A at a time, where they are tiles
+PROGRAMS = 8  # a multiprocessor, about what fits
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How much of a step a program does, by reckoning: none of it was measured on a card yet.
+
+    ``columns`` of x a partial sum: where an adapter has one row many programs must share its A,
+    where it has many the tiles are enough. ``outputs`` of expand, with ``warps`` warps.
+    """
+
+    columns: int
+    outputs: int
+    warps: int = 4
+
+
+BLOCKS = {VECTOR: Blocks(512, 256), SMALL: Blocks(1024, 128), LARGE: Blocks(2048, 128, 8)}
+
+
+class Slots(Protocol):
+    """What holds the adapters: AdapterSlots, or Int8Slots whose parts have a ``scale`` besides."""
+
+    ranks: list[int]
+    has_dora: list[bool]
+    max_rank: int
+    device: torch.device
+
+    @property
+    def layers(self) -> Sequence[Mapping[str, tuple[Any, ...]]]:
+        """The parts of each layer and site."""
+        ...
+
+
+def dora_parts(slots: Slots) -> int:
+    """How many projections have DoRA scales.
+
+    They get memory as adapters first need them. A graph captured before that does not read them:
+    it is good only while this number is what it was.
+    """
+    parts = (p for sites in slots.layers for parts in sites.values() for p in parts)
+    return sum(p.dora is not None for p in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A site's projections, padded to three for kernels that take three of each tensor."""
+
+    parts: tuple[Any, ...]
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    scale: tuple[Tensor, ...] | None
+    widths: tuple[int, ...]
+    columns: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Any]) -> _Site:
+        three = (*parts, *(parts[0],) * (3 - len(parts)))
+        return cls(
+            tuple(parts),
+            tuple(p.a for p in three),
+            tuple(p.b for p in three),
+            tuple(p.scale for p in three) if hasattr(parts[0], "scale") else None,
+            tuple(p.b.shape[2] for p in parts) + (0,) * (3 - len(parts)),
+            parts[0].a.shape[2],
+        )
+
+    def splits(self, tile_rows: int) -> int:
+        """Partial sums of an inner product."""
+        return -(-self.columns // BLOCKS[tile_rows].columns)
+
+    def dora(self) -> tuple[tuple[Tensor, ...], int]:
+        """The DoRA scales of three projections, and a bit for each that has any."""
+        found = [p.dora for p in self.parts]
+        known = next((d for d in found if d is not None), None)
+        if known is None:
+            return self.b, 0
+        bits = sum(1 << i for i, d in enumerate(found) if d is not None)
+        return tuple(known if d is None else d for d in (*found, None, None)[:3]), bits
+
+
+class KernelAdapters:
+    """The adapters of whatever step ``buffers`` describe, read from the slots.
+
+    Made once: it owns the device memory of the inner products. Its launches depend on x, y and
+    ``buffers.tile_rows`` alone, so they can be captured in a CUDA graph and then do any mixtures
+    that are filled in for that size of tiles (see also dora_parts). Rows without adapters are
+    not touched. Sums are in float32; y is rounded once.
+
+    ``early`` starts each kernel before the one ahead of it in the stream has ended, on a card of
+    capability 9.0 or more. It is off until it has been seen to be right and faster on one.
+    """
+
+    def __init__(self, slots: Slots, buffers: MixtureBuffers, early: bool = False) -> None:
+        self.slots, self.buffers = slots, buffers
+        self._options: dict[str, Any] = {"EARLY": early}
+        if early:
+            self._options["launch_pdl"] = True
+        self._sites = [
+            {site: _Site.of(parts) for site, parts in sites.items()} for sites in slots.layers
+        ]
+        self._entries = dict.fromkeys(TILE_ROWS, buffers.max_entries)
+        self._entries[VECTOR] = min(buffers.max_entries, VECTOR_ENTRIES)
+        # Every site of every layer writes its sums here: launches follow each other.
+        self._inner = torch.empty(
+            max(
+                self._entries[rows] * site.splits(rows) * len(site.parts) * slots.max_rank
+                for site in self._sites[0].values()
+                for rows in TILE_ROWS
+            ),
+            dtype=torch.float32,
+            device=slots.device,
+        )
+        self._programs = 1
+        if slots.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(slots.device)
+            self._programs = PROGRAMS * properties.multi_processor_count
+
+    def fill(
+        self,
+        mixtures: Sequence[Sequence[tuple[int, float]]],
+        lengths: Sequence[int],
+        tile_rows: int = 0,
+    ) -> int:
+        """Lay out a step by the slots' ranks; see MixtureBuffers.fill."""
+        slots = self.slots
+        return self.buffers.fill(mixtures, lengths, slots.ranks, slots.has_dora, tile_rows)
+
+    def apply(self, layer: int, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """Add the mixture's delta to y in place; see decoder.Adapters.
+
+        x [rows, in], y [rows, out], each row contiguous, and at most the buffers' rows.
+        """
+        s = self._sites[layer][site]
+        self._shrink(s, x)
+        self._expand(s, y)
+        return y
+
+    def _shrink(self, s: _Site, x: Tensor) -> None:
+        rows = self.buffers.tile_rows
+        splits, projections, chunk = s.splits(rows), len(s.parts), BLOCKS[rows].columns
+        tiles, _ = self.buffers.capacity(len(x), rows)
+        grid = (min(tiles * projections * splits, self._programs),)
+        sizes = (s.columns, self._entries[rows], self.slots.max_rank)
+        arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
+        constants: dict[str, Any] = {
+            "PROJECTIONS": projections,
+            "SPLITS": splits,
+            "CHUNK": chunk,
+            "RANKS": RANKS,
+            "STRIDE": self.buffers.columns,
+            **self._options,
+        }
+        if rows == VECTOR:
+            block = triton.next_power_of_2(min(chunk, s.columns))
+            shrink_rows[grid](*arguments, **constants, BLOCK=block, num_warps=4)
+        else:
+            tile = {"BLOCK": DOT_COLUMNS, "TILE_ROWS": rows, "OPERAND": dot_type(x.dtype)}
+            shrink_tiles[grid](*arguments, **constants, **tile, num_warps=4, num_stages=4)
+
+    def _expand(self, s: _Site, y: Tensor) -> None:
+        rows = self.buffers.tile_rows
+        _, tiles = self.buffers.capacity(len(y), rows)
+        size = BLOCKS[rows]
+        blocks = sum(-(-width // size.outputs) for width in s.widths)
+        grid = (min(tiles * blocks, self._programs),)
+        dora, bits = s.dora()
+        sizes = (self._entries[rows], self.slots.max_rank)
+        arguments = (
+            *(y, y.stride(0), *s.b, *(s.scale or s.b), *dora, *s.widths),
+            *(self._inner, self.buffers.table, *sizes),
+        )
+        splits = s.splits(rows)
+        constants = {
+            "SCALED": s.scale is not None,
+            "DORA": bits,
+            "SPLITS": splits,
+            "BLOCK": size.outputs,
+            "RANKS": RANKS,
+            "STRIDE": self.buffers.columns,
+            **self._options,
+        }
+        if rows == VECTOR:
+            up = triton.next_power_of_2(splits)
+            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=size.warps)
+        else:
+            # One stage: a pipelined wgmma with an operand in registers can be compiled wrong by
+            # ptxas before 13.3 (triton-lang/triton#9433).
+            tile = {"TILE_ROWS": rows, "OPERAND": dot_type(y.dtype)}
+            expand_tiles[grid](*arguments, **constants, **tile, num_warps=size.warps, num_stages=1)
