@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from mora_serve.engine.forward import Logits
-from mora_serve.engine.graphs import Graphs, Variant
+from mora_serve.engine.graphs import Capture, Graphs, Variant
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.step_buffers import DecodeRows, Ints, StepBuffers, fill_prompts
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.kernels.decoder import Attend, KernelDecoder
-from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots, dora_parts
+from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots
 from mora_serve.model.kernels.mixtures import MixtureBuffers, best_tile_rows
 from mora_serve.model.kernels.paged_attention import (
     DecodeScratch,
@@ -66,8 +66,12 @@ class CudaForward:
         max_batch: int,
         max_mixture: int,
         product: Products | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """``product`` multiplies by the base's matrices; measured here if None."""
+        """``product`` multiplies by the base's matrices; measured here if None.
+
+        ``capture`` makes the graphs, see Graphs.
+        """
         shape, device = decoder.shape, decoder.device
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._device = device
@@ -79,7 +83,7 @@ class CudaForward:
         self._adapters = self._make_adapters(max_batch)
         self._variant = Variant(0)  # but for its rows: of the mixtures that were laid out last
         self._stale = True  # they are not those of the rows
-        self._graphs = Graphs(self._decode, device)
+        self._graphs = Graphs(self._decode, device, capture)
         self._prompts = StepBuffers(0, max_batch, self._pages, device)
         self._prompt_adapters = self._make_adapters(1)
         self._scratch = DecodeScratch.of(
@@ -92,9 +96,14 @@ class CudaForward:
             self.product = product or measured(decoder)
         self._kernels = KernelDecoder(decoder, kv, self.product)
 
+    @property
+    def eager(self) -> set[Variant]:
+        """Steps that could not be captured and run kernel by kernel."""
+        return self._graphs.eager
+
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture the graphs that steps without DoRA need, the largest first: they share memory.
+        """Capture all graphs that steps need, the largest first: they share memory.
 
         On a card the kernels of steps with prompts are compiled as well.
         """
@@ -106,7 +115,7 @@ class CudaForward:
                 self._graphs.prepare(Variant(rows))
                 for tile_rows in tile_sizes(rows, self._max_mixture):
                     self._adapters.fill([()] * rows, [1] * rows, tile_rows)
-                    self._graphs.prepare(Variant(rows, tile_rows, dora_parts(self._slots)))
+                    self._graphs.prepare(Variant(rows, tile_rows))
             if self._device.type == "cuda":
                 self.compile_prompts()
 
@@ -149,7 +158,7 @@ class CudaForward:
             self._variant = Variant(bucket)
             if any(mixtures):
                 tile_rows = self._adapters.fill(mixtures, [1] * bucket)
-                self._variant = Variant(bucket, tile_rows, dora_parts(self._slots))
+                self._variant = Variant(bucket, tile_rows)
             self._stale = False
         self._graphs.run(replace(self._variant, rows=bucket))
         samples = np.fromiter((chunk.samples for chunk in batch), bool, len(batch))
