@@ -3,7 +3,8 @@
 A step in which every chunk is one token runs in a bucket: the next larger number of rows for which
 there is a graph, the rows left over being padding. What such a step reads lies in buffers that do
 not move (see step_buffers.py), so that a replay is one launch after one copy, and its tokens come
-back in one small copy. Steps with prompts run kernel by kernel on buffers of their own.
+back in one small copy. While it runs, the next one of the same sequences is laid out. Steps with
+prompts run kernel by kernel on buffers of their own.
 
 What a graph holds is ``_decode``, a plain function of those buffers. Without a card there are no
 graphs and it is called as it is: so Triton's interpreter runs all of this but the capture.
@@ -140,11 +141,13 @@ class CudaForward:
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch."""
         with self._on_device():
-            if all(chunk.length == 1 for chunk in batch):
-                rows = self._run_decodes(batch, slot)
-            else:
-                rows = self._run_prompts(batch, slot)
-            return self._read(*rows)
+            decodes = all(chunk.length == 1 for chunk in batch)
+            run = self._run_decodes if decodes else self._run_prompts
+            buffers, rows = run(batch, slot)
+            self._fetch(rows)
+            if decodes:
+                self._rows.ahead()  # while the device computes this one
+            return self._read(buffers, rows)
 
     def _run_decodes(
         self, batch: Seq[Chunk], slot: Callable[[str], int]
@@ -241,13 +244,16 @@ class CudaForward:
             logits.copy_(self.product.part(head, hidden))
         self._pick(logits, *(d[name][:n] for name in ("temperatures", "seeds", "draws")))
 
-    def _read(self, buffers: StepBuffers, rows: Ints) -> Logits | None:
-        """Wait for the step; its tokens in one small copy."""
+    def _fetch(self, rows: Ints) -> None:
+        """Start to bring the step's tokens here, in one small copy."""
         used = int(rows.max()) + 1 if len(rows) else 0
         self._picked[:used].copy_(self._pick.tokens[:used], non_blocking=True)
+
+    def _read(self, buffers: StepBuffers, rows: Ints) -> Logits | None:
+        """Wait for the step, and take its tokens."""
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        if not used:
+        if not len(rows):
             return None
         tokens = self._picked.numpy()[rows]
 

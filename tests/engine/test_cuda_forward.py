@@ -216,6 +216,21 @@ def test_a_chunk_that_does_not_sample_is_computed_all_the_same(root: Path) -> No
     assert distance([got], [want]) < 1e-5
 
 
+def test_a_step_leaves_the_next_one_laid_out(root: Path) -> None:
+    """Here the positions of the step that ran, on the host already those of the next."""
+    world = World(base("small", root), by_kernels())
+    forward = world.forward
+    assert isinstance(forward, CudaForward)
+    sequences = [running(i, SamplingParams(), 1) for i in range(2)]
+    with torch.inference_mode():
+        forward([Chunk(s, 0, 3, False) for s in sequences], {}.__getitem__)
+        forward([Chunk(s, 3, 1, True) for s in sequences], {}.__getitem__)
+    assert forward._steps.device["positions"][:2].tolist() == [3, 3]
+    host = forward._steps.begin()
+    assert host["positions"][:2].tolist() == [4, 4]
+    assert host["places"][:2].tolist() == [s.pages[0] * 16 + 4 for s in sequences]
+
+
 def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
     """Prompts of padding run through every kernel, and no page is written."""
     model = base("small", root)
