@@ -105,7 +105,9 @@ class Measurement:
             self._local = local
             self.result["ready_seconds"] = time.monotonic() - start
             self.result["memory"] = gpu_steps.memory(self.device)
-            product = getattr(local.engine.runner.forward, "product", None)
+            forward = local.engine.runner.forward
+            self.result["not_captured"] = sorted(map(str, getattr(forward, "eager", ())))
+            product = getattr(forward, "product", None)
             self.result["four_bit_products"] = [
                 {"out": out, "in": columns, "by_rows": by_rows}
                 for (out, columns), by_rows in (product.table if product else {}).items()

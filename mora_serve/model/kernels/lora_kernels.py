@@ -112,7 +112,6 @@ def expand_rows(
     entries,
     max_rank,
     SCALED: tl.constexpr,
-    DORA: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_UP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,7 +119,7 @@ def expand_rows(
     STRIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One row, BLOCK outputs of one projection an item. DORA has a bit for each projection."""
+    """One row, BLOCK outputs of one projection an item."""
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = tl.load(table + EXPAND_TILES) * blocks
@@ -144,8 +143,7 @@ def expand_rows(
         n = block * BLOCK + tl.arange(0, BLOCK)
         inside = n < width
         at = y + row * y_stride + start + n
-        base = tl.load(at, mask=inside, other=0).to(tl.float32)
-        total = base
+        total = tl.load(at, mask=inside, other=0).to(tl.float32)
         split = tl.arange(0, SPLITS_UP)
         for j in range(adapters):
             adapter = record + MIXTURE + PER_ADAPTER * j
@@ -168,10 +166,10 @@ def expand_rows(
                 weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta += tl.sum(h[:, None] * weights.to(tl.float32), axis=0)
             delta *= weight
-            if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
-                if ((DORA >> projection) & facts & 1) != 0:
-                    c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
-                    delta += c * (delta + weight * base)
+            if (facts & 1) != 0:  # y is read anew: few steps need it, and registers are scarce
+                base = tl.load(at, mask=inside, other=0).to(tl.float32)
+                c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
+                delta += c * (delta + weight * base)
             total += delta
         tl.store(at, total.to(y.dtype.element_ty), mask=inside)
 
@@ -257,7 +255,6 @@ def expand_tiles(
     entries,
     max_rank,
     SCALED: tl.constexpr,
-    DORA: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -296,8 +293,7 @@ def expand_tiles(
         inside = n < width
         at = y + row[:, None] * y_stride + start + n[None, :]
         here = live[:, None] & inside[None, :]
-        base = tl.load(at, mask=here, other=0).to(tl.float32)
-        total = base
+        total = tl.load(at, mask=here, other=0).to(tl.float32)
         for j in range(adapters):
             adapter = MIXTURE + PER_ADAPTER * j
             entry = tl.load(records + adapter + ENTRY, mask=live, other=0)
@@ -321,9 +317,9 @@ def expand_tiles(
                 weights = tl.load(matrix + r[:, None] * width + n[None, :], mask=mask, other=0)
                 delta = tl.dot(h.to(OPERAND), weights.to(OPERAND), delta, input_precision="ieee")
             delta *= weight[:, None]
-            if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
-                if ((DORA >> projection) & facts & 1) != 0:
-                    c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
-                    delta += c[None, :] * (delta + weight[:, None] * base)
+            if (facts & 1) != 0:  # as in expand_rows
+                base = tl.load(at, mask=here, other=0).to(tl.float32)
+                c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
+                delta += c[None, :] * (delta + weight[:, None] * base)
             total += delta
         tl.store(at, total.to(y.dtype.element_ty), mask=here)
