@@ -418,9 +418,9 @@ def _check(config: Config) -> None:
             "be above 0 and at most 1",
             field="engine.memory_fraction",
         )
-    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+    if config.engine.tensor_parallel > 1 and config.engine.kernels == "native":
         raise ConfigError(
-            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            "engine.kernels: 'native' computes a step in one process alone, and "
             f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
         )

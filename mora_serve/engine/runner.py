@@ -12,6 +12,7 @@ import torch
 
 from mora_serve.config import EngineConfig
 from mora_serve.core import TokenOut
+from mora_serve.engine import orders
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.native_forward import NativeForward, can_run
@@ -61,17 +62,13 @@ class Runner:
             decoder.dtype,
             decoder.device,
         )
-        self._parallel = None if team is None else self._join(team, pages, config)
-        self.forward = self._parallel or self._forward(max_context, config)
+        self.forward: Forward
+        if team is None:
+            self.forward = self._alone(max_context, config)
+        else:
+            self.forward = self._together(team, pages, max_context, config)
 
-    def _join(self, team: Team, pages: int, config: EngineConfig) -> ParallelForward:
-        threads, slots = config.threads, self.pool.slots
-        if self.decoder.device.type == "cpu":  # which all ranks share
-            threads = threads or max(1, allowed_cores() // team.group.size)
-        team.serve(slots.slots, slots.max_rank, pages, config.page_size, threads)
-        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
-
-    def _forward(self, max_context: int, config: EngineConfig) -> Forward:
+    def _alone(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
         kernels = config.kernels
         if kernels in ("auto", "native") and can_run(self.decoder):
@@ -83,30 +80,55 @@ class Runner:
                 "where there is a C compiler",
                 field="engine.kernels",
             )
-        if kernels == "triton" or (kernels == "auto" and self._has_triton()):
+        if self._by_triton(config):
             return self._cuda_forward(max_context, config)
         return TorchForward(*parts, config.threads)
 
-    def _has_triton(self) -> bool:
-        return self.decoder.device.type == "cuda" and find_spec("triton") is not None
+    def _together(self, team: Team, pages: int, max_context: int, config: EngineConfig) -> Forward:
+        """By all ranks, each in the same way."""
+        threads, slots = config.threads, self.pool.slots
+        if self.decoder.device.type == "cpu":  # which all ranks share
+            threads = threads or max(1, allowed_cores() // team.group.size)
+        sizes = slots.slots, slots.max_rank, pages, config.page_size, threads
+        if self._by_triton(config):
+            return self._cuda_forward(max_context, config, team, sizes)
+        team.serve(orders.Serve(*sizes))
+        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
 
-    def _cuda_forward(self, max_context: int, config: EngineConfig) -> Forward:
-        if find_spec("triton") is None:
+    def _by_triton(self, config: EngineConfig) -> bool:
+        """Whether steps run by Triton's kernels. Raises ConfigError where that cannot be."""
+        kernels, device = config.kernels, self.decoder.device.type
+        there = find_spec("triton") is not None
+        if kernels != "triton":
+            return kernels == "auto" and there and device == "cuda"
+        if not there:
             raise ConfigError(
                 "engine.kernels: 'triton' asks for kernels that need the package triton, which is "
                 "not installed; install it, or use 'auto'",
                 field="engine.kernels",
             )
-        if self.decoder.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
                 "engine.kernels: 'triton' asks for kernels that need a card, but base.device is "
-                f"{self.decoder.device.type}; use 'auto'",
+                f"{device}; use 'auto'",
                 field="engine.kernels",
             )
-        from mora_serve.engine.cuda_forward import CudaForward
+        return True
 
-        parts = self.decoder, self.pool.slots, self.kv
-        return CudaForward(*parts, max_context, config.max_batch, self.pool.reserve)
+    def _cuda_forward(
+        self,
+        max_context: int,
+        config: EngineConfig,
+        team: Team | None = None,
+        sizes: tuple[int, int, int, int, int] | None = None,
+    ) -> Forward:
+        from mora_serve.engine.cuda_forward import CudaForward
+        from mora_serve.engine.kernel_step import KernelStep, Room
+
+        room = Room(max_context, config.max_batch, self.pool.reserve)
+        if team is not None and sizes is not None:
+            team.serve(orders.Serve(*sizes, room))
+        return CudaForward(KernelStep(self.decoder, self.pool.slots, self.kv, room), team)
 
     def prepare(self) -> None:
         """Measure, compile and capture what the first steps would otherwise wait for."""
@@ -116,7 +138,8 @@ class Runner:
         """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
         if not pages or not self.forward.reads_whole_pages:
             return
-        (self._parallel or self.kv).clear(pages)
+        ranks = self.forward if isinstance(self.forward, ParallelForward) else self.kv
+        ranks.clear(pages)
 
     @torch.inference_mode()
     def run(self, batch: Seq[Chunk]) -> list[tuple[Sequence, TokenOut | None]]:

@@ -74,6 +74,14 @@ class StepBuffers:
         """One copy to the device; of the table the first ``chunks`` rows."""
         self._packed.upload(chunks)
 
+    def image(self, chunks: int) -> bytes:
+        """What ``upload`` copies; see Packed."""
+        return self._packed.image(chunks)
+
+    def receive(self, image: bytes) -> None:
+        """Upload what rank 0 has laid out."""
+        self._packed.receive(image)
+
     def set_sampling(self, row: int, sequence: Sequence) -> None:
         """How a row's token is drawn, its position apart."""
         params, host = sequence.request.sampling, self._packed.host

@@ -27,9 +27,10 @@ from mora_serve.adapters.validate import read_upload
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Mixture, Request, SamplingParams
 from mora_serve.engine import runner
-from mora_serve.engine.cuda_forward import CudaForward, buckets, tile_sizes
+from mora_serve.engine.cuda_forward import CudaForward
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.graphs import Capture, Variant
+from mora_serve.engine.kernel_step import KernelStep, PromptStep, Room, buckets, tile_sizes
 from mora_serve.engine.sampler import SamplingRow, sample
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
@@ -86,7 +87,8 @@ def base(
 def by_kernels(
     product: Products | None = None, max_batch: int = 8, capture: Capture | None = None
 ) -> Callable[[Decoder, AdapterSlots, KVPages], Forward]:
-    return lambda *parts: CudaForward(*parts, CONTEXT, max_batch, 4, product, capture)
+    room = Room(CONTEXT, max_batch, 4)
+    return lambda *parts: CudaForward(KernelStep(*parts, room, product, capture))
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
@@ -225,8 +227,8 @@ def test_a_step_leaves_the_next_one_laid_out(root: Path) -> None:
     with torch.inference_mode():
         forward([Chunk(s, 0, 3, False) for s in sequences], {}.__getitem__)
         forward([Chunk(s, 3, 1, True) for s in sequences], {}.__getitem__)
-    assert forward._steps.device["positions"][:2].tolist() == [3, 3]
-    host = forward._steps.begin()
+    assert forward.step.decodes.device["positions"][:2].tolist() == [3, 3]
+    host = forward.step.decodes.begin()
     assert host["positions"][:2].tolist() == [4, 4]
     assert host["places"][:2].tolist() == [s.pages[0] * 16 + 4 for s in sequences]
 
@@ -236,7 +238,7 @@ def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
     model = base("small", root)
     world = World(model, by_kernels(), fill=7.0)
     assert isinstance(world.forward, CudaForward)
-    world.forward.compile_prompts((3,))
+    world.forward.step.compile_prompts((3,))
     assert bool((world.kv.k == 7).all())
     assert bool((world.kv.v == 7).all())
     assert distance(world.run(FEW[1:2]), World(model).run(FEW[1:2])) < 1e-5
@@ -253,7 +255,7 @@ def test_preparing_leaves_no_trace(root: Path) -> None:
     assert bool((world.kv.v == 7).all())
     world.run(FEW[:1])
     world.kv.k.fill_(7)
-    forward._graphs._replays.clear()
+    forward.step.graphs._replays.clear()
     forward.prepare()
     assert bool((world.kv.k == 7).all())
 
@@ -272,22 +274,23 @@ def test_preparing_covers_every_layout_of_a_bucket() -> None:
     assert tile_sizes(64, 1) == [1, 16, 64]
 
 
-def llama() -> CudaForward:
+def llama() -> KernelStep:
     """A layer of Llama-3.1-8B without memory: tensors on "meta"."""
     meta = torch.device("meta")
     shape = replace(LLAMA, layers=1)
     decoder = random_base(shape, meta, torch.bfloat16).decoder
     slots = AdapterSlots(shape, 32, 16, torch.bfloat16, meta)
     kv = KVPages(1, shape.kv_heads, shape.head_dim, 4096, 16, torch.bfloat16, meta)
-    return CudaForward(decoder, slots, kv, 8192, 32, 4)  # the 4-bit product compiles elsewhere
+    return KernelStep(decoder, slots, kv, Room(8192, 32, 4))  # the 4-bit product compiles elsewhere
 
 
 def launch_prompts() -> None:
-    one, two = running(0, SamplingParams(), 1), running(1, SamplingParams(), 0)
-    llama()._run_prompts([Chunk(one, 3, 1, True), Chunk(two, 0, 3, True)], {}.__getitem__)
+    step = llama()
+    step.make_room(4)
+    step.run(PromptStep(tokens=4, chunks=2, single=1, longest=3, sampled=1))
 
 
-LAUNCHES = {"decode": lambda: llama()._decode(Variant(16, 1)), "prompts": launch_prompts}
+LAUNCHES = {"decode": lambda: llama().run(Variant(16, 1)), "prompts": launch_prompts}
 
 
 def test_whole_steps_compile_for_a_card_that_is_not_here() -> None:
