@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,10 @@ from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
+
+
+if TYPE_CHECKING:
+    from mora_serve.engine.kernel_step import Room  # imports triton
 
 
 def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -80,8 +85,8 @@ class Runner:
                 "where there is a C compiler",
                 field="engine.kernels",
             )
-        if self._by_triton(config):
-            return self._cuda_forward(max_context, config)
+        if (room := self._kernels_room(max_context, config)) is not None:
+            return self._by_kernels(room)
         return TorchForward(*parts, config.threads)
 
     def _together(self, team: Team, pages: int, max_context: int, config: EngineConfig) -> Forward:
@@ -89,18 +94,23 @@ class Runner:
         threads, slots = config.threads, self.pool.slots
         if self.decoder.device.type == "cpu":  # which all ranks share
             threads = threads or max(1, allowed_cores() // team.group.size)
-        sizes = slots.slots, slots.max_rank, pages, config.page_size, threads
-        if self._by_triton(config):
-            return self._cuda_forward(max_context, config, team, sizes)
-        team.serve(orders.Serve(*sizes))
+        room = self._kernels_room(max_context, config)
+        team.serve(
+            orders.Serve(slots.slots, slots.max_rank, pages, config.page_size, threads, room)
+        )
+        if room is not None:
+            return self._by_kernels(room, team)
         return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
 
-    def _by_triton(self, config: EngineConfig) -> bool:
-        """Whether steps run by Triton's kernels. Raises ConfigError where that cannot be."""
+    def _kernels_room(self, max_context: int, config: EngineConfig) -> Room | None:
+        """What Triton's kernels have to take; None where torch computes.
+
+        Raises ConfigError where they are asked for and cannot run.
+        """
         kernels, device = config.kernels, self.decoder.device.type
         there = find_spec("triton") is not None
-        if kernels != "triton":
-            return kernels == "auto" and there and device == "cuda"
+        if kernels != "triton" and not (kernels == "auto" and there and device == "cuda"):
+            return None
         if not there:
             raise ConfigError(
                 "engine.kernels: 'triton' asks for kernels that need the package triton, which is "
@@ -113,21 +123,14 @@ class Runner:
                 f"{device}; use 'auto'",
                 field="engine.kernels",
             )
-        return True
+        from mora_serve.engine.kernel_step import Room
 
-    def _cuda_forward(
-        self,
-        max_context: int,
-        config: EngineConfig,
-        team: Team | None = None,
-        sizes: tuple[int, int, int, int, int] | None = None,
-    ) -> Forward:
+        return Room(max_context, config.max_batch, self.pool.reserve)
+
+    def _by_kernels(self, room: Room, team: Team | None = None) -> Forward:
         from mora_serve.engine.cuda_forward import CudaForward
-        from mora_serve.engine.kernel_step import KernelStep, Room
+        from mora_serve.engine.kernel_step import KernelStep
 
-        room = Room(max_context, config.max_batch, self.pool.reserve)
-        if team is not None and sizes is not None:
-            team.serve(orders.Serve(*sizes, room))
         return CudaForward(KernelStep(self.decoder, self.pool.slots, self.kv, room), team)
 
     def prepare(self) -> None:
