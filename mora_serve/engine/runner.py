@@ -27,7 +27,6 @@ from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
 
-
 if TYPE_CHECKING:
     from mora_serve.engine.kernel_step import Room  # imports triton
 
