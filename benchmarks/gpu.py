@@ -107,8 +107,8 @@ class Measurement:
             self.result["memory"] = gpu_steps.memory(self.device)
             product = getattr(local.engine.runner.forward, "product", None)
             self.result["four_bit_products"] = [
-                {"out": out, "in": columns, "by_rows": by_rows}
-                for (out, columns), by_rows in (product.table if product else {}).items()
+                {"kind": form.kind, "out": form.out, "in": form.columns, "by_rows": by_rows}
+                for form, by_rows in (product.table if product else {}).items()
             ]
         return self._local
 

@@ -35,9 +35,16 @@ from mora_serve.model.kernels.paged_attention import (
     decode_attention,
     prefill_attention,
 )
-from mora_serve.model.kernels.products import Products, card_seconds, known_ways, measure
+from mora_serve.model.kernels.products import (
+    BY_DENSE,
+    TORCH,
+    Products,
+    card_seconds,
+    known_ways,
+    measure,
+)
 from mora_serve.model.kernels.sampling import Pick
-from mora_serve.model.quant import DenseWeight
+from mora_serve.model.quant import DenseWeight, Linear
 
 SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
@@ -262,10 +269,10 @@ def measured(decoder: Decoder) -> Products:
     """The ways to multiply by this decoder's 4-bit matrices, on a card by measurement."""
     ways = known_ways(decoder.device, decoder.dtype)
     if decoder.device.type != "cuda":
-        return Products(ways, "dense")
+        return Products(ways, TORCH)
     linears = [site for layer in decoder.layers for site in layer.sites.values()]
-    table = measure(linears, decoder.dtype, ways, card_seconds)
-    return Products(ways, "dense" if "dense" in ways else next(iter(ways)), table)
+    linears.append(Linear((decoder.head,)))
+    return Products(ways, BY_DENSE, measure(linears, decoder.dtype, ways, card_seconds))
 
 
 def tile_sizes(rows: int, max_mixture: int) -> list[int]:
