@@ -30,6 +30,7 @@ from mora_serve.model.decoder import Decoder
 from mora_serve.model.kernels.decoder import Attend, KernelDecoder
 from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots, dora_parts
 from mora_serve.model.kernels.mixtures import MixtureBuffers, best_tile_rows
+from mora_serve.model.kernels.overlap import overlap_pays
 from mora_serve.model.kernels.paged_attention import (
     DecodeScratch,
     decode_attention,
@@ -83,6 +84,8 @@ class CudaForward:
         self._buckets = buckets(max_batch)
         self._steps = StepBuffers(max_batch, max_batch, self._pages, device)
         self._rows = DecodeRows(self._steps, kv.page_size)
+        with self._on_device():
+            self.early_launches = overlap_pays(slots, card_seconds)
         self._adapters = self._make_adapters(max_batch)
         self._variant = Variant(0)  # but for its rows: of the mixtures that were laid out last
         self._stale = True  # they are not those of the rows
@@ -258,7 +261,7 @@ class CudaForward:
     def _make_adapters(self, rows: int) -> KernelAdapters:
         slots = self._slots
         buffers = MixtureBuffers(rows, self._max_mixture, len(slots.ranks), slots.device)
-        return KernelAdapters(slots, buffers)
+        return KernelAdapters(slots, buffers, self.early_launches)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device."""
