@@ -7,11 +7,15 @@
 Parts: the GPU tests (tests); the card's rates (card); on a base of the Llama-3.1-8B shape with
 random NF4 weights and rank-16 adapters on all projections, decode steps beside the time of their
 bytes (steps), first tokens of long prompts (first), tokens of running streams while adapters load
-(loads) and PEFT's mixed batch on the same weights (peft); the demo's answers beside the CPU's
-(demo); the adapter product beside those of vLLM and SGLang (kernels). What fails is recorded as
-failed and does not stop the rest; a part that would begin after ``--minutes`` is left out, and one
-that runs in other processes ends with them SPARE seconds later. ``--out`` has what was measured so
-far after each part. Exits with 2 where torch sees no CUDA device.
+(loads) and PEFT's mixed batch on the same weights (peft); 4-bit products by every way (products);
+the adapter product beside those of vLLM and SGLang (kernels); bases in GPTQ and AWQ beside
+transformers (groups); the demo's answers beside the CPU's (demo). What fails is recorded as failed
+and does not stop the rest; a part that would begin after ``--minutes`` is left out, and one that
+runs in other processes ends with them SPARE seconds later. ``--out`` has what was measured so far
+after each part. Exits with 2 where torch sees no CUDA device.
+
+Nothing is downloaded but the peers' kernels, where there is a network. For a machine without one
+benchmarks.gpu_carry makes a folder of what is missing there.
 """
 
 from __future__ import annotations
@@ -27,18 +31,39 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_carry
 from benchmarks.report import ROOT, emit, environment, log
 
-PARTS = ("card", "steps", "first", "loads", "peft", "kernels", "demo", "tests")
+PARTS = (
+    *("card", "steps", "first", "loads", "peft"),
+    *("products", "kernels", "groups", "demo", "tests"),
+)
 TESTS = (
     *("tests/test_gpu.py", "tests/model/kernels", "tests/model/test_packed.py"),
     *("tests/engine/test_cuda_forward.py", "tests/engine/test_adapter_pool.py"),
 )
-TEST_SECONDS = KERNEL_SECONDS = 150.0
+TEST_SECONDS = KERNEL_SECONDS = GROUP_SECONDS = 150.0
 DEMO_SECONDS = 300.0
+GROUP_BASES = ("gptq-act-order", "awq")  # of benchmarks.group_bases, which takes longer for all
+TEST_CORES = 8  # from which on tests run side by side: compiling takes most of their time
+# What parts import, as far as an image for cards may lack it, and the packages that have it
+NEEDED = {
+    "bitsandbytes": "bitsandbytes",
+    "google.rpc": "googleapis-common-protos",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "grpc_status": "grpcio-status",
+    "hypothesis": "hypothesis",
+    "peft": "peft",
+    "pytest": "pytest",
+    "pytest_asyncio": "pytest-asyncio",
+    "pytest_timeout": "pytest-timeout",
+}
 SPARE = 90.0  # seconds that a part which began in time may still take
 
 
@@ -56,6 +81,7 @@ class Measurement:
         self.until = until
         self.device = torch.device(device)
         self.small = device == "cpu"
+        self.dtype = torch.float32 if self.small else torch.bfloat16
         self.sizes = gpu_steps.TINY if self.small else gpu_steps.Sizes()
         self.result: dict[str, Any] = {}
         self._shape = gpu_base.TINY if self.small else gpu_base.LLAMA
@@ -87,17 +113,16 @@ class Measurement:
     def local(self) -> Any:
         """The engine on the random base, with its adapters resident."""
         if self._local is None:
-            import torch
-
             from benchmarks import gpu_base, gpu_steps
 
             start = time.monotonic()
-            dtype = torch.float32 if self.small else torch.bfloat16
-            base = gpu_base.random_base(self._shape, self.device, dtype)
+            base = gpu_base.random_base(self._shape, self.device, self.dtype)
             kernels = "triton" if self.small else "auto"
             local = gpu_steps.make_engine(base, self.sizes, str(self.device), kernels)
             self._opened.enter_context(local)
-            self.result["kernels_used"] = type(local.engine.runner.forward).__name__
+            forward = local.engine.runner.forward
+            self.result["kernels_used"] = type(forward).__name__
+            self.result["early_launches"] = getattr(forward, "early_launches", None)
             local.engine.warm_up()
             names = gpu_base.add_adapters(local, self.sizes.adapters, self.sizes.rank)
             local.make_resident(names)
@@ -105,7 +130,7 @@ class Measurement:
             self._local = local
             self.result["ready_seconds"] = time.monotonic() - start
             self.result["memory"] = gpu_steps.memory(self.device)
-            product = getattr(local.engine.runner.forward, "product", None)
+            product = getattr(forward, "product", None)
             self.result["four_bit_products"] = [
                 {"kind": form.kind, "out": form.out, "in": form.columns, "by_rows": by_rows}
                 for form, by_rows in (product.table if product else {}).items()
@@ -157,6 +182,26 @@ class Measurement:
         flags = ["--interpret"] if self.small else ["--fetch"]
         return _json_of("benchmarks.gpu_kernels", flags, self.left(KERNEL_SECONDS))
 
+    def products(self) -> dict[str, Any]:
+        """4-bit products by every way."""
+        from benchmarks import gpu_card, gpu_products
+        from mora_serve.model.kernels.products import card_seconds
+
+        sizes = self._shape, self.device, self.dtype, self.bandwidth
+        if not self.small:
+            return gpu_products.measure(*sizes, card_seconds)
+
+        def seconds(work: Callable[[], object]) -> float:
+            return gpu_card.seconds(work, self.device, 1)
+
+        return gpu_products.measure(*sizes, seconds, (1,), ("o",), 1)
+
+    def groups(self) -> dict[str, Any]:
+        """GPTQ and AWQ, in a process of its own."""
+        flags = ["--json", "--device", str(self.device), "--only", *GROUP_BASES, "--tokens"]
+        seconds = self.left(GROUP_SECONDS)
+        return _json_of("benchmarks.group_bases", [*flags, "2" if self.small else "12"], seconds)
+
     def demo(self) -> dict[str, Any]:
         """The demo's answers."""
         from benchmarks import gpu_demo
@@ -187,7 +232,10 @@ def run_tests(paths: Sequence[str], timeout: float = TEST_SECONDS) -> dict[str, 
     """Run pytest on ``paths``; returns counts, seconds and the failed tests' names."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *paths]
+        command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"]
+        if find_spec("xdist") and (os.cpu_count() or 1) >= TEST_CORES:
+            command += ["-n", str(TEST_CORES)]
+        command += [f"--junitxml={report}", *paths]
         start = time.monotonic()
         try:
             done = subprocess.run(
@@ -208,6 +256,18 @@ def run_tests(paths: Sequence[str], timeout: float = TEST_SECONDS) -> dict[str, 
                 if case.find("failure") is not None or case.find("error") is not None
             ]
         return result
+
+
+def missing() -> list[str]:
+    """The packages that parts need and that are not here."""
+
+    def there(module: str) -> bool:
+        try:
+            return find_spec(module) is not None
+        except ImportError:  # of the package that it is in
+            return False
+
+    return [package for module, package in NEEDED.items() if not there(module)]
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
@@ -238,6 +298,13 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     for row in result["first"] if isinstance(result.get("first"), list) else ():
         found[f"first_token_ms_{row['streams']}"] = 1e3 * row["first_token_seconds"]
     note("loading_p99_over_quiet", lambda: result["loads"]["p99_ratio"])
+    for part in ("products", "kernels"):
+        for name in ("within_rounding", "repeats"):
+            note(f"{part}_{name}", lambda p=part, n=name: result[p][n])  # type: ignore[misc]
+    note("times_faster_than_peers", lambda: result["kernels"]["least_times_faster"])
+    for name in ("gptq_logits", "awq_logits"):
+        note(name, lambda n=name: result["groups"][n])  # type: ignore[misc]
+    note("groups_wrong_tokens", lambda: result["groups"]["wrong_tokens"])
     note("demo_wrong", lambda: result["demo"]["wrong"] + result["demo"]["other_mixtures"])
     note("tests_failed", lambda: result["tests"]["failures"] + result["tests"]["errors"])
     note("tests_status", lambda: result["tests"]["status"])
@@ -257,18 +324,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no part begins")
     parser.add_argument("--out", type=Path, help="write the JSON here too, after each part")
     args = parser.parse_args(argv)
-    if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
-    import torch
+    gpu_carry.use()
+    from benchmarks import gpu_card
 
-    if not args.interpret and not torch.cuda.is_available():
-        log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
+    if not gpu_card.found(args.interpret):
         return 2
     start = time.monotonic()
     until = start + 60 * args.minutes + SPARE
     measurement = Measurement("cpu" if args.interpret else "cuda", until)
     result = measurement.result
-    result |= {**environment(), "interpreted": args.interpret}
+    result |= {**environment(), "interpreted": args.interpret, "missing": missing()}
+    if result["missing"]:
+        log(f"not installed: {', '.join(result['missing'])}; parts that need them will fail")
     try:
         for name in (p for p in PARTS if p in args.parts):
             if time.monotonic() - start > 60 * args.minutes:
