@@ -15,8 +15,17 @@ pytest.importorskip("triton")
 
 import torch
 
-from benchmarks import gpu, gpu_base, gpu_demo, gpu_peft, gpu_products, gpu_shown
+from benchmarks import (
+    gpu,
+    gpu_base,
+    gpu_demo,
+    gpu_peft,
+    gpu_processes,
+    gpu_products,
+    gpu_shown,
+)
 from benchmarks.claims import read_claims
+from benchmarks.gpu_figures import figures
 from benchmarks.report import ROOT
 from mora_serve.core import Decision, Mixture, Source, TokenOut
 from mora_serve.demo.bundle import Example
@@ -147,12 +156,14 @@ def test_every_figure_of_a_claim_is_one_that_the_measurement_has() -> None:
     claims = read_claims(ROOT / "benchmarks" / "claims.toml")
     named = {c.figure for c in claims if c.command == "python -m benchmarks.gpu --json"}
     assert len(named) >= 17
-    assert named <= {f"figures.{name}" for name in gpu.figures(result)}
+    assert named <= {f"figures.{name}" for name in figures(result)}
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "NEEDED", {"torch": "torch", "none.such": "none-such", "nil": "nil"})
-    assert gpu.missing() == ["none-such", "nil"]
+    monkeypatch.setattr(
+        gpu_processes, "NEEDED", {"torch": "torch", "none.such": "none-such", "nil": "nil"}
+    )
+    assert gpu_processes.missing() == ["none-such", "nil"]
 
 
 def test_what_was_measured_can_be_shown(measured: dict[str, Any]) -> None:
@@ -161,7 +172,7 @@ def test_what_was_measured_can_be_shown(measured: dict[str, Any]) -> None:
         "groups": {"gptq_logits": 1e-6, "awq_logits": 2e-6, "wrong_tokens": 0, "rows": []},
         "kernels": {"within_rounding": True, "repeats": True, "rows": [{"rows": 1}]},
         "four_bit_products": [{"kind": "nf4", "out": 6, "in": 4, "by_rows": {"1": "dense"}}],
-        "figures": gpu.figures(measured),
+        "figures": figures(measured),
     }
     result = {**measured, **found}
     result = json.loads(json.dumps(result))
@@ -180,11 +191,28 @@ def test_figures_are_those_that_were_measured() -> None:
         for n, kind, rate in ((1, "distinct", 9.0), (32, "none", 100.0), (32, "distinct", 90.0))
     ]
     result = {"steps": rows, "peft": {"error": "no bitsandbytes"}, "tests": {"status": 0}}
-    assert gpu.figures(result) == {
+    assert figures(result) == {
         "step_1_over_floor": 1.5,
         "distinct_32_over_none": 0.9,
         "tests_status": 0,
     }
+
+
+def test_an_engine_that_cannot_start_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that need one say why, and take no time."""
+    tried = []
+
+    def broken(self: gpu.Measurement) -> None:
+        tried.append(1)
+        raise ValueError("no card like this")
+
+    monkeypatch.setattr(gpu.Measurement, "_started", broken)
+    run = gpu.Measurement("cpu")
+    for name in ("first", "loads"):
+        run.run(name)
+    assert run.result["first"]["error"] == "ValueError: no card like this"
+    assert run.result["loads"]["error"] == "RuntimeError: no engine: ValueError: no card like this"
+    assert len(tried) == 1
 
 
 def test_a_part_that_fails_is_recorded_and_the_others_run(
