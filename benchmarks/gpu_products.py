@@ -17,9 +17,9 @@ import torch
 from benchmarks.gpu_base import random_groups, random_nf4
 from benchmarks.report import log
 from mora_serve.model.group_quant import GroupWeight
-from mora_serve.model.kernels.four_bit import VALUES, FourBit
+from mora_serve.model.kernels.four_bit import FourBit
 from mora_serve.model.kernels.products import MATRICES, Way, known_ways, times
-from mora_serve.model.quant import Linear
+from mora_serve.model.quant import Linear, by_table
 from mora_serve.model.shape import SITES, ModelShape
 
 Make = Callable[[int, int, torch.device], FourBit]
@@ -104,7 +104,4 @@ def _exact(weight: FourBit) -> torch.Tensor:
     """The matrix in float32, by plain torch."""
     if isinstance(weight, GroupWeight):
         return weight.dequantise(torch.float32)
-    both = torch.stack([weight.codes >> 4, weight.codes & 15], dim=-1).flatten(1)
-    values = torch.tensor(VALUES, device=both.device)[both.long()]
-    block = weight.shape[1] // weight.absmax.shape[1]
-    return values * weight.absmax.repeat_interleave(block, dim=1)
+    return by_table(weight.codes, weight.absmax, torch.float32)

@@ -28,15 +28,8 @@ from torch import Tensor
 
 from mora_serve.model.group_quant import MIDDLE, GroupWeight, in_order
 from mora_serve.model.kernels.operands import dot_type
-from mora_serve.model.quant import NF4Weight
+from mora_serve.model.quant import VALUES, NF4Weight
 
-# bitsandbytes' order of the codes.
-VALUES = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 MOST_ROWS = 256  # that it is meant for; more are better served by dequantising once
 PROGRAMS = 264  # that the default plan aims at: two for each of an H100's processors
 LONGEST_PIECE = 128  # columns that one tl.dot takes

@@ -13,13 +13,12 @@ from mora_serve.model.group_quant import GroupWeight, in_order
 from mora_serve.model.kernels.four_bit import (
     GROUP_LOOKUPS,
     NF4_LOOKUPS,
-    VALUES,
     FourBit,
     FourBitProduct,
     Plan,
     default_plan,
 )
-from mora_serve.model.quant import NF4Weight, quantise
+from mora_serve.model.quant import VALUES, NF4Weight, quantise
 from tests.model.kernels.compare import DTYPES, TOLERANCE, same_bits
 
 PLANS = {
