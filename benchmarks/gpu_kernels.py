@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import lora_peers
+from benchmarks import gpu_card, lora_peers
 from benchmarks.report import emit, environment, log
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
@@ -297,13 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="check on the CPU, time nothing")
     parser.add_argument("--out", type=Path, help="write the JSON here, and a table beside it (.md)")
     args = parser.parse_args(argv)
-    if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
-    if not args.interpret and not torch.cuda.is_available():
-        log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
+    if not gpu_card.found(args.interpret):
         return 2
     if args.fetch and not args.peers.exists():
-        lora_peers.main([str(args.peers)])
+        lora_peers.main([str(args.peers)])  # where there is no network ours are measured alone
     result = {**environment(), "interpreted": args.interpret}
     if args.interpret:
         result |= measure(TINY, args.peers)

@@ -26,14 +26,22 @@ from mora_serve.model.decoder import Decoder
 from mora_serve.model.kernels.decoder import Attend, KernelDecoder
 from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots
 from mora_serve.model.kernels.mixtures import MixtureBuffers, best_tile_rows
+from mora_serve.model.kernels.overlap import overlap_pays
 from mora_serve.model.kernels.paged_attention import (
     DecodeScratch,
     decode_attention,
     prefill_attention,
 )
-from mora_serve.model.kernels.products import Products, card_seconds, known_ways, measure
+from mora_serve.model.kernels.products import (
+    BY_DENSE,
+    TORCH,
+    Products,
+    card_seconds,
+    known_ways,
+    measure,
+)
 from mora_serve.model.kernels.sampling import Pick
-from mora_serve.model.quant import DenseWeight
+from mora_serve.model.quant import DenseWeight, Linear
 
 SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
@@ -104,6 +112,9 @@ class KernelStep:
         self.decoder, self.slots, self.kv, self.room, self.device = decoder, slots, kv, room, device
         self.buckets = buckets(most)
         self._pages = -(-room.max_context // kv.page_size)
+        with self.on_device():
+            self.early_launches = overlap_pays(slots, card_seconds)
+            self.product = product or measured(decoder)
         self.decodes = StepBuffers(most, most, self._pages, device)
         self.adapters = self._make_adapters(most)
         self.prompts = StepBuffers(0, most, self._pages, device)
@@ -115,8 +126,6 @@ class KernelStep:
         self.logits = torch.zeros(most, shape.vocab_size, dtype=decoder.dtype, device=device)
         self._pick = Pick(most, shape.vocab_size, device)
         self.tokens = self._pick.tokens
-        with self.on_device():
-            self.product = product or measured(decoder)
         self._kernels = KernelDecoder(decoder, kv, self.product)
 
     def on_device(self) -> AbstractContextManager[object]:
@@ -252,17 +261,17 @@ class KernelStep:
     def _make_adapters(self, rows: int) -> KernelAdapters:
         slots = self.slots
         buffers = MixtureBuffers(rows, self.room.max_mixture, len(slots.ranks), slots.device)
-        return KernelAdapters(slots, buffers)
+        return KernelAdapters(slots, buffers, self.early_launches)
 
 
 def measured(decoder: Decoder) -> Products:
     """The ways to multiply by this decoder's 4-bit matrices, on a card by measurement."""
     ways = known_ways(decoder.device, decoder.dtype)
     if decoder.device.type != "cuda":
-        return Products(ways, "dense")
+        return Products(ways, TORCH)
     linears = [site for layer in decoder.layers for site in layer.sites.values()]
-    table = measure(linears, decoder.dtype, ways, card_seconds)
-    return Products(ways, "dense" if "dense" in ways else next(iter(ways)), table)
+    linears.append(Linear((decoder.head,)))
+    return Products(ways, BY_DENSE, measure(linears, decoder.dtype, ways, card_seconds))
 
 
 def tile_sizes(rows: int, max_mixture: int) -> list[int]:

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from benchmarks import families
 from benchmarks.gpu_base import LLAMA, random_base
+from benchmarks.group_checkpoints import write
 from benchmarks.local import LocalEngine
 from benchmarks.many_adapters import Template
 from mora_serve.adapters.validate import read_upload
@@ -37,12 +38,13 @@ from mora_serve.engine.sequence import Sequence as Running
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
+from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.kernels.products import Products, known_ways
 from mora_serve.model.loading import load_base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import PROJECTIONS
 from tests.engine.faults import FaultyCapture
-from tests.engine.steps import CONTEXT, MIXTURES, SLOT, World, distance, job
+from tests.engine.steps import CONTEXT, GROUPS, MIXTURES, SLOT, World, distance, job
 from tests.model.kernels.compiling import compiled
 
 CARD = torch.cuda.is_available()
@@ -112,6 +114,17 @@ def test_our_product_of_a_four_bit_base_gives_the_same_steps(root: Path) -> None
     model = base("small", root, "nf4")
     want = World(model.dense()).run(FEW[1:2])
     product = Products(known_ways(model.device, model.dtype), "kernel, table")
+    assert distance(World(model, by_kernels(product)).run(FEW[1:2]), want) < 1e-5
+
+
+def test_our_product_of_a_base_in_groups_gives_the_same_steps(root: Path) -> None:
+    """GPTQ with zeros and inputs out of order, the head too: no matrix is multiplied by torch."""
+    write(directory("qwen2", root), root / "groups", GROUPS)
+    model = load_base(BaseConfig(str(root / "groups"), dtype="fp32", device=DEVICE)).decoder
+    assert isinstance(model.head, GroupWeight)
+    want = World(model.dense()).run(FEW[1:2])
+    ways = known_ways(model.device, model.dtype)
+    product = Products({"only": ways["kernel, bits"]}, "only")
     assert distance(World(model, by_kernels(product)).run(FEW[1:2]), want) < 1e-5
 
 

@@ -15,12 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mora_serve.model.kernels.lora_kernels import (
-    expand_rows,
-    expand_tiles,
-    shrink_rows,
-    shrink_tiles,
-)
+from mora_serve.model.kernels.lora_kernels import expand, shrink
 from mora_serve.model.kernels.mixtures import (
     LARGE,
     SMALL,
@@ -60,6 +55,7 @@ class Slots(Protocol):
     ranks: list[int]
     has_dora: list[bool]
     max_rank: int
+    dtype: torch.dtype
     device: torch.device
 
     @property
@@ -107,7 +103,7 @@ class KernelAdapters:
     float32; y is rounded once.
 
     ``early`` starts each kernel before the one ahead of it in the stream has ended, on a card of
-    capability 9.0 or more. It is off until it has been seen to be right and faster on one.
+    capability 9.0 or more; overlap.py says whether that is right and faster on one.
     """
 
     def __init__(self, slots: Slots, buffers: MixtureBuffers, early: bool = False) -> None:
@@ -162,20 +158,21 @@ class KernelAdapters:
         grid = (min(tiles * projections * splits, self._programs),)
         sizes = (s.columns, self._entries[rows], self.slots.max_rank)
         arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
-        constants: dict[str, Any] = {
-            "PROJECTIONS": projections,
-            "SPLITS": splits,
-            "CHUNK": chunk,
-            "RANKS": RANKS,
-            "STRIDE": self.buffers.columns,
+        vector = rows == VECTOR
+        shrink[grid](
+            *arguments,
+            PROJECTIONS=projections,
+            SPLITS=splits,
+            CHUNK=chunk,
+            BLOCK=triton.next_power_of_2(min(chunk, s.columns)) if vector else DOT_COLUMNS,
+            RANKS=RANKS,
+            STRIDE=self.buffers.columns,
+            TILE_ROWS=rows,
+            OPERAND=dot_type(x.dtype),
+            num_warps=4,
+            num_stages=3 if vector else 4,
             **self._options,
-        }
-        if rows == VECTOR:
-            block = triton.next_power_of_2(min(chunk, s.columns))
-            shrink_rows[grid](*arguments, **constants, BLOCK=block, num_warps=4)
-        else:
-            tile = {"BLOCK": DOT_COLUMNS, "TILE_ROWS": rows, "OPERAND": dot_type(x.dtype)}
-            shrink_tiles[grid](*arguments, **constants, **tile, num_warps=4, num_stages=4)
+        )
 
     def _expand(self, s: _Site, y: Tensor) -> None:
         rows = self.buffers.tile_rows
@@ -189,19 +186,19 @@ class KernelAdapters:
             *(self._inner, self.buffers.table, *sizes),
         )
         splits = s.splits(rows)
-        constants = {
-            "SCALED": s.scale is not None,
-            "SPLITS": splits,
-            "BLOCK": size.outputs,
-            "RANKS": RANKS,
-            "STRIDE": self.buffers.columns,
+        expand[grid](
+            *arguments,
+            SCALED=s.scale is not None,
+            SPLITS=splits,
+            SPLITS_UP=triton.next_power_of_2(splits),
+            BLOCK=size.outputs,
+            RANKS=RANKS,
+            STRIDE=self.buffers.columns,
+            TILE_ROWS=rows,
+            OPERAND=dot_type(y.dtype),
+            num_warps=size.warps,
+            # One stage for tiles: a pipelined wgmma with an operand in registers can be compiled
+            # wrong by ptxas before 13.3 (triton-lang/triton#9433).
+            num_stages=3 if rows == VECTOR else 1,
             **self._options,
-        }
-        if rows == VECTOR:
-            up = triton.next_power_of_2(splits)
-            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=size.warps)
-        else:
-            # One stage: a pipelined wgmma with an operand in registers can be compiled wrong by
-            # ptxas before 13.3 (triton-lang/triton#9433).
-            tile = {"TILE_ROWS": rows, "OPERAND": dot_type(y.dtype)}
-            expand_tiles[grid](*arguments, **constants, **tile, num_warps=size.warps, num_stages=1)
+        )
