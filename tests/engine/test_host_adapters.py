@@ -56,9 +56,10 @@ def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, d
         assert len(found.modules) == len(adapter.modules)
         for module, stored in zip(found.modules, adapter.modules, strict=True):
             prefix = f"base_model.model.{projection_path(module.layer, module.projection)}"
-            assert torch.equal(module.a, tensors[f"{prefix}.lora_A.weight"].to(slots))
-            b = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
-            assert torch.equal(module.b, b.to(slots))
+            a, b = module.rows
+            assert torch.equal(a, tensors[f"{prefix}.lora_A.weight"].to(slots))
+            wanted = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
+            assert torch.equal(b, wanted.to(slots))
             assert module.dora is None
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mora_serve.model.kernels.int8_slots import LEVELS, Int8Slots, quantise_rows
+from mora_serve.model.int8_slots import LEVELS, Int8Slots, quantise_rows
 from mora_serve.model.kernels.mixed_lora import KernelAdapters, dora_parts
 from mora_serve.model.kernels.mixtures import (
     LARGE,
@@ -291,13 +291,14 @@ def test_inner_products_stay_in_their_memory(tile_rows: int, device: torch.devic
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
 def test_int8_adapters_give_what_their_numbers_say(tile_rows: int, device: torch.device):
     slots = make_slots(SMALL_SHAPE, (5, 18), torch.float32, device, (True, False))
-    small = Int8Slots(slots)
+    small = Int8Slots.of(SMALL_SHAPE, slots)
     mixtures = [((0, 1.0), (1, -0.5)), (), ((1, 2.0),)]
     adapters = kernel_adapters(small, 3)
     adapters.fill(mixtures, [1, 1, 1], tile_rows)
     for sites in slots.layers:
         for site in sites:
-            sites[site] = tuple(map(small.dequantised, small.layers[0][site]))
+            for part, rounded in zip(sites[site], small.layers[0][site], strict=True):
+                part.a, part.b = rounded.factors(slice(None), 18, torch.float32)
     for site in ("qkv", "gate_up"):
         x, y = inputs(slots, site, 3)
         got = adapters.apply(0, site, x, y.clone())
@@ -318,7 +319,7 @@ def test_quantised_rows_are_off_by_half_a_step_at_most():
 
 def test_int8_slots_take_half_the_memory():
     slots = make_slots(SMALL_SHAPE, (16, 16), torch.bfloat16, torch.device("cpu"))
-    assert Int8Slots(slots).nbytes < 0.6 * slots.nbytes
+    assert Int8Slots.of(SMALL_SHAPE, slots).nbytes < 0.6 * slots.nbytes
 
 
 def test_the_number_of_dora_parts_says_when_a_graph_is_out_of_date():
@@ -363,13 +364,14 @@ def launch(
     """A site of a Llama of 8 billion parameters; ``dora`` has a bit for each projection."""
     meta = torch.device("meta")
     shape = ModelShape("llama", 128256, 4096, 14336, 1, 32, 8, 128, 8192, 1e-5)
-    slots = AdapterSlots(shape, 32, 64, torch.bfloat16, meta)
+    form = Int8Slots if scaled else AdapterSlots
+    slots = form(shape, 32, 64, torch.bfloat16, meta)
     for i, part in enumerate(slots.layers[0][site]):
         if dora & 1 << i:
             part.dora = torch.empty(32, part.width, dtype=torch.bfloat16, device=meta)
     buffers = MixtureBuffers(64, 4, 32, meta)
     buffers.tile_rows = tile_rows
-    adapters = KernelAdapters(Int8Slots(slots) if scaled else slots, buffers, early)
+    adapters = KernelAdapters(slots, buffers, early)
     parts = slots.layers[0][site]
     x = torch.empty(64, parts[0].a.shape[2], dtype=torch.bfloat16, device=meta)
     y = torch.empty(64, sum(part.width for part in parts), dtype=torch.bfloat16, device=meta)
