@@ -206,21 +206,17 @@ def _rows_like(
     slots: Sequence[Sequence[Tensor]], ranks: Sequence[int], pinned: bool
 ) -> list[tuple[Tensor, ...]]:
     """For each module ``rank`` rows of one slot of each of its tensors, side by side in memory."""
-    shapes = [
-        [((rank, *t.shape[2:]), t.dtype) for t in tensors]
-        for tensors, rank in zip(slots, ranks, strict=True)
-    ]
-    sizes = [[math.prod(shape) * dtype.itemsize for shape, dtype in own] for own in shapes]
-    room = [-(-size // ALIGNMENT) * ALIGNMENT for own in sizes for size in own]
-    memory = torch.empty(sum(room), dtype=torch.uint8, pin_memory=pinned)
-    places = iter(torch.split(memory, room))
-    return [
-        tuple(
-            next(places)[:size].view(dtype).view(shape)
-            for size, (shape, dtype) in zip(own_sizes, own_shapes, strict=True)
-        )
-        for own_sizes, own_shapes in zip(sizes, shapes, strict=True)
-    ]
+    places, end = [], 0
+    for tensors, rank in zip(slots, ranks, strict=True):
+        for tensor in tensors:
+            shape = rank, *tensor.shape[2:]
+            start, size = end // tensor.itemsize, math.prod(shape)
+            places.append((tensor.dtype, slice(start, start + size), shape))
+            end += -(-size * tensor.itemsize // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    typed = {dtype: memory.view(dtype) for dtype, _, _ in places}
+    rows = (typed[dtype][place].view(shape) for dtype, place, shape in places)
+    return [tuple(itertools.islice(rows, len(tensors))) for tensors in slots]
 
 
 class _Tensors:
