@@ -23,7 +23,7 @@ from torch import Tensor
 from mora_serve.model.memory import Arena
 from mora_serve.model.shape import SITES, ModelShape
 
-# Writes an adapter's A [rank, in] and B [rank, out], the scaling in it, to two float tensors.
+# Writes an adapter's A [rank, in] and B [rank, out], the scaling in it, to two tensors.
 ReadFactors = Callable[[Tensor, Tensor], None]
 
 
@@ -54,7 +54,7 @@ class ProjectionSlots:
     def encode(self, rows: Sequence[Tensor], read: ReadFactors) -> None:
         """Fill ``rows``, on the host, with what ``tensors`` are to hold of an adapter: [rank, ...].
 
-        ``read`` may be given tensors of any float type; it rounds to that once.
+        ``read`` takes tensors of float32 or the compute type, and rounds to that once.
         """
         read(*rows)
 
