@@ -31,6 +31,7 @@ import torch
 
 from benchmarks import gpu_card, lora_peers
 from benchmarks.report import emit, environment, log
+from mora_serve.model.int8_slots import Int8Slots
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
 
@@ -168,7 +169,6 @@ class _Step:
     def _ours(self, times: dict[str, float]) -> dict[str, Any]:
         """Our product with each size of tiles, checked and timed."""
         # Not before now: Triton reads whether to interpret as kernels are defined.
-        from mora_serve.model.kernels.int8_slots import Int8Slots
         from mora_serve.model.kernels.mixed_lora import KernelAdapters, MixtureBuffers
         from mora_serve.model.kernels.mixtures import TILE_ROWS, best_tile_rows
 
@@ -199,7 +199,8 @@ class _Step:
             ours.fill(mixtures, [1] * rows, chosen)
             if torch.cuda.get_device_capability() >= (9, 0):
                 check(KernelAdapters(self.slots, buffers, early=True), "early_launches")
-            times["int8"] = self._time(KernelAdapters(Int8Slots(self.slots), buffers).apply)
+            small = Int8Slots.of(self._shape(self.layers), self.slots)
+            times["int8"] = self._time(KernelAdapters(small, buffers).apply)
             if self.slots.slots > 1:
                 pairs = [((a, 0.7), ((a + 1) % self.slots.slots, 0.3)) for a in self.adapters]
                 ours.fill(pairs, [1] * rows)

@@ -111,6 +111,11 @@ class AdaptersConfig:
         "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
         "requests run, if a quarter of engine.memory_fraction holds them",
     )
+    dtype: Literal["auto", "int8"] = _doc(
+        "auto",
+        "how slots keep adapters: auto in the base's compute type, int8 in half of bf16's memory, "
+        "rounded, for engine.kernels triton or torch on one device",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -423,6 +428,12 @@ def _check(config: Config) -> None:
             "engine.kernels: 'native' computes a step in one process alone, and "
             f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
+        )
+    if config.adapters.dtype == "int8" and config.engine.tensor_parallel > 1:
+        raise ConfigError(
+            "adapters.dtype: 'int8' is for one device, and engine.tensor_parallel asks for "
+            f"{config.engine.tensor_parallel}; use 'auto'",
+            field="adapters.dtype",
         )
     if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(

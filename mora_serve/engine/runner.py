@@ -47,7 +47,8 @@ class Runner:
     """Owns the key/value pages, runs batches and samples.
 
     ``kernels`` and ``threads`` are those of the configuration; a ``team`` has the other parts of
-    the base. Raises ConfigError when it asks for a native path that is not there.
+    the base. Raises ConfigError when it asks for a native path that is not there, or one that
+    cannot read the pool's slots.
     """
 
     def __init__(
@@ -76,6 +77,12 @@ class Runner:
         parts = self.decoder, self.pool.slots, self.kv
         kernels = config.kernels
         if kernels in ("auto", "native") and can_run(self.decoder):
+            if self.pool.slots.stored != self.decoder.dtype:
+                raise ConfigError(
+                    "adapters.dtype: 'int8' is not for the compiled CPU path, which reads adapters "
+                    "in the base's type; use 'auto', or engine.kernels = 'torch'",
+                    field="adapters.dtype",
+                )
             return NativeForward(*parts, max_context, config.threads or allowed_cores())
         if kernels == "native":
             raise ConfigError(

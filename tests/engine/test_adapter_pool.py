@@ -84,9 +84,9 @@ def test_an_adapter_just_loaded_is_left_to_who_asked_for_it(make_engine):
     fresh = [local.digests[n] for n in ("rank-1", "rank-2", "rank-4", "rank-8")]
     for digest in fresh:
         pool.hold((digest,))
-    while len(pool.resident) < 4:
+    while pool._done.qsize() < 4:  # no polls meanwhile: they are the period
         time.sleep(0.002)
-        pool.poll()
+    pool.poll()
     other = (local.digests["rank-16"],)
     assert not pool.hold(other)
     assert not pool.assigned(other)

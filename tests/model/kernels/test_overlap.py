@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mora_serve.model.int8_slots import Int8Slots
 from mora_serve.model.kernels import overlap
-from mora_serve.model.kernels.int8_slots import Int8Slots
 from mora_serve.model.kernels.mixed_lora import KernelAdapters
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import ModelShape
@@ -65,7 +65,7 @@ def clock(*times: float) -> Callable[[Callable[[], object]], float]:
 @pytest.mark.parametrize(("early", "pays"), [(1.0, True), (2.0, False)])
 def test_the_faster_of_two_that_agree_is_taken(early: float, pays: bool, device: torch.device):
     """And the slots are as empty as they were, in whichever form."""
-    made = Int8Slots(slots(device)) if pays else slots(device)
+    made = Int8Slots.of(SHAPE, slots(device)) if pays else slots(device)
     assert overlap.tried(made, clock(2.0, early)) is pays
     assert Plain.asked == [False, True]
     assert made.ranks == [0, 0, 0]
