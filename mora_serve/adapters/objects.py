@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mora_serve.adapters.blobs import sync_directory, write_durably
+from mora_serve.adapters.disk import FULL, disk_error
 from mora_serve.errors import ConfigError, MoraError, Unavailable
 
 if TYPE_CHECKING:
@@ -111,9 +112,19 @@ class Objects:
             raise self._failure(e) from e
 
     def get(self, name: str, path: Path) -> bool:
-        """Copy an object into a new file; False where there is none."""
+        """Copy an object into a new file; False where there is none.
+
+        Raises ResourceExhausted where the file's disk is full.
+        """
+
+        def work() -> None:
+            try:
+                self._fs.get_file(self._path(name), str(path))
+            except OSError as e:
+                raise (disk_error(e) if e.errno in FULL else e) from None
+
         try:
-            self._ask(lambda: self._fs.get_file(self._path(name), str(path)))
+            self._ask(work)
         except FileNotFoundError:
             return False
         return True
@@ -130,14 +141,22 @@ class Objects:
         """The folders right in a folder, without its name."""
         return [n for n, entry in self._entries(folder) if entry["type"] == "directory"]
 
-    def age(self, name: str) -> float:
-        """Seconds since an object was written, by this machine's clock; 0 where it is gone."""
+    def written(self, name: str) -> float | None:
+        """When an object was written, in seconds of the store's clock; None where it is gone."""
         try:
-            return time.time() - float(
-                self._ask(lambda: self._fs.modified(self._path(name))).timestamp()
-            )
+            return float(self._ask(lambda: self._fs.modified(self._path(name))).timestamp())
         except FileNotFoundError:
-            return 0.0
+            return None
+
+    def now(self) -> float:
+        """The time, as the store stamps what is written to it: machines' clocks differ."""
+        name = f"tmp/{uuid.uuid4().hex}"
+        self.create(name, name.encode())
+        found = self.written(name)
+        self.remove(name)
+        if found is None:  # somebody has emptied the folder
+            raise _unavailable()
+        return found
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.shared_registry import s3
 from mora_serve.adapters import objects as module
 from mora_serve.adapters.objects import MemoryObjects, Objects, open_objects
-from mora_serve.errors import ConfigError, Unavailable
+from mora_serve.errors import ConfigError, ResourceExhausted, Unavailable
 from tests.adapters.stores import file_objects, memory_objects, memory_url, opened
 
 
@@ -57,7 +57,10 @@ def test_what_is_written_is_read_listed_and_removed(store: Objects, tmp_path: Pa
     assert store.get("blobs/a/config", tmp_path / "got")
     assert (tmp_path / "got").read_bytes() == b"1234"
     assert not store.get("blobs/c/config", tmp_path / "none")
-    assert 0 <= store.age("log/1") < 3600
+    written = store.written("log/1") or 0.0
+    assert 0 <= store.now() - written < 3600
+    assert store.written("log/2") is None
+    assert not store.sizes("tmp")
     store.remove("log/1")
     store.remove("log/1")
     assert store.read("log/1") is None
@@ -119,7 +122,8 @@ CALLS: dict[str, Callable[[Objects, Path], object]] = {
     "get": lambda o, p: o.get("a", p),
     "sizes": lambda o, _: o.sizes("a"),
     "folders": lambda o, _: o.folders("a"),
-    "age": lambda o, _: o.age("a"),
+    "written": lambda o, _: o.written("a"),
+    "now": lambda o, _: o.now(),
     "remove": lambda o, _: o.remove("a"),
 }
 
@@ -136,6 +140,23 @@ def test_a_store_that_fails_is_unavailable_and_named_nowhere(
     for text in (caught.value.message, caplog.text):
         assert "secret" not in text.lower()
     assert "ConnectionError" in caplog.text
+
+
+def test_a_disk_that_is_full_is_not_the_store_s_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = memory_objects()
+    store.create("a", b"1")
+
+    def get_file(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store._fs, "get_file", get_file)
+    with pytest.raises(ResourceExhausted) as caught:
+        store.get("a", tmp_path / "a")
+    assert caught.value.reason == "DISK_FULL"
+    assert store.read("a") == b"1"
+    assert not caplog.records
 
 
 def test_a_failure_is_logged_once_and_its_end_too(
