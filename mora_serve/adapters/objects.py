@@ -41,6 +41,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class _NotDurableError(OSError):
+    """An object is there, and may be gone after a power cut."""
+
+
 class Objects:
     """Objects under a URL, by names with ``/``. Any thread may call any method.
 
@@ -80,13 +84,16 @@ class Objects:
         """Make an object that is not there yet; False where another is. Durable when it returns.
 
         ``data`` is nobody else's, so that an attempt whose answer was lost is recognised. Raises
-        Unavailable where it is not known whether the object was made.
+        Unavailable where it is not known whether the object was made, or will last; it is not
+        taken back, for others may have read it.
         """
         for _ in range(_ATTEMPTS):
             try:
                 self._create(self._path(name), data)
             except Exception as e:  # FileExistsError, or one that says nothing of the outcome
                 error = e
+                if isinstance(e, _NotDurableError):
+                    break
                 try:
                     found = self._read(name)
                 except Unavailable:
@@ -268,7 +275,7 @@ class FileObjects(Objects):
                 path.unlink(missing_ok=True)
 
     def _create(self, path: str, data: bytes) -> None:
-        self._appear(path, lambda temporary: write_durably(temporary, data), os.link, undo=True)
+        self._appear(path, lambda temporary: write_durably(temporary, data), os.link)
 
     def _put(self, file: Path, path: str) -> None:
         def copy(temporary: Path) -> None:
@@ -280,14 +287,9 @@ class FileObjects(Objects):
         self._appear(path, copy, os.replace)
 
     def _appear(
-        self,
-        path: str,
-        write: Callable[[Path], None],
-        how: Callable[[Path, str], None],
-        *,
-        undo: bool = False,
+        self, path: str, write: Callable[[Path], None], how: Callable[[Path, str], None]
     ) -> None:
-        """Write a file under another name, give it its own; ``undo`` that where it may be lost."""
+        """Write a file under another name and give it its own."""
         folder, temporary = Path(path).parent, Path(self._path("tmp"), uuid.uuid4().hex)
         _make(temporary.parent)
         try:
@@ -304,10 +306,8 @@ class FileObjects(Objects):
             temporary.unlink(missing_ok=True)
         try:
             sync_directory(folder)
-        except OSError:
-            if undo:  # nobody is told that it is there
-                os.unlink(path)
-            raise
+        except OSError as e:
+            raise _NotDurableError(*e.args) from e
 
 
 def open_objects(url: str) -> Objects:
