@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -323,7 +323,8 @@ def open_objects(url: str) -> Objects:
         import fsspec
 
         protocol, _, _ = url.partition("://")
-        fs, root = fsspec.core.url_to_fs(url, **_options(protocol))
+        given = fsspec.config.conf.get(protocol, {})
+        fs, root = fsspec.core.url_to_fs(url, **_options(protocol, given))
     except ImportError as e:
         raise ConfigError(
             f"{FIELD}: this kind of URL needs {e.name or 'a package'}, which is not installed; "
@@ -353,12 +354,13 @@ def open_objects(url: str) -> Objects:
     )
 
 
-def _options(protocol: str) -> dict[str, Any]:
-    """What fsspec is told: listings as they are now, and answers within seconds."""
+def _options(protocol: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What fsspec is told beside what is given: listings as they are now, answers in seconds."""
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
         retries = {"total_max_attempts": 2, "mode": "standard"}
-        options["config_kwargs"] = {"connect_timeout": 2, "read_timeout": 10, "retries": retries}
+        limits = {"connect_timeout": 2, "read_timeout": 10, "retries": retries}
+        options["config_kwargs"] = {**limits, **given.get("config_kwargs", {})}
     return options if protocol in _CONDITIONAL else {}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import AdaptersConfig
@@ -52,6 +53,7 @@ class Decider:
         self._executor = executor
         self._fetching = fetching
         self._resident = resident
+        self._coming: dict[str, asyncio.Future[None]] = {}
         self._places = Places(MAX_DECISIONS, "decisions")
 
     @asynccontextmanager
@@ -90,10 +92,24 @@ class Decider:
         """Have contents here that are only in a store."""
         away = [digest for digest in wanted if not self._registry.here(digest)]
         if away:
-            resident, loop = self._resident(), asyncio.get_running_loop()
-            fetch = self._registry.fetch
+            resident = self._resident()
             away = [digest for digest in away if digest not in resident]
-            await asyncio.gather(*(loop.run_in_executor(self._fetching, fetch, d) for d in away))
+            await asyncio.gather(*(asyncio.shield(self._fetched(digest)) for digest in away))
+
+    def _fetched(self, digest: str) -> asyncio.Future[None]:
+        """A fetch under way; whoever else wants the content waits for the same."""
+        coming = self._coming.get(digest)
+        if coming is None:
+            loop, fetch = asyncio.get_running_loop(), self._registry.fetch
+            coming = loop.run_in_executor(self._fetching, fetch, digest)
+            self._coming[digest] = coming
+            coming.add_done_callback(partial(self._came, digest))
+        return coming
+
+    def _came(self, digest: str, coming: asyncio.Future[None]) -> None:
+        del self._coming[digest]
+        if not coming.cancelled():
+            coming.exception()  # all who waited may have left
 
     async def _state(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> State | None:
         """The base's state of a prompt, if the router needs it; no thread waits for the engine."""

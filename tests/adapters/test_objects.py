@@ -233,6 +233,14 @@ def test_s3_that_does_not_answer_is_told_at_the_start_and_in_seconds(
         assert hidden not in caught.value.message
 
 
+def test_what_the_operator_sets_for_s3_counts(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"config_kwargs": {"s3": {"addressing_style": "path"}, "read_timeout": 20}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", given)
+    config = open_objects(f"{bucket}/settings")._fs.s3.meta.config
+    assert config.s3["addressing_style"] == "path"
+    assert (config.read_timeout, config.connect_timeout) == (20, 2)
+
+
 def test_a_registry_lies_in_a_bucket(bucket: str) -> None:
     from tests.adapters.make import adapter
 

@@ -171,7 +171,34 @@ def test_a_poller_takes_changes_in_and_outlives_an_outage(
         assert [r.name for r in theirs.list("default")] == ["a"]
     finally:
         poller.close()
-    assert "registry-poll" not in {t.name for t in threading.enumerate()}
+    assert not {"registry-poll", "registry-collect"} & {t.name for t in threading.enumerate()}
+
+
+def test_a_poller_goes_on_while_another_thread_collects(
+    pair: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    monkeypatch.setattr("mora_serve.server.poll.COLLECT_SECONDS", 0.01)
+    ours.register("default", "a", adapter(1))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        assert go_on.wait(60)
+        return 0
+
+    monkeypatch.setattr(theirs, "collect", slow)
+    poller = Poller(theirs, 0.02)
+    try:
+        assert begun.wait(60)
+        ours.register("default", "b", adapter(2))
+        end = time.monotonic() + 60
+        while len(theirs.list("default")) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert [r.name for r in theirs.list("default")] == ["a", "b"]
+    finally:
+        go_on.set()
+        poller.close()
 
 
 def test_without_the_store_what_is_here_is_served_and_changes_are_unavailable(

@@ -86,31 +86,40 @@ def test_without_the_store_adapters_are_served_and_changes_are_unavailable(
 
 
 def test_a_slow_store_makes_those_wait_who_need_it_and_nobody_else(
-    pair: list[Running], root: Path
+    pair: list[Running], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even for an adapter that is here and has to be loaded behind one that is not."""
+    """Not even for an adapter that is here and has to be loaded behind one that is not, though
+    more ask for that one than there are threads.
+    """
     registry = pair[1].server._assembly.registry
+    fetched: list[str] = []
+    fetch = registry.fetch
+
+    def counted(digest: str) -> None:
+        fetched.append(digest)
+        fetch(digest)
+
+    monkeypatch.setattr(registry, "fetch", counted)
     with pair[0].client() as ours, pair[1].client() as theirs:
         theirs.register_adapter("sum", "sum")  # here, but not on the device
         ours.upload_adapter("away", write_adapter(root / "away", seed=78))
         ours.register_adapter("rev", "rev")
         wait_for(lambda: len(theirs.list_adapters()) == 3)
-        with stalled(registry) as store, ThreadPoolExecutor() as threads:
+        with stalled(registry) as store, ThreadPoolExecutor(8) as threads:
             try:
-                slow = [
-                    threads.submit(answers, theirs, "away"),
-                    threads.submit(theirs.unregister_adapter, "rev"),
-                ]
-                store.wait_for(3)  # the poller's too
+                slow = [threads.submit(answers, theirs, "away") for _ in range(6)]
+                removal = threads.submit(theirs.unregister_adapter, "rev")
+                store.wait_for(3)  # a fetch, a removal and the poller
                 assert answers(theirs, "sum") is not None
                 assert theirs.generate("hello", base=True, max_tokens=1).usage
                 assert theirs.server_info().adapters == 3
                 assert health(theirs) == SERVING
-                assert not any(future.done() for future in slow)
+                assert not any(future.done() for future in (*slow, removal))
             finally:
                 store.go_on.set()
-            assert slow[0].result(60) is not None
-            slow[1].result(60)
+            assert None not in [future.result(60) for future in slow]
+            removal.result(60)
+        assert len(fetched) == 1
         for name in ("sum", "away"):
             theirs.unregister_adapter(name)
         wait_for(lambda: not ours.list_adapters())
