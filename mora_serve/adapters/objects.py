@@ -269,10 +269,11 @@ class FileObjects(Objects):
 
     def clean(self) -> None:
         """Remove temporary files of killed processes."""
-        folder = Path(self._path("tmp"))
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if time.time() - path.stat().st_mtime > _FILE_AGE:
-                path.unlink(missing_ok=True)
+        before = self.now() - _FILE_AGE
+        for path in Path(self._path("tmp")).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its writer is ready with it
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _create(self, path: str, data: bytes) -> None:
         self._appear(path, lambda temporary: write_durably(temporary, data), os.link)
