@@ -281,14 +281,16 @@ class Routing:
         One that cannot be used, or is gone as a newer one has come, is logged and left alone. A
         shared store may not give it now: it is asked again, by a thread that is ``patient``.
         """
-        replaced = self._replaced
+        replaced, told = self._replaced, False
         try:
             while True:
                 try:
                     data = (self._registry.router() or {}).get(ROUTER_FILE)
                     break
                 except Unavailable as e:
-                    log.warning("the stored router is not there yet: %s", e.message)
+                    if not told:
+                        log.warning("the stored router is not there yet: %s", e.message)
+                    told = True
                 if not patient:
                     self._take_later()
                     return

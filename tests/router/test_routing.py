@@ -218,7 +218,7 @@ def test_a_router_that_cannot_be_read_is_logged(
 
 
 def test_a_router_that_the_store_does_not_give_now_is_taken_in_when_it_does(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Changed by another server, or there at the start: nobody tells of it a second time."""
     monkeypatch.setattr(routing_module, "AGAIN_SECONDS", 0.01)
@@ -226,15 +226,17 @@ def test_a_router_that_the_store_does_not_give_now_is_taken_in_when_it_does(
     with opened(url) as ours, opened(url) as theirs:
         other = Routing(theirs, "")
         ours.set_router({ROUTER_FILE: fitted()})
-        read, refused = theirs.router, threading.Event()
+        read, refused = theirs.router, threading.Semaphore(0)
 
         def unavailable() -> dict[str, bytes] | None:
-            refused.set()
+            refused.release()
             raise Unavailable("server.store: no answer")
 
         monkeypatch.setattr(theirs, "router", unavailable)
         theirs.poll()
-        assert refused.wait(20)
+        for _ in range(3):
+            assert refused.acquire(timeout=20)
+        assert caplog.text.count("is not there yet") == 1
         started = Routing(theirs, "")
         assert other.snapshot is started.snapshot is None
         monkeypatch.setattr(theirs, "router", read)
