@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+LEAST_POLL_SECONDS = 0.1
 DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
@@ -194,6 +195,18 @@ class ServerConfig:
     )
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
+    )
+    store: str = _doc(
+        "",
+        "URL of an adapter registry that servers share, such as s3://bucket/prefix (s3, gs, abfs, "
+        "or file for a directory that all mount); empty keeps it in server.state, which holds a "
+        "cache of it otherwise",
+    )
+    store_cache_bytes: int = _doc(
+        16 << 30, "size of that cache in bytes; adapters used longest ago go first"
+    )
+    store_poll_seconds: float = _doc(
+        1.0, "time between looks for what other servers have changed in the registry"
     )
 
 
@@ -374,6 +387,18 @@ def _check(config: Config) -> None:
             f"engine.step_tokens: {config.engine.step_tokens} is less than engine.max_batch "
             f"({config.engine.max_batch}); each running request needs one token a step",
             field="engine.step_tokens",
+        )
+    if config.server.store_poll_seconds < LEAST_POLL_SECONDS:
+        raise ConfigError(
+            f"server.store_poll_seconds: {config.server.store_poll_seconds:g} is out of range; it "
+            f"must be at least {LEAST_POLL_SECONDS:g}",
+            field="server.store_poll_seconds",
+        )
+    if config.server.store and "://" not in config.server.store:
+        raise ConfigError(
+            "server.store: it is no URL; give one such as s3://bucket/prefix or "
+            "file:///mnt/adapters, or a directory as server.state",
+            field="server.store",
         )
     if not 0 < config.engine.tenant_queue <= 1:
         raise ConfigError(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from mora_serve.adapters.changelog import ChangeLog
+from mora_serve.adapters.changelog import Log
 from mora_serve.adapters.record import Change, State
+from mora_serve.errors import MoraError, Unavailable
+
+T = TypeVar("T")
 
 Subscriber = Callable[[Change], None]
 
@@ -21,7 +25,7 @@ class History:
     succeeded by another, its change being written and announced.
     """
 
-    def __init__(self, log: ChangeLog, snapshot_every: int) -> None:
+    def __init__(self, log: Log, snapshot_every: int) -> None:
         self.state = State()
         self.lock = threading.RLock()
         self._log = log
@@ -43,11 +47,28 @@ class History:
             for state, changes in self._news():
                 self._succeed(state, changes)
 
+    def poll(self) -> None:
+        """``refresh`` if there is something new; while there is not, nobody waits for the look."""
+        if self._log.newer(self.state.revision):
+            self.refresh()
+
     def newest(self) -> State:
         """The state of the log as it is now, without taking it in."""
         with self.lock:
             steps = self._news()
             return steps[-1][0] if steps else self.state
+
+    def derive(self, work: Callable[[State], T]) -> T:
+        """What ``work`` makes of the state; what it refuses (MoraError) by an old one it is asked
+        again of the newest.
+        """
+        while True:
+            state = self.state
+            try:
+                return work(state)
+            except MoraError:
+                if not self._outdated(state):
+                    raise
 
     def commit(self, change: Callable[[State], Change | None]) -> tuple[State, Change | None]:
         """Append what ``change`` derives from the state; again if another process came first.
@@ -56,8 +77,10 @@ class History:
         """
         with self.lock:
             while True:
-                made = change(self.state)
+                made = self.derive(change)
                 if made is None:
+                    if self._outdated(self.state):  # the newest may need one
+                        continue
                     return self.state, None
                 if self._log.append(made.revision, made.to_json()):
                     break
@@ -67,13 +90,20 @@ class History:
             self._compact(state)
             return state, made
 
+    def _outdated(self, state: State) -> bool:
+        """Whether another state has come after it, from the log if need be."""
+        if self._log.newer(state.revision):
+            self.refresh()
+        return self.state is not state
+
     def _compact(self, state: State) -> None:
         if self._log.since_snapshot(state.revision) < self._snapshot_every:
             return
         try:
-            self._log.snapshot(state.revision, state.to_json())
-        except OSError as e:  # the change itself is durable; the next one tries again
-            logging.getLogger(__name__).warning("registry: no snapshot: %s", e.strerror)
+            self._log.snapshot(state.revision, state.to_json(), self._snapshot_every)
+        except (OSError, Unavailable) as e:  # the change is durable; the next one tries again
+            why = e.strerror if isinstance(e, OSError) else e.message
+            logging.getLogger(__name__).warning("registry: no snapshot: %s", why)
 
     def _news(self) -> list[tuple[State, list[Change]]]:
         while True:

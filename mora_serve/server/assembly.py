@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mora_serve.adapters.registry import Registry
+from mora_serve.adapters.storage import SharedStorage, Storage
 from mora_serve.config import Config
 from mora_serve.core import DEFAULT_TENANT, SHARED_TENANT
 from mora_serve.engine.engine import Engine
@@ -17,6 +18,7 @@ from mora_serve.model.loading import Base, Progress
 from mora_serve.router.feedback import FeedbackStore
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import Selector
+from mora_serve.server.poll import Poller
 from mora_serve.server.states import EngineStates
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,12 @@ class Assembly:
     selector: Selector
     engine: Engine
     feedback: FeedbackStore | None
+    poller: Poller | None = None
 
     def close(self) -> None:
         """Stop the engine and let go of the registry and of feedback."""
+        if self.poller is not None:
+            self.poller.close()
         self.engine.stop()
         self.routing.close()
         self.registry.close()
@@ -70,7 +75,8 @@ def _assemble(config: Config, base: Base, team: Team | None, start: float) -> As
         "" if team is None else f", on each of {team.group.size} ranks",
     )
     state = Path(config.server.state) if config.server.state else None
-    registry = Registry(state, config.adapters, base.shape, base.fingerprint)
+    place = _place(config, state)
+    registry = Registry(place, config.adapters, base.shape, base.fingerprint)
     feedback = _feedback(config, state)
     if config.base.model == "demo":
         from mora_serve.demo.bundle import register_bundle
@@ -92,7 +98,15 @@ def _assemble(config: Config, base: Base, team: Team | None, start: float) -> As
     if config.router.path:
         _load_router(routing, Path(config.router.path))
     selector = Selector(registry, routing, config)
-    return Assembly(config, base, registry, routing, selector, engine, feedback)
+    poller = None if place is None else Poller(registry, config.server.store_poll_seconds)
+    return Assembly(config, base, registry, routing, selector, engine, feedback, poller)
+
+
+def _place(config: Config, state: Path | None) -> Path | Storage | None:
+    if not config.server.store:
+        return state
+    cache = state / "cache" if state else None
+    return SharedStorage(config.server.store, cache, config.server.store_cache_bytes)
 
 
 def _feedback(config: Config, state: Path | None) -> FeedbackStore | None:
