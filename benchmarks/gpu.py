@@ -142,6 +142,7 @@ class Measurement:
         local.engine.pool.drop(tuple(local.digests[name] for name in names))
         self.result["ready_seconds"] = time.monotonic() - start
         self.result["memory"] = gpu_steps.memory(self.device)
+        self.result["not_captured"] = sorted(map(str, getattr(forward, "eager", ())))
         product = getattr(forward, "product", None)
         self.result["four_bit_products"] = [
             {"kind": form.kind, "out": form.out, "in": form.columns, "by_rows": by_rows}

@@ -10,7 +10,7 @@ from benchmarks.tables import markdown
 from router_training.report.style import COLOURS, MUTED, OURS, panels
 
 Result = Mapping[str, Any]
-ABOUT = ("kernels_used", "early_launches", "ready_seconds", "memory", "missing")
+ABOUT = ("kernels_used", "early_launches", "not_captured", "ready_seconds", "memory", "missing")
 BYTES = ("4-bit weights", "head", "adapters", "keys and values")
 
 

@@ -69,7 +69,7 @@ def plan(shape: ModelShape, wanted: Wanted) -> ServingPlan:
         "norms, biases, rope tables": footprint.small_bytes(shape, item),
         "adapter slots": w.slots * footprint.slot_bytes(shape, w.rank, item),
     }
-    if w.dora:
+    if w.dora or w.cuda:  # on a card they are taken at start
         parts["DoRA scales of the slots"] = w.slots * footprint.dora_bytes(shape, item)
     if w.quantization != "none":
         parts["one dequantised site"] = max(_site(shape, s) for s in SITES) * item

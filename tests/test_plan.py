@@ -107,8 +107,20 @@ def test_a_plan_never_gives_away_more_than_the_card_has(
 
 def test_more_of_anything_leaves_fewer_pages() -> None:
     before = plan(LLAMA, CARD).pages
-    for change in ({"slots": 64}, {"rank": 32}, {"dora": True}, {"quantization": "none"}):
+    for change in ({"slots": 64}, {"rank": 32}, {"quantization": "none"}):
         assert plan(LLAMA, dataclasses.replace(CARD, **change)).pages < before
+
+
+def test_a_card_has_room_for_the_scales_of_dora_whatever_comes() -> None:
+    """A machine without one takes it with the first such adapter."""
+    scales = "DoRA scales of the slots"
+    found = plan(LLAMA, CARD)
+    assert found.parts[scales] == 32 * 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096) * 2
+    assert found == plan(LLAMA, dataclasses.replace(CARD, dora=True))
+    machine = dataclasses.replace(CARD, cuda=False)
+    assert scales not in plan(LLAMA, machine).parts
+    with_dora = plan(LLAMA, dataclasses.replace(machine, dora=True))
+    assert with_dora.parts[scales] == found.parts[scales]
 
 
 def test_the_change_that_is_named_makes_it_fit() -> None:

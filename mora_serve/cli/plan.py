@@ -72,7 +72,9 @@ def add_to(commands: Any) -> None:
         metavar="NAMES",
         help="projections that an adapter changes, with commas: its own size; a slot has all (all)",
     )
-    parser.add_argument("--dora", action="store_true", help="with DoRA adapters among them")
+    parser.add_argument(
+        "--dora", action="store_true", help="with DoRA adapters; a card keeps room for them anyway"
+    )
     parser.add_argument("--cpu", action="store_true", help="the memory of a machine, without CUDA")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.set_defaults(run=run, parser=parser)

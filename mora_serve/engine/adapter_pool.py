@@ -348,6 +348,9 @@ class SlotWriter:
     def _fill(self, slot: int, adapter: HostAdapter) -> None:
         slots, filled = self.slots, self._filled[slot]
         before = dict(filled)
+        if adapter.dora:  # those of projections that it leaves alone
+            for part in slots.parts():
+                part.dora[slot] = 0
         for module in adapter.modules:
             key = module.layer, module.projection
             part, rank, old = slots.projection(*key), len(module.a), before.pop(key, 0)
@@ -359,19 +362,11 @@ class SlotWriter:
                 part.b[slot, rank:old] = 0
                 filled[key] = rank
             if module.dora is not None:
-                if part.dora is None:
-                    part.dora = torch.zeros(
-                        slots.slots, part.width, dtype=slots.dtype, device=slots.device
-                    )
                 part.dora[slot].copy_(module.dora, non_blocking=True)
-            elif part.dora is not None:
-                part.dora[slot] = 0
         for key, old in before.items():
             part = slots.projection(*key)
             part.a[slot, :old] = 0
             part.b[slot, :old] = 0
-            if part.dora is not None:
-                part.dora[slot] = 0
             del filled[key]
         slots.ranks[slot] = adapter.rank
         slots.has_dora[slot] = adapter.dora

@@ -3,7 +3,8 @@
 A step in which every chunk is one token runs in a bucket: the next larger number of rows for which
 there is a graph, the rows left over being padding. What such a step reads lies in buffers that do
 not move (see step_buffers.py), so that a replay is one launch after one copy, and its tokens come
-back in one small copy. Steps with prompts run kernel by kernel on buffers of their own.
+back in one small copy. While it runs, the next one of the same sequences is laid out. Steps with
+prompts run kernel by kernel on buffers of their own.
 
 What a graph holds is ``_decode``, a plain function of those buffers. Without a card there are no
 graphs and it is called as it is: so Triton's interpreter runs all of this but the capture.
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor
 
 from mora_serve.engine.forward import Logits
-from mora_serve.engine.graphs import Graphs, Variant
+from mora_serve.engine.graphs import Capture, Graphs, Variant
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.step_buffers import DecodeRows, Ints, StepBuffers, fill_prompts
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.kernels.decoder import Attend, KernelDecoder
-from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots, dora_parts
+from mora_serve.model.kernels.mixed_lora import KernelAdapters, Slots
 from mora_serve.model.kernels.mixtures import MixtureBuffers, best_tile_rows
 from mora_serve.model.kernels.overlap import overlap_pays
 from mora_serve.model.kernels.paged_attention import (
@@ -74,8 +75,12 @@ class CudaForward:
         max_batch: int,
         max_mixture: int,
         product: Products | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """``product`` multiplies by the base's matrices; measured here if None."""
+        """``product`` multiplies by the base's matrices; measured here if None.
+
+        ``capture`` makes the graphs, see Graphs.
+        """
         shape, device = decoder.shape, decoder.device
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._device = device
@@ -89,7 +94,7 @@ class CudaForward:
         self._adapters = self._make_adapters(max_batch)
         self._variant = Variant(0)  # but for its rows: of the mixtures that were laid out last
         self._stale = True  # they are not those of the rows
-        self._graphs = Graphs(self._decode, device)
+        self._graphs = Graphs(self._decode, device, capture)
         self._prompts = StepBuffers(0, max_batch, self._pages, device)
         self._prompt_adapters = self._make_adapters(1)
         self._scratch = DecodeScratch.of(
@@ -102,9 +107,14 @@ class CudaForward:
             self.product = product or measured(decoder)
         self._kernels = KernelDecoder(decoder, kv, self.product)
 
+    @property
+    def eager(self) -> set[Variant]:
+        """Steps that could not be captured and run kernel by kernel."""
+        return self._graphs.eager
+
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture the graphs that steps without DoRA need, the largest first: they share memory.
+        """Capture all graphs that steps need, the largest first: they share memory.
 
         On a card the kernels of steps with prompts are compiled as well.
         """
@@ -116,7 +126,7 @@ class CudaForward:
                 self._graphs.prepare(Variant(rows))
                 for tile_rows in tile_sizes(rows, self._max_mixture):
                     self._adapters.fill([()] * rows, [1] * rows, tile_rows)
-                    self._graphs.prepare(Variant(rows, tile_rows, dora_parts(self._slots)))
+                    self._graphs.prepare(Variant(rows, tile_rows))
             if self._device.type == "cuda":
                 self.compile_prompts()
 
@@ -141,11 +151,13 @@ class CudaForward:
     def __call__(self, batch: Seq[Chunk], slot: Callable[[str], int]) -> Logits | None:
         """See Forward; single tokens come first in the batch."""
         with self._on_device():
-            if all(chunk.length == 1 for chunk in batch):
-                rows = self._run_decodes(batch, slot)
-            else:
-                rows = self._run_prompts(batch, slot)
-            return self._read(*rows)
+            decodes = all(chunk.length == 1 for chunk in batch)
+            run = self._run_decodes if decodes else self._run_prompts
+            buffers, rows = run(batch, slot)
+            self._fetch(rows)
+            if decodes:
+                self._rows.ahead()  # while the device computes this one
+            return self._read(buffers, rows)
 
     def _run_decodes(
         self, batch: Seq[Chunk], slot: Callable[[str], int]
@@ -159,7 +171,7 @@ class CudaForward:
             self._variant = Variant(bucket)
             if any(mixtures):
                 tile_rows = self._adapters.fill(mixtures, [1] * bucket)
-                self._variant = Variant(bucket, tile_rows, dora_parts(self._slots))
+                self._variant = Variant(bucket, tile_rows)
             self._stale = False
         self._graphs.run(replace(self._variant, rows=bucket))
         samples = np.fromiter((chunk.samples for chunk in batch), bool, len(batch))
@@ -242,13 +254,16 @@ class CudaForward:
             logits.copy_(self.product.part(head, hidden))
         self._pick(logits, *(d[name][:n] for name in ("temperatures", "seeds", "draws")))
 
-    def _read(self, buffers: StepBuffers, rows: Ints) -> Logits | None:
-        """Wait for the step; its tokens in one small copy."""
+    def _fetch(self, rows: Ints) -> None:
+        """Start to bring the step's tokens here, in one small copy."""
         used = int(rows.max()) + 1 if len(rows) else 0
         self._picked[:used].copy_(self._pick.tokens[:used], non_blocking=True)
+
+    def _read(self, buffers: StepBuffers, rows: Ints) -> Logits | None:
+        """Wait for the step, and take its tokens."""
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        if not used:
+        if not len(rows):
             return None
         tokens = self._picked.numpy()[rows]
 

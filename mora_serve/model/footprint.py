@@ -69,7 +69,7 @@ def slot_bytes(shape: ModelShape, rank: int, itemsize: int) -> int:
 
 
 def dora_bytes(shape: ModelShape, itemsize: int) -> int:
-    """What one slot takes besides as soon as there is any DoRA adapter."""
+    """DoRA's scales of one slot: from the start on a card, elsewhere once one is written."""
     return shape.layers * sum(shape.projection(p)[0] for p in PROJECTIONS) * itemsize
 
 

@@ -30,7 +30,7 @@ from mora_serve.core import Mixture, Request, SamplingParams
 from mora_serve.engine import runner
 from mora_serve.engine.cuda_forward import CudaForward, buckets, tile_sizes
 from mora_serve.engine.forward import Forward
-from mora_serve.engine.graphs import Variant
+from mora_serve.engine.graphs import Capture, Variant
 from mora_serve.engine.sampler import SamplingRow, sample
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
@@ -42,6 +42,7 @@ from mora_serve.model.kernels.products import Products, known_ways
 from mora_serve.model.loading import load_base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import PROJECTIONS
+from tests.engine.faults import FaultyCapture
 from tests.engine.steps import CONTEXT, GROUPS, MIXTURES, SLOT, World, distance, job
 from tests.model.kernels.compiling import compiled
 
@@ -85,9 +86,9 @@ def base(
 
 
 def by_kernels(
-    product: Products | None = None, max_batch: int = 8
+    product: Products | None = None, max_batch: int = 8, capture: Capture | None = None
 ) -> Callable[[Decoder, AdapterSlots, KVPages], Forward]:
-    return lambda *parts: CudaForward(*parts, CONTEXT, max_batch, 4, product)
+    return lambda *parts: CudaForward(*parts, CONTEXT, max_batch, 4, product, capture)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
@@ -142,23 +143,31 @@ def test_nobody_s_numbers_reach_another(root: Path) -> None:
     assert distance(got, want) < 1e-5
 
 
-def test_dora_scales_that_come_later_are_used(root: Path) -> None:
-    """They get memory after the first steps; graphs of before are not used any more."""
+def test_the_first_dora_adapter_needs_no_graph_of_its_own(root: Path) -> None:
+    """Its scales are read by the graphs of before."""
     model = base("small", root)
-    scaled = [job(4, {"d": 0.6, "a": 1.0}, [3], seed=2)]
-    want = World(model).run(scaled)
-    world = World(model, by_kernels())
-    parts = list(world.slots.parts())
-    scales, flags = [p.dora for p in parts], list(world.slots.has_dora)
-    for part in parts:
-        part.dora = None
+    jobs = [job(4, {"d": 0.6, "a": 1.0}, [3], seed=2)]
+    want = World(model).run(jobs)
+    captures = FaultyCapture(RuntimeError(), lambda _: False)
+    world = World(model, by_kernels(capture=captures))
+    flags = list(world.slots.has_dora)
     world.slots.has_dora[:] = [False] * len(flags)
-    without = world.run(scaled)
-    for part, dora in zip(parts, scales, strict=True):
-        part.dora = dora
+    without = world.run(jobs)
+    asked = captures.asked
     world.slots.has_dora[:] = flags
-    assert distance(world.run(scaled), want) < 1e-5
+    assert distance(world.run(jobs), want) < 1e-5
     assert distance(without, want) > 1e-3
+    assert captures.asked == asked > 0
+
+
+def test_steps_that_cannot_be_captured_are_answered(root: Path) -> None:
+    """A card without memory for graphs computes what it would with them."""
+    model = base("small", root)
+    world = World(model, by_kernels(capture=FaultyCapture(torch.OutOfMemoryError("no memory"))))
+    want = World(model).run(FEW[1:])
+    assert distance(world.run(FEW[1:]), want) < 1e-5
+    assert isinstance(world.forward, CudaForward)
+    assert world.forward.eager == {Variant(1, 1)}
 
 
 def running(number: int, params: SamplingParams, answered: int) -> Running:
@@ -220,6 +229,21 @@ def test_a_chunk_that_does_not_sample_is_computed_all_the_same(root: Path) -> No
     assert distance([got], [want]) < 1e-5
 
 
+def test_a_step_leaves_the_next_one_laid_out(root: Path) -> None:
+    """Here the positions of the step that ran, on the host already those of the next."""
+    world = World(base("small", root), by_kernels())
+    forward = world.forward
+    assert isinstance(forward, CudaForward)
+    sequences = [running(i, SamplingParams(), 1) for i in range(2)]
+    with torch.inference_mode():
+        forward([Chunk(s, 0, 3, False) for s in sequences], {}.__getitem__)
+        forward([Chunk(s, 3, 1, True) for s in sequences], {}.__getitem__)
+    assert forward._steps.device["positions"][:2].tolist() == [3, 3]
+    host = forward._steps.begin()
+    assert host["positions"][:2].tolist() == [4, 4]
+    assert host["places"][:2].tolist() == [s.pages[0] * 16 + 4 for s in sequences]
+
+
 def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
     """Prompts of padding run through every kernel, and no page is written."""
     model = base("small", root)
@@ -233,17 +257,16 @@ def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
 
 def test_preparing_leaves_no_trace(root: Path) -> None:
     """What a capture runs is padding, before the first step and after others."""
-    world = World(base("small", root), by_kernels(max_batch=1), fill=7.0)
+    capture = None if CARD else FaultyCapture(RuntimeError(), lambda _: False)
+    world = World(base("small", root), by_kernels(max_batch=1, capture=capture), fill=7.0)
     forward = world.forward
     assert isinstance(forward, CudaForward)
-    if not CARD:  # a capture runs the work, which without one is not called ahead
-        forward._graphs.prepare = forward._decode  # type: ignore[method-assign]
     forward.prepare()
     assert bool((world.kv.k == 7).all())
     assert bool((world.kv.v == 7).all())
     world.run(FEW[:1])
     world.kv.k.fill_(7)
-    forward._graphs._graphs.clear()
+    forward._graphs._replays.clear()
     forward.prepare()
     assert bool((world.kv.k == 7).all())
 

@@ -28,8 +28,8 @@ class Int8Projection:
     a: Tensor
     b: Tensor
     scale: Tensor
+    dora: Tensor
     start: int
-    dora: Tensor | None = None
 
 
 class Int8Slots:
@@ -53,7 +53,7 @@ class Int8Slots:
     def dequantised(self, projection: Int8Projection) -> ProjectionSlots:
         """The same numbers in float32, all of the scale in B: the kernels' torch reference."""
         b = projection.b.float() * projection.scale[..., None]
-        return ProjectionSlots(projection.a.float(), b, projection.start, projection.dora)
+        return ProjectionSlots(projection.a.float(), b, projection.dora, projection.start)
 
 
 def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,4 +70,4 @@ def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantised(part: ProjectionSlots) -> Int8Projection:
     (a, a_scale), (b, b_scale) = quantise_rows(part.a), quantise_rows(part.b)
-    return Int8Projection(a, b, a_scale * b_scale, part.start, part.dora)
+    return Int8Projection(a, b, a_scale * b_scale, part.dora, part.start)

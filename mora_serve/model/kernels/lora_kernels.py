@@ -145,7 +145,6 @@ def expand(
     entries,
     max_rank,
     SCALED: tl.constexpr,
-    DORA: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_UP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -155,10 +154,7 @@ def expand(
     TILE_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of rows with one list of slots, BLOCK outputs of one projection an item.
-
-    DORA has a bit for each projection.
-    """
+    """One tile of rows with one list of slots, BLOCK outputs of one projection an item."""
     blocks0, blocks1 = tl.cdiv(width0, BLOCK), tl.cdiv(width1, BLOCK)
     blocks = blocks0 + blocks1 + tl.cdiv(width2, BLOCK)
     items = _items(table, EXPAND_TILES, blocks, EARLY)
@@ -192,8 +188,7 @@ def expand(
         else:
             at = y + row[:, None] * y_stride + start + n[None, :]
             here = live[:, None] & inside[None, :]
-        base = tl.load(at, mask=here, other=0).to(tl.float32)
-        total = base
+        total = tl.load(at, mask=here, other=0).to(tl.float32)
         for j in range(adapters):
             adapter = MIXTURE + PER_ADAPTER * j
             slot = tl.load(first + adapter + SLOT).to(tl.int64)
@@ -208,7 +203,7 @@ def expand(
             rank = facts // 2
             matrix = b + slot * max_rank * width
             sums = inner + ((projection * entries + entry) * SPLITS).to(tl.int64) * max_rank
-            delta = tl.zeros_like(base)
+            delta = tl.zeros_like(total)
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
                 if TILE_ROWS == 1:
@@ -232,9 +227,9 @@ def expand(
                     h, weights = h.to(OPERAND), weights.to(OPERAND)
                     delta = tl.dot(h, weights, delta, input_precision="ieee")
             delta *= weight
-            if DORA != 0:  # noqa: SIM102 - a constant: what follows is not even compiled
-                if ((DORA >> projection) & facts & 1) != 0:
-                    c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
-                    delta += c * (delta + weight * base)
+            if (facts & 1) != 0:  # y is read anew: few steps need it, and registers are scarce
+                base = tl.load(at, mask=here, other=0).to(tl.float32)
+                c = tl.load(dora + slot * width + n, mask=inside, other=0).to(tl.float32)
+                delta += c * (delta + weight * base)
             total += delta
         tl.store(at, total.to(y.dtype.element_ty), mask=here)
