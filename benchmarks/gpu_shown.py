@@ -10,6 +10,7 @@ from benchmarks.tables import markdown
 from router_training.report.style import COLOURS, MUTED, OURS, panels
 
 Result = Mapping[str, Any]
+ABOUT = ("kernels_used", "early_launches", "not_captured", "ready_seconds", "memory", "missing")
 BYTES = ("4-bit weights", "head", "adapters", "keys and values")
 
 
@@ -27,6 +28,9 @@ def table(result: Result) -> str:
             found.append(f"**{name}**: {part['error']}")
         elif part:
             found.append(f"**{name}**\n\n{form(part)}")
+    about = {name: result[name] for name in ABOUT if name in result}
+    if about:
+        found.append(f"**engine**\n\n{_pairs(about)}")
     if products := result.get("four_bit_products"):
         found.append(
             f"**4-bit products of the base: the way that was taken**\n\n{_taken(products)}"

@@ -167,13 +167,15 @@ def test_a_dora_adapter_of_few_projections_finds_no_scales_of_another():
     def adapter(dora: bool, *projections: str) -> HostAdapter:
         modules = tuple(
             HostModule(
-                *(0, p, torch.ones(2, columns), torch.ones(2, rows)),
+                0,
+                p,
+                (torch.ones(2, columns), torch.ones(2, rows)),
                 torch.ones(rows) if dora else None,
             )
             for p in projections
             for rows, columns in [shape.projection(p)]
         )
-        return HostAdapter(2, dora, 0, 0, modules)
+        return HostAdapter(2, dora, 0, modules)
 
     for each in (adapter(True, *PROJECTIONS), adapter(False, "q_proj"), adapter(True, "q_proj")):
         writer.fill(1, each)
