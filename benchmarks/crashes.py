@@ -145,7 +145,8 @@ def look(state: Path, shared: bool = False) -> tuple[Model, list[str]]:
         blobs = state / "blobs"
         if shared:
             blobs = state / "store" / "blobs"
-            storage(state).collect(lambda: registry.digests, age=0.0)
+            for _ in range(2):  # the first marks it
+                storage(state).collect(lambda: registry.digests, age=0.0)
         extra = len(list(blobs.glob("*"))) - len(referred) - (router is not None)
         if extra:
             complaints.append(f"{extra} blobs that nothing refers to")

@@ -111,6 +111,11 @@ class AdaptersConfig:
         "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
         "requests run, if a quarter of engine.memory_fraction holds them",
     )
+    dtype: Literal["auto", "int8"] = _doc(
+        "auto",
+        "how slots keep adapters: auto in the base's compute type, int8 in half of bf16's memory, "
+        "rounded, for engine.kernels triton or torch on one device",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -418,11 +423,17 @@ def _check(config: Config) -> None:
             "be above 0 and at most 1",
             field="engine.memory_fraction",
         )
-    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+    if config.engine.tensor_parallel > 1 and config.engine.kernels == "native":
         raise ConfigError(
-            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            "engine.kernels: 'native' computes a step in one process alone, and "
             f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
+        )
+    if config.adapters.dtype == "int8" and config.engine.tensor_parallel > 1:
+        raise ConfigError(
+            "adapters.dtype: 'int8' is for one device, and engine.tensor_parallel asks for "
+            f"{config.engine.tensor_parallel}; use 'auto'",
+            field="adapters.dtype",
         )
     if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(

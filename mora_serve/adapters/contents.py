@@ -90,6 +90,10 @@ class Contents:
         """As ``BlobStore.remove``."""
         return self.blobs.remove(digest, unreferenced)
 
+    def here(self, digest: str) -> bool:
+        """Whether a look at it waits for no store."""
+        return True
+
     def retain(self, digest: str) -> bool:
         """As ``BlobStore.retain``."""
         return self.blobs.retain(digest)

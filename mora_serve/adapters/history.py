@@ -22,12 +22,14 @@ class History:
     """Follows a log and appends to it.
 
     ``state`` is immutable and may be read without the lock. The lock is held while a state is
-    succeeded by another, its change being written and announced.
+    succeeded by another and this is announced, and never while the log is read or written: that
+    may take a store a minute.
     """
 
     def __init__(self, log: Log, snapshot_every: int) -> None:
         self.state = State()
         self.lock = threading.RLock()
+        self._writing = threading.Lock()  # changes of this process take turns
         self._log = log
         self._snapshot_every = snapshot_every
         self._subscribers: list[Subscriber] = []
@@ -43,9 +45,15 @@ class History:
 
         Raises ConfigError for what another version wrote.
         """
-        with self.lock:
-            for state, changes in self._news():
-                self._succeed(state, changes)
+        while True:
+            state = self.state
+            steps = self._news(state)
+            with self.lock:
+                if self.state is state:
+                    for later, changes in steps:
+                        self._succeed(later, changes)
+                    return
+            # Another thread has taken something in meanwhile.
 
     def poll(self) -> None:
         """``refresh`` if there is something new; while there is not, nobody waits for the look."""
@@ -54,9 +62,9 @@ class History:
 
     def newest(self) -> State:
         """The state of the log as it is now, without taking it in."""
-        with self.lock:
-            steps = self._news()
-            return steps[-1][0] if steps else self.state
+        state = self.state
+        steps = self._news(state)
+        return steps[-1][0] if steps else state
 
     def derive(self, work: Callable[[State], T]) -> T:
         """What ``work`` makes of the state; what it refuses (MoraError) by an old one it is asked
@@ -75,20 +83,22 @@ class History:
 
         Returns the state after it, and the change, None where ``change`` found none needed.
         """
-        with self.lock:
+        with self._writing:
             while True:
-                made = self.derive(change)
+                before, made = self.derive(lambda state: (state, change(state)))
                 if made is None:
-                    if self._outdated(self.state):  # the newest may need one
+                    if self._outdated(before):  # the newest may need one
                         continue
-                    return self.state, None
+                    return before, None
                 if self._log.append(made.revision, made.to_json()):
                     break
                 self.refresh()
-            state = self.state.after(made)
-            self._succeed(state, [made])
-            self._compact(state)
-            return state, made
+            after = before.after(made)
+            with self.lock:
+                if self.state is before:  # or it has been read from the log already
+                    self._succeed(after, [made])
+            self._compact(after)
+            return after, made
 
     def _outdated(self, state: State) -> bool:
         """Whether another state has come after it, from the log if need be."""
@@ -105,27 +115,28 @@ class History:
             why = e.strerror if isinstance(e, OSError) else e.message
             logging.getLogger(__name__).warning("registry: no snapshot: %s", why)
 
-    def _news(self) -> list[tuple[State, list[Change]]]:
+    def _news(self, state: State) -> list[tuple[State, list[Change]]]:
+        """The states that come after one, and what led to each."""
         while True:
-            news = self._log.read(self.state.revision)
-            state, steps = self.state, []
+            news = self._log.read(state.revision)
+            now, steps = state, []
             if news.snapshot is not None:
                 try:
                     later = State.from_json(news.start, news.snapshot)
                 except _MEANINGLESS:
                     self._log.reject(news.start, snapshot=True)
                     continue
-                steps.append((later, state.changes_to(later)))
-                state = later
+                steps.append((later, now.changes_to(later)))
+                now = later
             for number, values in news.changes:
                 try:
-                    change = state.change_from_json(number, values)
-                    state = state.after(change)
+                    change = now.change_from_json(number, values)
+                    now = now.after(change)
                 except _MEANINGLESS:
                     self._log.reject(number)
                     change = Change(number)
-                    state = state.after(change)
-                steps.append((state, [change]))
+                    now = now.after(change)
+                steps.append((now, [change]))
             return steps
 
     def _succeed(self, state: State, changes: Iterable[Change]) -> None:

@@ -16,11 +16,12 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mora_serve.adapters.blobs import sync_directory, write_durably
+from mora_serve.adapters.disk import FULL, disk_error
 from mora_serve.errors import ConfigError, MoraError, Unavailable
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _FILE_AGE = 3600.0  # seconds that writing one temporary file may take
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+class _NotDurableError(OSError):
+    """An object is there, and may be gone after a power cut."""
 
 
 class Objects:
@@ -79,13 +84,16 @@ class Objects:
         """Make an object that is not there yet; False where another is. Durable when it returns.
 
         ``data`` is nobody else's, so that an attempt whose answer was lost is recognised. Raises
-        Unavailable where it is not known whether the object was made.
+        Unavailable where it is not known whether the object was made, or will last; it is not
+        taken back, for others may have read it.
         """
         for _ in range(_ATTEMPTS):
             try:
                 self._create(self._path(name), data)
             except Exception as e:  # FileExistsError, or one that says nothing of the outcome
                 error = e
+                if isinstance(e, _NotDurableError):
+                    break
                 try:
                     found = self._read(name)
                 except Unavailable:
@@ -111,9 +119,19 @@ class Objects:
             raise self._failure(e) from e
 
     def get(self, name: str, path: Path) -> bool:
-        """Copy an object into a new file; False where there is none."""
+        """Copy an object into a new file; False where there is none.
+
+        Raises ResourceExhausted where the file's disk is full.
+        """
+
+        def work() -> None:
+            try:
+                self._fs.get_file(self._path(name), str(path))
+            except OSError as e:
+                raise (disk_error(e) if e.errno in FULL else e) from None
+
         try:
-            self._ask(lambda: self._fs.get_file(self._path(name), str(path)))
+            self._ask(work)
         except FileNotFoundError:
             return False
         return True
@@ -130,14 +148,22 @@ class Objects:
         """The folders right in a folder, without its name."""
         return [n for n, entry in self._entries(folder) if entry["type"] == "directory"]
 
-    def age(self, name: str) -> float:
-        """Seconds since an object was written, by this machine's clock; 0 where it is gone."""
+    def written(self, name: str) -> float | None:
+        """When an object was written, in seconds of the store's clock; None where it is gone."""
         try:
-            return time.time() - float(
-                self._ask(lambda: self._fs.modified(self._path(name))).timestamp()
-            )
+            return float(self._ask(lambda: self._fs.modified(self._path(name))).timestamp())
         except FileNotFoundError:
-            return 0.0
+            return None
+
+    def now(self) -> float:
+        """The time, as the store stamps what is written to it: machines' clocks differ."""
+        name = f"tmp/{uuid.uuid4().hex}"
+        self.create(name, name.encode())
+        found = self.written(name)
+        self.remove(name)
+        if found is None:  # somebody has emptied the folder
+            raise _unavailable()
+        return found
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
@@ -243,13 +269,14 @@ class FileObjects(Objects):
 
     def clean(self) -> None:
         """Remove temporary files of killed processes."""
-        folder = Path(self._path("tmp"))
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if time.time() - path.stat().st_mtime > _FILE_AGE:
-                path.unlink(missing_ok=True)
+        before = self.now() - _FILE_AGE
+        for path in Path(self._path("tmp")).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its writer is ready with it
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _create(self, path: str, data: bytes) -> None:
-        self._appear(path, lambda temporary: write_durably(temporary, data), os.link, undo=True)
+        self._appear(path, lambda temporary: write_durably(temporary, data), os.link)
 
     def _put(self, file: Path, path: str) -> None:
         def copy(temporary: Path) -> None:
@@ -261,14 +288,9 @@ class FileObjects(Objects):
         self._appear(path, copy, os.replace)
 
     def _appear(
-        self,
-        path: str,
-        write: Callable[[Path], None],
-        how: Callable[[Path, str], None],
-        *,
-        undo: bool = False,
+        self, path: str, write: Callable[[Path], None], how: Callable[[Path, str], None]
     ) -> None:
-        """Write a file under another name, give it its own; ``undo`` that where it may be lost."""
+        """Write a file under another name and give it its own."""
         folder, temporary = Path(path).parent, Path(self._path("tmp"), uuid.uuid4().hex)
         _make(temporary.parent)
         try:
@@ -285,10 +307,8 @@ class FileObjects(Objects):
             temporary.unlink(missing_ok=True)
         try:
             sync_directory(folder)
-        except OSError:
-            if undo:  # nobody is told that it is there
-                os.unlink(path)
-            raise
+        except OSError as e:
+            raise _NotDurableError(*e.args) from e
 
 
 def open_objects(url: str) -> Objects:
@@ -304,7 +324,8 @@ def open_objects(url: str) -> Objects:
         import fsspec
 
         protocol, _, _ = url.partition("://")
-        fs, root = fsspec.core.url_to_fs(url, **_options(protocol))
+        given = fsspec.config.conf.get(protocol, {})
+        fs, root = fsspec.core.url_to_fs(url, **_options(protocol, given))
     except ImportError as e:
         raise ConfigError(
             f"{FIELD}: this kind of URL needs {e.name or 'a package'}, which is not installed; "
@@ -334,12 +355,13 @@ def open_objects(url: str) -> Objects:
     )
 
 
-def _options(protocol: str) -> dict[str, Any]:
-    """What fsspec is told: listings as they are now, and answers within seconds."""
+def _options(protocol: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What fsspec is told beside what is given: listings as they are now, answers in seconds."""
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
         retries = {"total_max_attempts": 2, "mode": "standard"}
-        options["config_kwargs"] = {"connect_timeout": 2, "read_timeout": 10, "retries": retries}
+        limits = {"connect_timeout": 2, "read_timeout": 10, "retries": retries}
+        options["config_kwargs"] = {**limits, **given.get("config_kwargs", {})}
     return options if protocol in _CONDITIONAL else {}
 
 

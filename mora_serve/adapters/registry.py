@@ -221,6 +221,15 @@ class Registry:
                 reason=e.reason,
             ) from None
 
+    def here(self, digest: str) -> bool:
+        """Whether ``open`` need not wait for a shared store."""
+        return self._contents.here(digest)
+
+    def fetch(self, digest: str) -> None:
+        """Have a content here. Raises what ``open`` raises where it is gone, and Unavailable."""
+        if not self._whole(digest):
+            raise lookup.gone(digest)
+
     def retain(self, digest: str) -> None:
         """Keep a content readable until it is released as often as it was retained.
 
@@ -401,8 +410,8 @@ class Registry:
     def subscribe(self, callback: Callable[[Change], None]) -> tuple[AdapterRecord, ...]:
         """Call ``callback`` with every change from now on, in order; returns ``all`` as it is now.
 
-        It is called by the thread that makes a change, while no other change can be made: it has
-        to be quick, must not raise, and may only read the registry.
+        It is called by the thread that makes a change or finds one, while no other is announced:
+        it has to be quick, must not raise, and may only read the registry's state.
         """
         with self._history.lock:
             self._offers.subscribe(callback)

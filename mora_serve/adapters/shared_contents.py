@@ -4,12 +4,14 @@ The cache is a directory of blobs as ``contents`` keeps them, and checks them: w
 its SHA-256 or is not used. It holds up to some bytes, those used longest ago go first, and
 processes of one machine may share it. What a store holds is written again at each registration,
 so that registering a damaged content repairs it, and removed a day after nothing refers to it any
-more: requests that still run on it, here or elsewhere, do not notice.
+more: requests that still run on it, here or elsewhere, do not notice. Since when that is so, a mark
+in the store tells whichever server looks next.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -26,7 +28,8 @@ from mora_serve.errors import Unavailable
 log = logging.getLogger(__name__)
 
 BLOBS = "blobs"
-UNREFERENCED_AGE = 24 * 3600.0  # seconds since it was written that a content is kept for nobody
+UNREFERENCED = "unreferenced"  # the marks
+UNREFERENCED_AGE = 24 * 3600.0  # seconds that a content is kept for nobody
 
 _SPARED = 10.0  # seconds since its last use that a cached content is kept whatever its size
 _AGAIN = 30.0  # seconds until a content that was damaged or missing in the store is looked for
@@ -69,13 +72,18 @@ class SharedContents(Contents):
                 health = self.look_here(digest)  # another thread was quicker
                 if health is not Health.SOUND:
                     health = self._fetch(digest)
-                    self.trim()
-        if health is Health.SOUND:
-            self._bad.pop(digest, None)
-            self.blobs.used(digest)
-        else:
+        if health is not Health.SOUND:
             self._bad[digest] = time.monotonic()
+            return health
+        self._bad.pop(digest, None)
+        self.blobs.used(digest)
+        self._keep_promises(digest)
+        self.trim()
         return health
+
+    def here(self, digest: str) -> bool:
+        """Whether it is in the cache."""
+        return is_digest(digest) and (self._directory / digest).is_dir()
 
     def survey(self, digest: str, *, least: int, deep: bool) -> Health:
         """Whether the store has it; its sum is formed when it is fetched."""
@@ -113,18 +121,19 @@ class SharedContents(Contents):
 
     def retain(self, digest: str) -> bool:
         """Hold it in the cache, if it is there; the store keeps it for a day whatever happens."""
-        if not self.blobs.retain(digest):
+        if self.blobs.retain(digest):
+            self.blobs.used(digest)
+        else:
             with self._lock:
-                self._promised[digest] += 1
+                self._promised[digest] += 1  # until it is here
         return True
 
     def release(self, digest: str) -> bool:
         """Undo one ``retain``."""
         with self._lock:
             if self._promised[digest]:
-                self._promised[digest] -= 1
+                self._promised -= Counter((digest,))
                 return False
-            del self._promised[digest]
         return self.blobs.release(digest)
 
     def again(self, digest: str) -> bool:
@@ -158,24 +167,62 @@ class SharedContents(Contents):
                 log.warning("registry: content %s stays in the cache: %s", digest, e.strerror)
 
     def collect(self, referenced: Callable[[], Iterable[str]], age: float) -> int:
-        """Remove what nothing refers to, and was written ``age`` seconds ago, from the store.
+        """Remove what nothing has referred to for ``age`` seconds from the store.
 
-        ``referenced`` tells what is referred to now, by whomever. Returns how many there were.
+        ``referenced`` tells what is referred to now, by whomever; what is, and is gone from the
+        store, is written again where it is cached. Returns how many were removed.
         """
         stored = set(self._objects.folders(BLOBS))
+        used = set(referenced())
+        for digest in sorted(used - stored):
+            self._write_again(digest)
+        unreferenced, marked = stored - used, set(self._objects.sizes(UNREFERENCED))
+        for digest in sorted(marked - unreferenced):
+            self._objects.remove(_mark(digest))
+        for digest in sorted(unreferenced - marked):
+            self._objects.create(_mark(digest), digest.encode())
+        if not unreferenced & marked:
+            return 0
+        before = self._objects.now() - age
         gone = 0
-        for digest in sorted(stored.difference(referenced())):
-            folder = f"{BLOBS}/{digest}"
-            names = [f"{folder}/{name}" for name in self._objects.sizes(folder)]
-            if any(self._objects.age(name) < age for name in names):
+        for digest in sorted(unreferenced & marked):
+            if not self._older([_mark(digest)], before):
                 continue
             if digest in set(referenced()):  # it has been registered meanwhile
+                continue
+            folder = f"{BLOBS}/{digest}"
+            names = [f"{folder}/{name}" for name in self._objects.sizes(folder)]
+            if not self._older(names, before):  # it is being registered: that writes it again
                 continue
             for name in names:
                 self._objects.remove(name)
             self._objects.drop(folder)
+            self._objects.remove(_mark(digest))
             gone += bool(names)
         return gone
+
+    def _older(self, names: Iterable[str], moment: float) -> bool:
+        """Whether all were written by then; not if one is gone, for another server is at it."""
+        written = (self._objects.written(name) for name in names)
+        return all(at is not None and at <= moment for at in written)
+
+    def _write_again(self, digest: str) -> None:
+        """Write what is gone from the store, if it is cached here."""
+        hold = self.blobs.hold(digest)
+        if hold is None:
+            return
+        with hold:
+            if self._objects.sizes(f"{BLOBS}/{digest}"):
+                return  # it has come since
+            if self.look_here(digest) is Health.SOUND:
+                log.error("registry: content %s was gone from the store; writing it again", digest)
+                self._write(digest, os.listdir(self._directory / digest))
+
+    def _keep_promises(self, digest: str) -> None:
+        """Hold in the cache what was retained before it was here."""
+        with self._lock:
+            while self._promised[digest] and self.blobs.retain(digest):
+                self._promised -= Counter((digest,))
 
     def _write(self, digest: str, names: Iterable[str]) -> None:
         """Write what is held in the cache to the store."""
@@ -200,4 +247,8 @@ class SharedContents(Contents):
         except _DamagedError:
             log.error("registry: content %s does not have its SHA-256 in the store", digest)
             return Health.DAMAGED
-        return Health.SOUND
+        return self.look_here(digest)  # a damaged one may be there that cannot be put away
+
+
+def _mark(digest: str) -> str:
+    return f"{UNREFERENCED}/{digest}"

@@ -58,8 +58,9 @@ class SharedLog:
                 if snapshot is None:
                     continue  # it is damaged, or an even newer one has replaced it
             changes, missing = self._changes(start)
-            # With a new snapshot, what is missing may have been removed for it.
-            if not missing or self._newest_snapshot() == newest:
+            # With a new snapshot, what is missing may have been removed for it, and what is there
+            # be a late writer's.
+            if self._newest_snapshot() == newest:
                 self._tell(missing)
                 return News(start, snapshot, changes)
 

@@ -47,6 +47,7 @@ from mora_serve.engine.team import Team
 from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
 from mora_serve.errors import Failure, InvalidArgument, MoraError, ResourceExhausted
+from mora_serve.model.int8_slots import Int8Slots
 from mora_serve.model.loading import Base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
@@ -86,7 +87,8 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(decoder.device)
         sizes = choose_sizes(decoder.shape, config, self.max_context, decoder.dtype.itemsize, free)
         pages = sizes.pages
-        slots = AdapterSlots(
+        form = Int8Slots if config.adapters.dtype == "int8" else AdapterSlots
+        slots = form(
             decoder.shape,
             sizes.slots,
             config.adapters.max_rank,

@@ -62,8 +62,7 @@ class ServerServicer(ServerServiceServicer):
 
 def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
     """What GetServerInfo says and what does not change."""
-    config, base = assembly.config, assembly.base
-    dtype = str(base.decoder.dtype).removeprefix("torch.")
+    config, base, slots = assembly.config, assembly.base, assembly.engine.pool.slots
     return pb.GetServerInfoResponse(
         version=__version__,
         base=pb.BaseModel(
@@ -71,7 +70,7 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             fingerprint=base.fingerprint,
             architecture=base.shape.model_type,
             quantization=base.quantization,
-            dtype={"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype),
+            dtype=_short(base.decoder.dtype),
             device=str(base.decoder.device),
             vocab_size=base.shape.vocab_size,
             chat=base.tokenizer.has_chat_template,
@@ -84,10 +83,17 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             max_stop=config.engine.max_stop,
             max_logprobs=config.engine.max_logprobs,
             max_adapters=config.adapters.max_adapters,
-            slots=assembly.engine.pool.slots.slots,
+            slots=slots.slots,
             max_adapter_bytes=config.adapters.max_bytes,
             max_prompts=config.adapters.max_prompts,
             max_queue=config.engine.max_queue,
             max_message_bytes=config.server.max_message_bytes,
         ),
+        adapter_dtype=_short(slots.stored),
     )
+
+
+def _short(dtype: object) -> str:
+    """A type of torch's as the configuration calls it."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float32": "fp32"}.get(name, name)

@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import MoraError, Unavailable
@@ -16,39 +17,44 @@ COLLECT_SECONDS = 3600.0  # between looks for contents that nothing refers to an
 
 
 class Poller:
-    """A thread that does so every ``seconds`` until it is closed."""
+    """Threads that do so every ``seconds``, and collect, until it is closed.
+
+    Two, for what is left to collect may take many requests, and no change waits for them.
+    """
 
     def __init__(self, registry: Registry, seconds: float) -> None:
-        self._registry = registry
-        self._seconds = seconds
         self._closed = threading.Event()
         # Servers that start together take turns.
-        self._collect_at = time.monotonic() + random.uniform(0.1, 1.0) * COLLECT_SECONDS
-        self._told = ""
-        self._thread = threading.Thread(target=self._run, name="registry-poll", daemon=True)
-        self._thread.start()
+        first = random.uniform(0.1, 1.0) * COLLECT_SECONDS
+        self._threads = [
+            threading.Thread(target=self._run, args=args, name=f"registry-{name}", daemon=True)
+            for name, *args in (
+                ("poll", registry.poll, "take in others' changes", seconds, seconds),
+                ("collect", registry.collect, "collect contents", first, COLLECT_SECONDS),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Stop; what the store does not answer to by then is left behind."""
         self._closed.set()
-        self._thread.join(1.0)
+        end = time.monotonic() + 1.0
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
-    def _run(self) -> None:
-        while not self._closed.wait(self._seconds):
+    def _run(self, work: Callable[[], object], what: str, pause: float, every: float) -> None:
+        told = ""
+        while not self._closed.wait(pause):
+            pause, why = every, ""
             try:
-                self._registry.poll()
-                if time.monotonic() >= self._collect_at:
-                    self._collect_at = time.monotonic() + COLLECT_SECONDS
-                    self._registry.collect()
-                self._told = ""
+                work()
             except Unavailable:
-                pass  # the store has told the log, once
+                why = told  # the store has told the log, once
             except (MoraError, OSError) as e:
-                self._tell(e.message if isinstance(e, MoraError) else e.strerror or "")
+                why = e.message if isinstance(e, MoraError) else e.strerror or ""
+                if why != told:
+                    log.error("registry: cannot %s: %s", what, why)
             except Exception:
-                log.exception("registry: changes of other servers were not taken in")
-
-    def _tell(self, why: str) -> None:
-        if why != self._told:
-            log.error("registry: changes of other servers are not taken in: %s", why)
-        self._told = why
+                log.exception("registry: cannot %s", what)
+            told = why

@@ -67,18 +67,19 @@ class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic
 class Threads:
     """Threads for what would block the event loop, by kind, so that none waits for another.
 
-    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk: these
-    serve tenants in turn. ``load`` is for new routers.
+    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk, ``fetch``
+    for contents in a store: these serve tenants in turn. ``load`` is for new routers.
     """
 
     tokenize: Executor = field(default_factory=lambda: TurnExecutor(2, "tokenize"))
     route: Executor = field(default_factory=lambda: TurnExecutor(2, "route"))
     registry: Executor = field(default_factory=lambda: TurnExecutor(2, "registry"))
+    fetch: Executor = field(default_factory=lambda: TurnExecutor(4, "fetch"))
     load: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "load"))
 
     def shutdown(self) -> None:
         """Drop what waits; what runs goes on to its end."""
-        for executor in (self.tokenize, self.route, self.registry, self.load):
+        for executor in (self.tokenize, self.route, self.registry, self.fetch, self.load):
             executor.shutdown(wait=False, cancel_futures=True)
 
 
@@ -107,14 +108,27 @@ def add_services(
     metrics.watch(engine.stats, names.of, names.count)
     vocab_size = base.shape.vocab_size
     prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
-    decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
+
+    def resident() -> tuple[str, ...]:
+        return engine.stats().resident
+
+    decider = Decider(
+        assembly.selector,
+        registry,
+        prompts,
+        metrics,
+        config.adapters,
+        threads.route,
+        threads.fetch,
+        resident,
+    )
     answers = Answers(prompts, decider, bridge, config, vocab_size, feedback, tracing)
     generation = GenerationServicer(answers)
     adapters = AdapterServicer(
         registry,
         routing,
-        Pins(engine, registry),
-        lambda: engine.stats().resident,
+        Pins(engine, registry, threads.fetch),
+        resident,
         config,
         base.shape,
         base.fingerprint,

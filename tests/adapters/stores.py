@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,47 @@ def go_down(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
             raise ConnectionError("https://secret-bucket.example/ refused")
 
     monkeypatch.setattr(objects_of(registry), "_fs", Gone())
+
+
+class Stalled:
+    """A store's file system of which some calls, or all, end when this does."""
+
+    def __init__(self, fs: Any, calls: tuple[str, ...]) -> None:
+        self._fs = fs
+        self._calls = calls
+        self._begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._fs, name)
+        if not callable(attribute) or (self._calls and name not in self._calls):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begun.release()
+            if not self.go_on.wait(60):
+                raise TimeoutError
+            return attribute(*args, **kwargs)
+
+        return call
+
+    def wait_for(self, count: int) -> None:
+        """Return when so many more calls wait."""
+        for _ in range(count):
+            assert self._begun.acquire(timeout=60)
+
+
+@contextlib.contextmanager
+def stalled(registry: Registry, *calls: str) -> Iterator[Stalled]:
+    """The store does not answer this registry, some calls or all, before the end."""
+    objects = objects_of(registry)
+    fs = objects._fs
+    store = objects._fs = Stalled(fs, calls)
+    try:
+        yield store
+    finally:
+        store.go_on.set()
+        objects._fs = fs
 
 
 def memory_objects(kind: type[Objects] = MemoryObjects) -> Objects:

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.shared_registry import s3
 from mora_serve.adapters import objects as module
 from mora_serve.adapters.objects import MemoryObjects, Objects, open_objects
-from mora_serve.errors import ConfigError, Unavailable
+from mora_serve.errors import ConfigError, ResourceExhausted, Unavailable
 from tests.adapters.stores import file_objects, memory_objects, memory_url, opened
 
 
@@ -57,7 +57,10 @@ def test_what_is_written_is_read_listed_and_removed(store: Objects, tmp_path: Pa
     assert store.get("blobs/a/config", tmp_path / "got")
     assert (tmp_path / "got").read_bytes() == b"1234"
     assert not store.get("blobs/c/config", tmp_path / "none")
-    assert 0 <= store.age("log/1") < 3600
+    written = store.written("log/1") or 0.0
+    assert 0 <= store.now() - written < 3600
+    assert store.written("log/2") is None
+    assert not store.sizes("tmp")
     store.remove("log/1")
     store.remove("log/1")
     assert store.read("log/1") is None
@@ -119,7 +122,8 @@ CALLS: dict[str, Callable[[Objects, Path], object]] = {
     "get": lambda o, p: o.get("a", p),
     "sizes": lambda o, _: o.sizes("a"),
     "folders": lambda o, _: o.folders("a"),
-    "age": lambda o, _: o.age("a"),
+    "written": lambda o, _: o.written("a"),
+    "now": lambda o, _: o.now(),
     "remove": lambda o, _: o.remove("a"),
 }
 
@@ -136,6 +140,23 @@ def test_a_store_that_fails_is_unavailable_and_named_nowhere(
     for text in (caught.value.message, caplog.text):
         assert "secret" not in text.lower()
     assert "ConnectionError" in caplog.text
+
+
+def test_a_disk_that_is_full_is_not_the_store_s_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = memory_objects()
+    store.create("a", b"1")
+
+    def get_file(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store._fs, "get_file", get_file)
+    with pytest.raises(ResourceExhausted) as caught:
+        store.get("a", tmp_path / "a")
+    assert caught.value.reason == "DISK_FULL"
+    assert store.read("a") == b"1"
+    assert not caplog.records
 
 
 def test_a_failure_is_logged_once_and_its_end_too(
@@ -212,6 +233,14 @@ def test_s3_that_does_not_answer_is_told_at_the_start_and_in_seconds(
         assert hidden not in caught.value.message
 
 
+def test_what_the_operator_sets_for_s3_counts(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"config_kwargs": {"s3": {"addressing_style": "path"}, "read_timeout": 20}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", given)
+    config = open_objects(f"{bucket}/settings")._fs.s3.meta.config
+    assert config.s3["addressing_style"] == "path"
+    assert (config.read_timeout, config.connect_timeout) == (20, 2)
+
+
 def test_a_registry_lies_in_a_bucket(bucket: str) -> None:
     from tests.adapters.make import adapter
 
@@ -230,29 +259,36 @@ def test_a_registry_lies_in_a_bucket(bucket: str) -> None:
         assert again.revision == ours.revision
 
 
-def test_a_name_that_was_not_made_durable_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_name_that_may_not_last_is_not_acknowledged_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its caller hears of an error, so the change must not be there afterwards."""
+    """Another server may have read it: its number given to another change would part the two."""
     store = file_objects(tmp_path)
     store.create("log/1", b"1")
 
     def fails(_: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "secret")
 
     monkeypatch.setattr(module, "sync_directory", fails)
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="did not say"):
         store.create("log/2", b"2")
+    assert "Input/output error" in caplog.text
+    assert "secret" not in caplog.text
     assert not store.create("log/1", b"2")
-    assert sorted(os.listdir(tmp_path / "log")) == ["1"]
+    assert not store.create("log/2", b"3")
     assert not os.listdir(tmp_path / "tmp")
 
 
-def test_files_of_a_killed_process_go_when_they_are_old(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_go_when_they_are_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock of the machine that has the directory."""
     store = file_objects(tmp_path)
     store.create("log/1", b"1")
     for name, age in (("old", 7200), ("new", 0)):
         path = file(tmp_path / "tmp" / name, b"half")
         os.utime(path, (time.time() - age,) * 2)
+    ahead = time.time() + 1e6
+    monkeypatch.setattr("time.time", lambda: ahead)
     store.clean()
     assert os.listdir(tmp_path / "tmp") == ["new"]

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,18 @@ def test_a_copy_that_is_damaged_here_is_fetched_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "quarantine").iterdir())) == 1
 
 
+def test_a_copy_that_is_damaged_and_stays_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk does not let it be put away, so the store's cannot take its place."""
+    ours = contents(memory_objects(), tmp_path)
+    put(ours, adapter(1))
+    (tmp_path / "blobs" / adapter(1).digest / WEIGHTS).write_bytes(b"x")
+    monkeypatch.setattr(Quarantine, "take", lambda *_: False)
+    for _ in range(2):
+        assert ours.look(adapter(1).digest) is Health.DAMAGED
+
+
 def test_the_cache_keeps_what_was_used_last_within_its_bytes(tmp_path: Path) -> None:
     objects = memory_objects()
     ours = contents(objects, tmp_path, most=3 * SIZE)
@@ -107,14 +120,21 @@ def test_what_is_held_stays_in_the_cache_and_what_was_used_just_now(tmp_path: Pa
     ours = contents(objects, tmp_path, most=0)
     other = contents(objects, tmp_path, most=0)  # another process with the same cache
     put(ours, adapter(1))
-    ours.look(adapter(1).digest)
-    ours.retain(adapter(1).digest)
+    ours.trim()
+    ours.retain(adapter(1).digest)  # before it is here
+    assert cached(tmp_path) == set()
+    assert ours.look(adapter(1).digest) is Health.SOUND
     other.trim()
-    put(other, adapter(2))
-    assert adapter(1).digest in cached(tmp_path) or ours.look(adapter(1).digest) is Health.SOUND
-    with ours.blobs.hold(adapter(1).digest) or pytest.fail("it is gone"):
+    assert cached(tmp_path) == {adapter(1).digest}
+    ours.release(adapter(1).digest)
+    other.trim()
+    assert cached(tmp_path) == set()
+    spared = contents(objects, tmp_path / "first", spared=60.0)
+    spared.look(adapter(1).digest)
+    other = contents(objects, tmp_path / "first", most=0)
+    with spared.blobs.hold(adapter(1).digest) or pytest.fail("it is gone"):
         other.trim()
-        assert adapter(1).digest in cached(tmp_path)
+        assert cached(tmp_path / "first") == {adapter(1).digest}
     spared = contents(objects, tmp_path / "second", most=0, spared=60.0)
     put(spared, adapter(3))
     assert cached(tmp_path / "second") == {adapter(3).digest}
@@ -148,17 +168,77 @@ def test_what_nobody_refers_to_is_collected_when_it_is_old(tmp_path: Path) -> No
     for i in (1, 2):
         put(ours, adapter(i))
     kept = lambda: {adapter(1).digest}  # noqa: E731
-    assert ours.collect(kept, age=3600.0) == 0
-    assert ours.collect(kept, age=0.0) == 1
+    assert [ours.collect(kept, age=3600.0) for _ in range(2)] == [0, 0]
+    assert [ours.collect(kept, age=0.0) for _ in range(2)] == [1, 0]
     assert objects.folders("blobs") == [adapter(1).digest]
-    assert ours.collect(kept, age=0.0) == 0
+    assert not objects.sizes("unreferenced")
+
+
+class Clocked(MemoryObjects):
+    """A store with a clock of its own."""
+
+    clock = 0.0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._stamps: dict[str, float] = {}
+
+    def create(self, name: str, data: bytes) -> bool:
+        self._stamps.setdefault(name, self.clock)
+        return super().create(name, data)
+
+    def put(self, name: str, path: Path) -> None:
+        self._stamps[name] = self.clock
+        super().put(name, path)
+
+    def remove(self, name: str) -> None:
+        self._stamps.pop(name, None)
+        super().remove(name)
+
+    def written(self, name: str) -> float | None:
+        return self._stamps.get(name)
+
+
+def test_a_content_stays_for_a_while_after_its_last_reference_however_old_it_is(
+    tmp_path: Path,
+) -> None:
+    """By the store's clock, whatever this machine's says."""
+    objects = memory_objects(Clocked)
+    ours, digests = contents(objects, tmp_path), {adapter(1).digest}
+    put(ours, adapter(1))
+    # When it was looked at, and whether something referred to it then.
+    for objects.clock, used in ((100, True), (200, False), (250, False), (290, True), (300, False)):
+        assert ours.collect(lambda used=used: digests if used else set(), age=60.0) == 0
+    objects.clock = 359
+    assert ours.collect(set, age=60.0) == 0
+    objects.clock = 360
+    assert ours.collect(set, age=60.0) == 1
 
 
 def test_what_is_referred_to_between_two_looks_stays(tmp_path: Path) -> None:
     ours = contents(memory_objects(), tmp_path)
     put(ours, adapter(1))
-    answers = iter([set(), {adapter(1).digest}])
+    answers = iter([set(), set(), {adapter(1).digest}])
     assert ours.collect(lambda: next(answers), age=0.0) == 0
+    assert ours.collect(lambda: next(answers), age=0.0) == 0
+    assert next(answers, None) is None
+
+
+def test_what_is_written_again_between_two_looks_stays(tmp_path: Path) -> None:
+    """It is being registered, and the change is still to come."""
+    objects = memory_objects(Clocked)
+    ours = contents(objects, tmp_path)
+    put(ours, adapter(1))
+    ours.collect(set, age=60.0)
+    objects.clock = 100
+
+    def put_meanwhile() -> set[str]:
+        put(ours, adapter(1))
+        return set()
+
+    assert ours.collect(put_meanwhile, age=60.0) == 0
+    objects.clock = 160
+    assert ours.collect(set, age=60.0) == 1
 
 
 def test_what_was_collected_before_its_change_was_made_is_written_again(tmp_path: Path) -> None:

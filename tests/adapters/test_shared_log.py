@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mora_serve.adapters.change_file import packed
 from mora_serve.adapters.changelog import LOST
 from mora_serve.adapters.objects import Objects
 from mora_serve.adapters.shared_log import SharedLog
@@ -96,6 +98,26 @@ def test_a_writer_whom_snapshots_overtake_in_the_act_is_not_told_that_it_succeed
         Slow(objects).append(2, {"n": "late"})
     news = SharedLog(objects).read(1)
     assert news.snapshot[1:] + [n for n, _ in news.changes] == list(range(2, 10))
+
+
+def test_a_reader_whom_snapshots_overtake_in_the_act_takes_no_late_writer_s_file_for_a_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects, other = filled(1)
+    read_all = objects.read_all
+
+    def slow(names: Iterable[str]) -> dict[str, bytes]:
+        if not objects.sizes("snapshots"):
+            for number in range(2, 10):
+                other.append(number, change(number))
+                if number % 3 == 0:
+                    other.snapshot(number, list(range(1, number + 1)))
+            assert objects.create(name(1), packed({"n": "late"}))
+        return read_all(names)
+
+    monkeypatch.setattr(objects, "read_all", slow)
+    news = SharedLog(objects).read(0)
+    assert (news.snapshot, news.changes) == (list(range(1, 10)), [])
 
 
 def test_a_snapshot_leaves_the_one_before_and_the_changes_since() -> None:

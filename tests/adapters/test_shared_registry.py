@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mora_serve.errors import (
 )
 from mora_serve.server.poll import Poller
 from tests.adapters.make import LIMITS, SHAPE, adapter
-from tests.adapters.stores import go_down, memory_url, objects_of, opened
+from tests.adapters.stores import go_down, memory_url, objects_of, opened, stalled
 
 
 @pytest.fixture
@@ -91,8 +92,10 @@ def test_two_registries_of_a_store_do_what_one_directory_does(
             if step[0] == "poll":
                 pair[which].poll()
             elif step[0] == "collect":
-                registry = pair[which]
-                registry._storage.collect(lambda r=registry: r._history.newest().digests, age=0.0)
+                for _ in range(2):  # the first marks
+                    pair[which]._storage.collect(
+                        lambda r=pair[which]: r._history.newest().digests, age=0.0
+                    )
             elif step[0] == "open again":
                 pair[which].close()
                 pair[which] = opened(url)
@@ -168,7 +171,34 @@ def test_a_poller_takes_changes_in_and_outlives_an_outage(
         assert [r.name for r in theirs.list("default")] == ["a"]
     finally:
         poller.close()
-    assert "registry-poll" not in {t.name for t in threading.enumerate()}
+    assert not {"registry-poll", "registry-collect"} & {t.name for t in threading.enumerate()}
+
+
+def test_a_poller_goes_on_while_another_thread_collects(
+    pair: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    monkeypatch.setattr("mora_serve.server.poll.COLLECT_SECONDS", 0.01)
+    ours.register("default", "a", adapter(1))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        assert go_on.wait(60)
+        return 0
+
+    monkeypatch.setattr(theirs, "collect", slow)
+    poller = Poller(theirs, 0.02)
+    try:
+        assert begun.wait(60)
+        ours.register("default", "b", adapter(2))
+        end = time.monotonic() + 60
+        while len(theirs.list("default")) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert [r.name for r in theirs.list("default")] == ["a", "b"]
+    finally:
+        go_on.set()
+        poller.close()
 
 
 def test_without_the_store_what_is_here_is_served_and_changes_are_unavailable(
@@ -246,8 +276,9 @@ def test_what_a_removal_leaves_is_collected_when_it_is_old_but_not_without_a_his
         for i in (1, 2):
             ours.register("default", f"a{i}", adapter(i))
         ours.unregister("default", "a2")
+        now = objects.now()
+        monkeypatch.setattr(type(objects), "now", lambda *_: now + 1e9)
         assert ours.collect() == 0
-        monkeypatch.setattr(type(objects), "age", lambda *_: 1e9)
         assert ours.collect() == 1
         assert objects.folders("blobs") == [adapter(1).digest]
         for folder in ("log", "snapshots"):
@@ -255,6 +286,110 @@ def test_what_a_removal_leaves_is_collected_when_it_is_old_but_not_without_a_his
         with opened(url) as theirs:
             assert theirs.collect() == 0
         assert objects.folders("blobs") == [adapter(1).digest]
+
+
+def test_a_slow_store_makes_changes_wait_and_nothing_else(pair: tuple[Registry, Registry]) -> None:
+    ours, theirs = pair
+    for i, name in enumerate(("a", "b", "c")):
+        ours.register("default", name, adapter(i))
+    theirs.poll()
+    for i in range(2):
+        theirs.open(adapter(i).digest)
+        theirs.retain(adapter(i).digest)
+    ours.unregister("default", "a")
+    theirs.poll()
+    theirs._offers.withdraw(adapter(1).digest)
+    told: list[Change] = []
+
+    def others() -> None:
+        theirs.subscribe(told.append)
+        theirs.release(adapter(0).digest)  # the last one, of a content that is removed
+        theirs.release(adapter(1).digest)
+        assert theirs.get("default", "b").digest == adapter(1).digest  # looked at again
+        assert theirs.open(adapter(1).digest) == adapter(1)
+
+    ours.register("default", "d", adapter(3))
+    with stalled(theirs, "cat_file") as store, ThreadPoolExecutor() as threads:
+        try:
+            slow = [threads.submit(f) for f in (theirs.refresh, lambda: pin(theirs, "c"))]
+            store.wait_for(2)
+            threads.submit(others).result(30)
+            assert [c.after for c in told] == [theirs.get("default", "b")]
+            assert not any(future.done() for future in slow)
+        finally:
+            store.go_on.set()
+        for future in slow:
+            future.result(60)
+    assert theirs.get("default", "c").pinned
+    assert [r.name for r in theirs.list("default")] == ["b", "c", "d"]
+
+
+def pin(registry: Registry, name: str) -> None:
+    registry.pin("default", name, True)
+
+
+def test_threads_that_change_and_poll_at_once_announce_each_change_once_and_in_order() -> None:
+    """Whoever comes first with a state that another thread reads from the store as well."""
+    url = memory_url()
+    ours, theirs = (opened(url, every=1000) for _ in range(2))
+    told: list[Change] = []
+    theirs.subscribe(told.append)
+
+    def change(registry: Registry, name: str) -> None:
+        for i in range(12):
+            registry.register("default", f"{name}{i}", adapter(i))
+            registry.unregister("default", f"{name}{i}")
+
+    with ThreadPoolExecutor() as threads:
+        work = [
+            threads.submit(change, *pair) for pair in ((ours, "a"), (theirs, "b"), (theirs, "c"))
+        ]
+        while not all(future.done() for future in work):
+            theirs.poll()
+        for future in work:
+            future.result(60)
+    theirs.poll()
+    assert [c.revision for c in told] == list(range(1, 3 * 2 * 12 + 1))
+    assert theirs.list("default") == ()
+    for registry in (ours, theirs):
+        registry.close()
+
+
+def test_a_change_that_the_poller_reads_before_its_writer_goes_on_is_announced_once(
+    pair: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = pair
+    told: list[Change] = []
+    ours.subscribe(told.append)
+    append = ours._log.append
+
+    def read_at_once(number: int, change: Any) -> bool:
+        made = append(number, change)
+        ours.refresh()
+        return made
+
+    monkeypatch.setattr(ours._log, "append", read_at_once)
+    record, new = ours.register("default", "a", adapter(1))
+    assert [c.after for c in told] == [record]
+    assert new
+
+
+def test_a_content_that_is_gone_from_the_store_is_written_again_by_who_has_it(
+    pair: tuple[Registry, Registry],
+) -> None:
+    """A slow collector may remove what has just been registered, or a rule of the bucket."""
+    ours, theirs = pair
+    ours.register("default", "a", adapter(1))
+    theirs.poll()
+    objects = objects_of(ours)
+    objects._fs.rm(objects._path("blobs"), recursive=True)
+    assert theirs.collect() == 0
+    with pytest.raises(NotFound):
+        theirs.open(adapter(1).digest)
+    assert ours.collect() == 0
+    theirs._contents._bad.clear()
+    theirs.get("default", "a")
+    assert theirs.open(adapter(1).digest) == adapter(1)
 
 
 def test_a_directory_can_be_moved_into_a_store_and_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from mora_serve.client import Client
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.server.app import MoraServer
-from tests.adapters.stores import go_down, memory_url, objects_of
+from tests.adapters.stores import go_down, memory_url, objects_of, stalled
 from tests.server.conftest import Running, configuration, running, wait_for, write_adapter
+from tests.server.process import SERVING, health
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,46 @@ def test_without_the_store_adapters_are_served_and_changes_are_unavailable(
         objects_of(registry)._failed = -10.0
         wait_for(lambda: answers(theirs, "new") is not None)
         for name in ("rev", "new"):
+            theirs.unregister_adapter(name)
+        wait_for(lambda: not ours.list_adapters())
+
+
+def test_a_slow_store_makes_those_wait_who_need_it_and_nobody_else(
+    pair: list[Running], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for an adapter that is here and has to be loaded behind one that is not, though
+    more ask for that one than there are threads.
+    """
+    registry = pair[1].server._assembly.registry
+    fetched: list[str] = []
+    fetch = registry.fetch
+
+    def counted(digest: str) -> None:
+        fetched.append(digest)
+        fetch(digest)
+
+    monkeypatch.setattr(registry, "fetch", counted)
+    with pair[0].client() as ours, pair[1].client() as theirs:
+        theirs.register_adapter("sum", "sum")  # here, but not on the device
+        ours.upload_adapter("away", write_adapter(root / "away", seed=78))
+        ours.register_adapter("rev", "rev")
+        wait_for(lambda: len(theirs.list_adapters()) == 3)
+        with stalled(registry) as store, ThreadPoolExecutor(8) as threads:
+            try:
+                slow = [threads.submit(answers, theirs, "away") for _ in range(6)]
+                removal = threads.submit(theirs.unregister_adapter, "rev")
+                store.wait_for(3)  # a fetch, a removal and the poller
+                assert answers(theirs, "sum") is not None
+                assert theirs.generate("hello", base=True, max_tokens=1).usage
+                assert theirs.server_info().adapters == 3
+                assert health(theirs) == SERVING
+                assert not any(future.done() for future in (*slow, removal))
+            finally:
+                store.go_on.set()
+            assert None not in [future.result(60) for future in slow]
+            removal.result(60)
+        assert len(fetched) == 1
+        for name in ("sum", "away"):
             theirs.unregister_adapter(name)
         wait_for(lambda: not ours.list_adapters())
 
