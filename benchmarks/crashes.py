@@ -4,6 +4,7 @@ What a killed process was told is done has to be there when the state is opened 
 begun may be there as a whole or not at all, and nothing has to be found damaged.
 
     python -m benchmarks.crashes --json
+    python -m benchmarks.crashes --json --shared --server-cycles 0   (a store that servers share)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks import report, tiny
 from benchmarks.crash_model import Model, Step, apply, random_step
 from mora_serve.adapters.registry import Registry
+from mora_serve.adapters.storage import SharedStorage
 
 CYCLES = 280
 SERVER_CYCLES = 20
@@ -43,13 +45,14 @@ def main() -> None:
     parser.add_argument("--server-cycles", type=int, default=SERVER_CYCLES)
     parser.add_argument("--directory", type=Path, help="where the state is (default: temporary)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shared", action="store_true", help="registry in a file:// store")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.drive is not None:
-        drive(args.drive, args.seed)
+        drive(args.drive, args.seed, args.shared)
         return
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-        registry = of_registry(Path(folder, "registry"), args.cycles, args.seed)
+        registry = of_registry(Path(folder, "registry"), args.cycles, args.seed, args.shared)
         server: dict[str, Any] = {"cycles": 0, "wrong": 0}
         if args.server_cycles:
             from benchmarks.server_crashes import of_server
@@ -70,10 +73,10 @@ def main() -> None:
     )
 
 
-def drive(state: Path, seed: int) -> None:
+def drive(state: Path, seed: int, shared: bool = False) -> None:
     """Change a registry without end, saying on stdout what is begun and what is done."""
     rng = random.Random(seed)
-    with opened(state) as registry:
+    with opened(state, shared) as registry:
         model = Model.of(registry)
         while True:
             step = random_step(rng, model)
@@ -83,13 +86,14 @@ def drive(state: Path, seed: int) -> None:
             _say("done", step)
 
 
-def of_registry(state: Path, cycles: int, seed: int) -> dict[str, Any]:
+def of_registry(state: Path, cycles: int, seed: int, shared: bool = False) -> dict[str, Any]:
     """Kill children that drive one registry, one after another."""
     rng = random.Random(seed)
     model, wrong = Model(), []
     steps = torn = unfinished = 0
     for cycle in range(cycles):
-        with _child("benchmarks.crashes", "--drive", str(state), "--seed", str(cycle)) as child:
+        flags = ("--drive", str(state), "--seed", str(cycle), *(["--shared"] if shared else []))
+        with _child("benchmarks.crashes", *flags) as child:
             seconds = rng.uniform(0.05, CHILD_SECONDS)
             if cycle % 4:  # the others may be killed while they start
                 _wait_for_output(child)
@@ -104,7 +108,7 @@ def of_registry(state: Path, cycles: int, seed: int) -> dict[str, Any]:
         for step in done:
             model = model.after(step)
         allowed = [model] if begun is None else [model, model.after(begun)]
-        found, complaints = look(state)
+        found, complaints = look(state, shared)
         if found not in allowed:
             wrong.append(f"cycle {cycle}: {model.difference(found)}")
         wrong += [f"cycle {cycle}: {text}" for text in complaints]
@@ -123,10 +127,13 @@ def of_registry(state: Path, cycles: int, seed: int) -> dict[str, Any]:
     }
 
 
-def look(state: Path) -> tuple[Model, list[str]]:
-    """What a state holds when it is opened, and what is wrong with it."""
+def look(state: Path, shared: bool = False) -> tuple[Model, list[str]]:
+    """What a state holds when it is opened, and what is wrong with it.
+
+    Of a shared store it removes what nothing refers to, though it is not a day old.
+    """
     complaints: list[str] = []
-    with _log_of(complaints), opened(state) as registry:
+    with _log_of(complaints), opened(state, shared) as registry:
         model = Model.of(registry)
         for record in registry.all():
             adapter = registry.open(record.digest)  # its sum is formed
@@ -135,17 +142,28 @@ def look(state: Path) -> tuple[Model, list[str]]:
         referred = {r.digest for r in registry.all()}
         if (router := registry.router()) is not None and set(router) != {"r"}:
             complaints.append("another router")
-        extra = len(os.listdir(state / "blobs")) - len(referred) - (router is not None)
+        blobs = state / "blobs"
+        if shared:
+            blobs = state / "store" / "blobs"
+            for _ in range(2):  # the first marks it
+                storage(state).collect(lambda: registry.digests, age=0.0)
+        extra = len(list(blobs.glob("*"))) - len(referred) - (router is not None)
         if extra:
             complaints.append(f"{extra} blobs that nothing refers to")
-    if (state / "quarantine").exists():
+    if any((state / part / "quarantine").exists() for part in ("", "cache")):
         complaints.append("something was set aside")
     return model, complaints
 
 
-def opened(state: Path) -> Registry:
+def opened(state: Path, shared: bool = False) -> Registry:
     """The registry of a state."""
-    return Registry(state, tiny.LIMITS, tiny.SHAPE, snapshot_every=SNAPSHOT_EVERY)
+    place = storage(state) if shared else state
+    return Registry(place, tiny.LIMITS, tiny.SHAPE, snapshot_every=SNAPSHOT_EVERY)
+
+
+def storage(state: Path) -> SharedStorage:
+    """A store that servers share in a directory, and a cache of it."""
+    return SharedStorage(f"file://{state / 'store'}", state / "cache", 1 << 30)
 
 
 def _say(what: str, step: Step) -> None:

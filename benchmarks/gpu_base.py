@@ -16,6 +16,7 @@ from benchmarks.many_adapters import Template
 from mora_serve.adapters.validate import read_upload
 from mora_serve.model.decoder import Decoder, Layer
 from mora_serve.model.footprint import BLOCK
+from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.loading import Base, rope_frequencies
 from mora_serve.model.quant import DenseWeight, Linear, NF4Weight
 from mora_serve.model.shape import PROJECTIONS, SITES, ModelShape
@@ -36,16 +37,31 @@ LLAMA = ModelShape("llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, r
 TINY = ModelShape("llama", 320, 64, 64, 1, 2, 1, 32, 16384, 1e-5, rope=ROPE)
 
 
+def random_nf4(rows: int, columns: int, device: torch.device) -> NF4Weight:
+    """A matrix of codes drawn evenly."""
+    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
+    # codes drawn evenly are 0.6 of absmax in the root mean square
+    absmax = torch.rand(rows, columns // BLOCK, device=device).add_(0.5).mul_(SPREAD / 0.6)
+    return NF4Weight(codes, absmax)
+
+
+def random_groups(
+    rows: int, columns: int, device: torch.device, group: int = 128, ordered: bool = False
+) -> GroupWeight:
+    """One as GPTQ and AWQ have it, with zeros; ``ordered``: its inputs in an order of their own."""
+    size = rows, -(-columns // group)
+    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
+    # codes drawn evenly are 4.6 in the root mean square
+    scales = torch.rand(size, device=device).add_(0.5).mul_(SPREAD / 4.6).half().float()
+    zeros = torch.full(size, 7, dtype=torch.uint8, device=device)
+    order = torch.randperm(columns, device=device) if ordered else None
+    return GroupWeight(codes, scales, zeros, group, order)
+
+
 def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Base:
     """NF4 codes drawn evenly, embedding and head in ``dtype``; the tokenizer is one of bytes."""
     torch.manual_seed(0)
     ones = torch.ones(shape.hidden_size, dtype=dtype, device=device)
-
-    def nf4(rows: int, columns: int) -> NF4Weight:
-        codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
-        # codes drawn evenly are 0.6 of absmax in the root mean square
-        absmax = torch.rand(rows, columns // BLOCK, device=device).add_(0.5).mul_(SPREAD / 0.6)
-        return NF4Weight(codes, absmax)
 
     def table() -> DenseWeight:
         size = (shape.vocab_size, shape.hidden_size)
@@ -56,7 +72,8 @@ def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> 
         sites = {}
         for site, names in SITES.items():
             sizes = [shape.projection(name) for name in names]
-            sites[site] = Linear((nf4(sum(rows for rows, _ in sizes), sizes[0][1]),))
+            weight = random_nf4(sum(rows for rows, _ in sizes), sizes[0][1], device)
+            sites[site] = Linear((weight,))
         layers.append(Layer(ones, ones, sites))
     decoder = Decoder(shape, table(), layers, ones, table(), *rope_frequencies(shape))
     with tempfile.TemporaryDirectory() as folder:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from benchmarks.report import log
+
+
+def found(interpret: bool) -> bool:
+    """Whether there is a card, or Triton is to interpret kernels instead; says so where not."""
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
+        return False
+    return True
 
 
 def wait(device: torch.device) -> None:

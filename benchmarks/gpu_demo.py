@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +11,7 @@ from mora_serve.client import Client
 from mora_serve.client.connection import Result
 from mora_serve.demo.bundle import Example, bundle_path, read_examples
 from mora_serve.demo.process import ServerProcess
-from mora_serve.demo.scenes import judge
+from mora_serve.demo.scenes import asked, judge
 
 KINDS = ("auto", "task", "abstain", "base", "mixture")
 NEAR = 0.05  # of two log-probabilities: the rounding of bf16 decides between such tokens
@@ -25,6 +26,13 @@ def measure(device: str, most: int = 1000, seconds: float = 300.0) -> dict[str, 
     until = time.monotonic() + seconds
     examples = [e for e in read_examples(bundle_path()) if e.kind in KINDS and not e.turns][:most]
     cpu, card = (answers(name, examples, until) for name in ("cpu", device))
+    return compared(examples, cpu, card)
+
+
+def compared(
+    examples: Sequence[Example], cpu: Sequence[Result], card: Sequence[Result]
+) -> dict[str, Any]:
+    """What ``measure`` returns, of the answers of both."""
     parted = [i for i, (c, d) in enumerate(zip(cpu, card, strict=True)) if ids(c) != ids(d)]
     wrong = [examples[i].prompt for i in parted if not at_a_near_tie(cpu[i], card[i])]
     judged = [judge(e, a.decision, a.text) for e, a in zip(examples, card, strict=True)]
@@ -44,20 +52,15 @@ def measure(device: str, most: int = 1000, seconds: float = 300.0) -> dict[str, 
     }
 
 
-def answers(device: str, examples: list[Example], until: float) -> list[Result]:
+def answers(device: str, examples: Sequence[Example], until: float) -> list[Result]:
     """Greedy, with the log-probabilities of the nearest tokens; those that come ``until`` then."""
     flags = {"base.device": device, "base.dtype": "bf16", "engine.threads": 1}
     with ServerProcess(flags) as server, Client(server.address, timeout=300.0) as client:
         server.wait_until_ready(client, timeout=max(1.0, until - time.monotonic()))
 
         def ask(example: Example) -> Result:
-            options: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0, "logprobs": 5}
-            if example.kind == "task":
-                options["task"] = example.adapter
-            elif example.kind == "mixture":
-                options["adapters"] = example.mixture or {}
-            elif example.kind == "base":
-                options["base"] = True
+            options = asked(example, TOKENS)
+            options["logprobs"] = 5
             options["timeout"] = max(1.0, until - time.monotonic())
             return client.generate(example.prompt, **options)
 

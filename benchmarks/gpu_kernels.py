@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -30,8 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import lora_peers
+from benchmarks import gpu_card, lora_peers
 from benchmarks.report import emit, environment, log
+from mora_serve.model.int8_slots import Int8Slots
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import SITES, ModelShape
 
@@ -169,7 +169,6 @@ class _Step:
     def _ours(self, times: dict[str, float]) -> dict[str, Any]:
         """Our product with each size of tiles, checked and timed."""
         # Not before now: Triton reads whether to interpret as kernels are defined.
-        from mora_serve.model.kernels.int8_slots import Int8Slots
         from mora_serve.model.kernels.mixed_lora import KernelAdapters, MixtureBuffers
         from mora_serve.model.kernels.mixtures import TILE_ROWS, best_tile_rows
 
@@ -200,7 +199,8 @@ class _Step:
             ours.fill(mixtures, [1] * rows, chosen)
             if torch.cuda.get_device_capability() >= (9, 0):
                 check(KernelAdapters(self.slots, buffers, early=True), "early_launches")
-            times["int8"] = self._time(KernelAdapters(Int8Slots(self.slots), buffers).apply)
+            small = Int8Slots.of(self._shape(self.layers), self.slots)
+            times["int8"] = self._time(KernelAdapters(small, buffers).apply)
             if self.slots.slots > 1:
                 pairs = [((a, 0.7), ((a + 1) % self.slots.slots, 0.3)) for a in self.adapters]
                 ours.fill(pairs, [1] * rows)
@@ -297,13 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="check on the CPU, time nothing")
     parser.add_argument("--out", type=Path, help="write the JSON here, and a table beside it (.md)")
     args = parser.parse_args(argv)
-    if args.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
-    if not args.interpret and not torch.cuda.is_available():
-        log("error: torch sees no CUDA device; run this on a machine with a card, or --interpret")
+    if not gpu_card.found(args.interpret):
         return 2
     if args.fetch and not args.peers.exists():
-        lora_peers.main([str(args.peers)])
+        lora_peers.main([str(args.peers)])  # where there is no network ours are measured alone
     result = {**environment(), "interpreted": args.interpret}
     if args.interpret:
         result |= measure(TINY, args.peers)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_card import wait
+from benchmarks.oracle import generated
 from benchmarks.report import log
 from mora_serve.model.attention import DenseCausal
 from mora_serve.model.footprint import BLOCK
+from mora_serve.model.kernels.four_bit import FourBitProduct
 from mora_serve.model.loading import Base
 from mora_serve.model.quant import NF4Weight
 from mora_serve.model.shape import PROJECTIONS, SITES
@@ -21,7 +23,8 @@ def measure(base: Base, rows: int, rank: int, prompt: int, tokens: int) -> dict[
     """Tokens a second of ``rows`` rows with as many adapters, the prompts' step apart.
 
     ``logits_error`` says how far the model's logits are from our decoder's, relative: both must be
-    the same base. Raises ImportError where bitsandbytes cannot be used.
+    the same base. Where bitsandbytes cannot be used the weights are the same in 16 bits, as
+    ``weights`` says.
     """
     model = transformers_model(base)
     error = logits_error(base, model)
@@ -33,16 +36,7 @@ def measure(base: Base, rows: int, rank: int, prompt: int, tokens: int) -> dict[
         wait(base.decoder.device)
         start = time.perf_counter()
         with torch.inference_mode():
-            peft.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                adapter_names=names,
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
+            generated(peft, ids, count, adapter_names=names)
         wait(base.decoder.device)
         return time.perf_counter() - start
 
@@ -55,12 +49,21 @@ def measure(base: Base, rows: int, rank: int, prompt: int, tokens: int) -> dict[
         "step_seconds": step,
         "tokens_per_second": rows / step,
         "logits_error": error,
+        "weights": "nf4" if has_bitsandbytes() else str(base.decoder.dtype),
     }
 
 
+def has_bitsandbytes() -> bool:
+    """Whether it can be imported."""
+    try:
+        import bitsandbytes  # noqa: F401 - to see whether it can
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 def transformers_model(base: Base) -> Any:
-    """transformers' Llama with bitsandbytes' linears over the base's own codes."""
-    from bitsandbytes.nn import Linear4bit
+    """transformers' Llama with bitsandbytes' linears over the base's own codes, or dense ones."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -84,7 +87,16 @@ def transformers_model(base: Base) -> Any:
     def parameter(tensor: torch.Tensor) -> Any:
         return torch.nn.Parameter(tensor, requires_grad=False)
 
+    def dense(weight: NF4Weight, start: int, rows: int) -> Any:
+        made = torch.nn.Linear(weight.shape[1], rows, False, device="meta", dtype=decoder.dtype)
+        part = slice(start, start + rows)
+        whole = NF4Weight(weight.codes[part], weight.absmax[part])
+        made.weight = parameter(product.dense(whole, decoder.dtype))
+        return made
+
     def linear(weight: NF4Weight, start: int, rows: int) -> Any:
+        from bitsandbytes.nn import Linear4bit
+
         made = Linear4bit(
             *(weight.shape[1], rows, False),
             compute_dtype=decoder.dtype,
@@ -94,6 +106,9 @@ def transformers_model(base: Base) -> Any:
         made.weight = packed(weight, start, rows, decoder.dtype)
         return made
 
+    product, make = FourBitProduct(decoder.device, decoder.dtype), linear
+    if not has_bitsandbytes():
+        make = dense
     for layer, module in zip(decoder.layers, model.model.layers, strict=True):
         for site, names in SITES.items():
             (whole,) = layer.sites[site].parts
@@ -101,7 +116,7 @@ def transformers_model(base: Base) -> Any:
             for name in names:
                 rows, _ = shape.projection(name)
                 block = module.mlp if hasattr(module.mlp, name) else module.self_attn
-                setattr(block, name, linear(whole, start, rows))  # type: ignore[arg-type]
+                setattr(block, name, make(whole, start, rows))  # type: ignore[arg-type]
                 start += rows
         module.input_layernorm.weight = parameter(layer.input_norm)
         module.post_attention_layernorm.weight = parameter(layer.post_norm)

@@ -10,6 +10,7 @@ from benchmarks.tables import markdown
 from router_training.report.style import COLOURS, MUTED, OURS, panels
 
 Result = Mapping[str, Any]
+ABOUT = ("kernels_used", "early_launches", "not_captured", "ready_seconds", "memory", "missing")
 BYTES = ("4-bit weights", "head", "adapters", "keys and values")
 
 
@@ -17,7 +18,8 @@ def table(result: Result) -> str:
     """A table a part; a part that failed says why."""
     shown: tuple[tuple[str, Callable[[Any], str]], ...] = (
         *(("card", _card), ("steps", _steps), ("first", _first), ("loads", _pairs)),
-        *(("peft", _pairs), ("kernels", _kernels), ("demo", _pairs), ("tests", _pairs)),
+        *(("peft", _pairs), ("products", _products), ("kernels", _kernels)),
+        *(("groups", _groups), ("demo", _pairs), ("tests", _pairs)),
     )
     found = []
     for name, form in shown:
@@ -26,8 +28,13 @@ def table(result: Result) -> str:
             found.append(f"**{name}**: {part['error']}")
         elif part:
             found.append(f"**{name}**\n\n{form(part)}")
+    about = {name: result[name] for name in ABOUT if name in result}
+    if about:
+        found.append(f"**engine**\n\n{_pairs(about)}")
     if products := result.get("four_bit_products"):
-        found.append(f"**4-bit products**\n\n{_products(products)}")
+        found.append(
+            f"**4-bit products of the base: the way that was taken**\n\n{_taken(products)}"
+        )
     if figures := result.get("figures"):
         found.append(f"**figures**\n\n{_pairs(figures)}")
     return "\n\n".join(found)
@@ -97,16 +104,43 @@ def _first(rows: Sequence[Result]) -> str:
 
 def _kernels(part: Result) -> str:
     """Only what its claims name; its own table is that of benchmarks.gpu_kernels."""
-    names = ("within_rounding", "repeats", "least_times_faster")
+    from benchmarks import gpu_kernels
+
+    names = ("within_rounding", "repeats", "least_times_faster", "peers_agree", "peers_failed")
+    summary = _pairs({name: part[name] for name in names if name in part})
+    if not all(row.get("microseconds") for row in part["rows"]):
+        return summary
+    return f"{summary}\n\n{gpu_kernels.table(dict(part))}"
+
+
+def _products(part: Result) -> str:
+    """Microseconds of every way."""
+    ways = list(dict.fromkeys(name for row in part["rows"] for name in row["seconds"]))
+    headers = ("weights", "out x in", "rows", *ways, "bytes", "x bytes")
+    cells = [
+        (
+            *(row["kind"], f"{row['out']} x {row['in']}", str(row["rows"])),
+            *(f"{1e6 * row['seconds'][w]:.1f}" if w in row["seconds"] else "-" for w in ways),
+            *(f"{1e6 * row['floor_seconds']:.1f}", f"{row['over_floor']:.2f}"),
+        )
+        for row in part["rows"]
+    ]
+    names = ("within_rounding", "largest_error", "repeats")
+    return f"{_pairs({name: part[name] for name in names})}\n\n{markdown(headers, cells)}"
+
+
+def _groups(part: Result) -> str:
+    names = ("gptq_logits", "awq_logits", "wrong_tokens")
     return _pairs({name: part[name] for name in names if name in part})
 
 
-def _products(rows: Sequence[Result]) -> str:
+def _taken(rows: Sequence[Result]) -> str:
     counts = list(rows[0]["by_rows"])
     cells = [
-        (f"{r['out']} x {r['in']}", *(str(r["by_rows"][count]) for count in counts)) for r in rows
+        (r["kind"], f"{r['out']} x {r['in']}", *(str(r["by_rows"][count]) for count in counts))
+        for r in rows
     ]
-    return markdown(("rows of x", *map(str, counts)), cells)
+    return markdown(("weights", "rows of x", *map(str, counts)), cells)
 
 
 def _pairs(part: Result) -> str:

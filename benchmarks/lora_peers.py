@@ -78,7 +78,8 @@ def fetch(folder: Path) -> None:
     for wheel, names in WHEELS.items():
         with tempfile.TemporaryDirectory() as scratch:
             log(f"downloading {wheel} ...")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--retries", "1"]
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q"]
+            command += ["--retries", "1", "--timeout", "5"]  # seconds without an answer
             subprocess.run([*command, "-d", scratch, wheel], check=True, timeout=DOWNLOAD_SECONDS)
             (path,) = Path(scratch).glob("*.whl")
             with zipfile.ZipFile(path) as archive:

@@ -122,8 +122,13 @@ def _delta_hook(module: Any, mixture: Mapping[str, float]) -> Any:
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """``count`` greedy tokens of a transformers or PEFT model, end tokens taken as any other."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
+    out = generated(model, torch.tensor([prompt]), count)
+    return [int(t) for t in out[0, len(prompt) :]]
+
+
+def generated(model: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
+    """``ids`` [rows, prompt] followed by ``count`` greedy tokens; see ``generate`` for options."""
+    out: Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
@@ -131,5 +136,6 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        **options,
     )
-    return [int(t) for t in out[0, len(prompt) :]]
+    return out

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.oracle import generated
 from benchmarks.turns import Work
 from benchmarks.workload import Mixtures, Run, Workload
 from mora_serve.engine.runner import allowed_cores
@@ -216,14 +217,8 @@ class Peers:
         if mode.cache == "static":
             options |= {"cache_implementation": "static", "disable_compile": True}
         clock = Clock()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
+        generated(
+            *(model, ids, tokens),
             streamer=clock,
             stopping_criteria=[lambda *_: clock.has(self._steps, len(prompts))],
             **options,

@@ -80,7 +80,12 @@ def measure(
             max_context=planned.context,
             threads=1,
         ),
-        AdaptersConfig(slots=wanted.slots, max_rank=wanted.rank, host_bytes=0),
+        AdaptersConfig(
+            slots=wanted.slots,
+            max_rank=wanted.rank,
+            dtype=wanted.adapter_dtype,
+            host_bytes=0,
+        ),
     )
     with LocalEngine(config) as engine:
         made = tensors(engine)
@@ -105,8 +110,8 @@ def tensors(engine: LocalEngine) -> dict[str, int]:
     """Bytes of what a server keeps, each tensor written once, so that it is in memory."""
     decoder, runner = engine.base.decoder, engine.engine.runner
     for part in runner.pool.slots.parts():
-        part.a.zero_()
-        part.b.zero_()
+        for tensor in part.tensors:
+            tensor.zero_()
     runner.kv.k.zero_()
     runner.kv.v.zero_()
     tables = {id(w): w.nbytes for w in (decoder.embedding, decoder.head)}

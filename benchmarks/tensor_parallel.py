@@ -94,9 +94,10 @@ def run(
     root: Path, quantization: Any, ranks: int, device: str, prompts: list[list[int]], tokens: int
 ) -> tuple[list[list[int]], list[Tensor], float]:
     """Tokens, logits [tokens, vocabulary] and seconds of all cases in one batch."""
+    kernels: Any = "torch" if device == "cpu" else "auto"
     config = Config(
         BaseConfig(str(root / "base"), "main", quantization, "fp32", device),
-        EngineConfig(max_batch=64, page_size=8, kernels="torch", tensor_parallel=ranks),
+        EngineConfig(max_batch=64, page_size=8, kernels=kernels, tensor_parallel=ranks),
         AdaptersConfig(slots=len(oracle.VARIANTS) + 4, max_rank=64),
     )
     with LocalEngine(config) as engine:

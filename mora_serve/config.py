@@ -21,6 +21,7 @@ from typing import Any, Literal
 from mora_serve.errors import ConfigError
 
 DEFAULT_SPILL = 1.25  # cluster.spill
+LEAST_POLL_SECONDS = 0.1
 DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
 
@@ -111,6 +112,11 @@ class AdaptersConfig:
         "adapters on the device at the same time; 0 is 32 on a CPU and, on a card, as many as "
         "requests run, if a quarter of engine.memory_fraction holds them",
     )
+    dtype: Literal["auto", "int8"] = _doc(
+        "auto",
+        "how slots keep adapters: auto in the base's compute type, int8 in half of bf16's memory, "
+        "rounded, for engine.kernels triton or torch on one device",
+    )
     host_bytes: int = _doc(
         256 << 20, "adapters kept in memory besides, ready to be copied into a slot, in bytes"
     )
@@ -196,6 +202,18 @@ class ServerConfig:
     state: str = _doc(
         "", "directory of the adapter registry and of feedback; empty keeps both for this run only"
     )
+    store: str = _doc(
+        "",
+        "URL of an adapter registry that servers share, such as s3://bucket/prefix (s3, gs, abfs, "
+        "or file for a directory that all mount); empty keeps it in server.state, which holds a "
+        "cache of it otherwise",
+    )
+    store_cache_bytes: int = _doc(
+        16 << 30, "size of that cache in bytes; adapters used longest ago go first"
+    )
+    store_poll_seconds: float = _doc(
+        1.0, "time between looks for what other servers have changed in the registry"
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +253,6 @@ class ClusterConfig:
         DEFAULT_SPILL,
         "a replica with this many times the mean of requests gives way to the next one",
     )
-    refresh_seconds: float = _doc(0.5, "time between two looks at what others have registered")
     flush_seconds: float = _doc(
         0.05, "time in which a stream's tokens are gathered, after its first, which is sent at once"
     )
@@ -407,6 +424,18 @@ def _check(config: Config) -> None:
             f"({config.engine.max_batch}); each running request needs one token a step",
             field="engine.step_tokens",
         )
+    if config.server.store_poll_seconds < LEAST_POLL_SECONDS:
+        raise ConfigError(
+            f"server.store_poll_seconds: {config.server.store_poll_seconds:g} is out of range; it "
+            f"must be at least {LEAST_POLL_SECONDS:g}",
+            field="server.store_poll_seconds",
+        )
+    if config.server.store and "://" not in config.server.store:
+        raise ConfigError(
+            "server.store: it is no URL; give one such as s3://bucket/prefix or "
+            "file:///mnt/adapters, or a directory as server.state",
+            field="server.store",
+        )
     if not 0 < config.engine.tenant_queue <= 1:
         raise ConfigError(
             f"engine.tenant_queue: {config.engine.tenant_queue:g} is out of range; it must be "
@@ -425,9 +454,9 @@ def _check(config: Config) -> None:
             "be above 0 and at most 1",
             field="engine.memory_fraction",
         )
-    if config.engine.tensor_parallel > 1 and config.engine.kernels not in ("auto", "torch"):
+    if config.engine.tensor_parallel > 1 and config.engine.kernels == "native":
         raise ConfigError(
-            f"engine.kernels: {config.engine.kernels!r} computes a step on one device alone, and "
+            "engine.kernels: 'native' computes a step in one process alone, and "
             f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
         )
@@ -442,6 +471,12 @@ def _check(config: Config) -> None:
             f"cluster.spill: {config.cluster.spill:g} is out of range; it must be at least 1: no "
             "replica could have less than the mean",
             field="cluster.spill",
+        )
+    if config.adapters.dtype == "int8" and config.engine.tensor_parallel > 1:
+        raise ConfigError(
+            "adapters.dtype: 'int8' is for one device, and engine.tensor_parallel asks for "
+            f"{config.engine.tensor_parallel}; use 'auto'",
+            field="adapters.dtype",
         )
     if 0 < config.adapters.slots < config.adapters.max_mixture:
         raise ConfigError(

@@ -99,7 +99,7 @@ class PermissionDenied(MoraError):
 
 
 class Unavailable(MoraError):
-    """The server is loading or draining."""
+    """The server is loading or draining, or what it stands on does not answer."""
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mora_serve.config import DEFAULT_SLOTS, AdaptersConfig, EngineConfig
 from mora_serve.errors import InvalidArgument
@@ -26,6 +27,7 @@ class Wanted:
     slots: int = DEFAULT_SLOTS
     rank: int = 16
     dora: bool = False
+    adapter_dtype: Literal["auto", "int8"] = "auto"
     context: int = 8192
     requests: int = 1
     max_batch: int = EngineConfig.max_batch
@@ -67,9 +69,9 @@ def plan(shape: ModelShape, wanted: Wanted) -> ServingPlan:
         "linear weights": footprint.linear_bytes(shape, w.quantization, item),
         "embedding and head": shape.table_parameters * item,
         "norms, biases, rope tables": footprint.small_bytes(shape, item),
-        "adapter slots": w.slots * footprint.slot_bytes(shape, w.rank, item),
+        "adapter slots": w.slots * footprint.slot_bytes(shape, w.rank, item, w.adapter_dtype),
     }
-    if w.dora:
+    if w.dora or w.cuda:  # on a card they are taken at start
         parts["DoRA scales of the slots"] = w.slots * footprint.dora_bytes(shape, item)
     if w.quantization != "none":
         parts["one dequantised site"] = max(_site(shape, s) for s in SITES) * item

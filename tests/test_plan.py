@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -47,13 +48,16 @@ def test_known_shapes_have_the_parameters_that_their_models_have() -> None:
     assert {name: find_shape(name).parameters for name in KNOWN} == PUBLISHED
 
 
-@pytest.mark.parametrize(("kernels", "quantization"), [("auto", "nf4"), ("torch", "none")])
+@pytest.mark.parametrize(
+    ("kernels", "quantization", "adapters"),
+    [("auto", "nf4", "auto"), ("torch", "none", "auto"), ("torch", "nf4", "int8")],
+)
 def test_every_part_that_is_allocated_once_is_calculated_exactly(
-    tmp_path: Path, kernels: str, quantization: str
+    tmp_path: Path, kernels: str, quantization: str, adapters: Literal["auto", "int8"]
 ) -> None:
     """By the settings that the plan itself gives; the tables and all else to the byte."""
     memory.write_model(tmp_path, memory.llama_config(256, 448, 2, 512))
-    wanted = Wanted(card=192 << 20, slots=4, rank=8, context=64, cuda=False)
+    wanted = Wanted(192 << 20, slots=4, rank=8, adapter_dtype=adapters, context=64, cuda=False)
     run = serving_plan.measure(tmp_path, kernels, quantization, wanted)
     assert run["planned"] == run["tensors"]
 
@@ -107,8 +111,20 @@ def test_a_plan_never_gives_away_more_than_the_card_has(
 
 def test_more_of_anything_leaves_fewer_pages() -> None:
     before = plan(LLAMA, CARD).pages
-    for change in ({"slots": 64}, {"rank": 32}, {"dora": True}, {"quantization": "none"}):
+    for change in ({"slots": 64}, {"rank": 32}, {"quantization": "none"}):
         assert plan(LLAMA, dataclasses.replace(CARD, **change)).pages < before
+
+
+def test_a_card_has_room_for_the_scales_of_dora_whatever_comes() -> None:
+    """A machine without one takes it with the first such adapter."""
+    scales = "DoRA scales of the slots"
+    found = plan(LLAMA, CARD)
+    assert found.parts[scales] == 32 * 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096) * 2
+    assert found == plan(LLAMA, dataclasses.replace(CARD, dora=True))
+    machine = dataclasses.replace(CARD, cuda=False)
+    assert scales not in plan(LLAMA, machine).parts
+    with_dora = plan(LLAMA, dataclasses.replace(machine, dora=True))
+    assert with_dora.parts[scales] == found.parts[scales]
 
 
 def test_the_change_that_is_named_makes_it_fit() -> None:
@@ -132,6 +148,12 @@ def test_the_command_answers_people_and_programs(capsys: pytest.CaptureFixture[s
     assert said["fits"]
     assert said["calculated"]
     assert said["adapter_bytes"] == 2 * 16 * 32 * (4096 + 4096 + 4096 + 1024)
+    assert main([*flags, "--json", "--adapter-dtype", "int8"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert small["settings"]["adapters.dtype"] == "int8"
+    assert small["parts"]["adapter slots"] == 32 * (41_943_040 + 32 * 7 * 16 * 4)
+    assert small["pages"] > said["pages"]
+    assert "adapters.dtype" not in said["settings"]
     assert main(["plan", "llama-3.1-70b", "--card", "a10"]) == 1
     assert "larger card" in capsys.readouterr().out
     assert main(["plan", "demo", "--cpu", "--card-gb", "1"]) == 0

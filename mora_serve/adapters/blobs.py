@@ -60,13 +60,21 @@ class BlobStore:
 
     def put(self, digest: str, files: Mapping[str, Buffer]) -> Hold:
         """Store the files unless the blob is there; held either way, durable when it returns."""
+
+        def fill(directory: Path) -> None:
+            for name, data in files.items():
+                write_durably(directory / name, data)
+
+        return self.make(digest, fill)
+
+    def make(self, digest: str, fill: Callable[[Path], None]) -> Hold:
+        """As ``put``; ``fill`` writes the files into an empty directory. Raises what it raises."""
         while (held := self.hold(digest)) is None:
             temporary = tempfile.mkdtemp(dir=self._temporary)
             hold = Hold(os.open(temporary, os.O_RDONLY | os.O_DIRECTORY))
             try:
                 fcntl.flock(hold.descriptor, fcntl.LOCK_SH)
-                for name, data in files.items():
-                    write_durably(Path(temporary, name), data)
+                fill(Path(temporary))
                 os.fsync(hold.descriptor)
                 os.rename(temporary, self._directory / digest)
             except BaseException as e:
@@ -136,6 +144,20 @@ class BlobStore:
         """
         return self.put_away(digest, unreferenced, self._trash)
 
+    def used(self, digest: str) -> None:
+        """Note that a blob is in use now."""
+        with contextlib.suppress(OSError):
+            os.utime(self._directory / digest)
+
+    def uses(self) -> list[tuple[float, int, str]]:
+        """All blobs: when they were used, in unix seconds, their bytes, their digests."""
+        found = []
+        for digest in self.digests():
+            with contextlib.suppress(OSError), os.scandir(self._directory / digest) as entries:
+                size = sum(entry.stat().st_size for entry in entries)
+                found.append(((self._directory / digest).stat().st_mtime, size, digest))
+        return sorted(found)
+
     def put_away(
         self, digest: str, unreferenced: Callable[[], bool], take: Callable[[Path], object]
     ) -> bool:
@@ -169,7 +191,7 @@ class BlobStore:
 
     def digests(self) -> list[str]:
         """All blobs."""
-        return sorted(filter(_DIGEST.fullmatch, os.listdir(self._directory)))
+        return sorted(filter(is_digest, os.listdir(self._directory)))
 
     def clean(self) -> None:
         """Remove what killed processes left unfinished, and nothing that a live one writes."""
@@ -186,7 +208,7 @@ class BlobStore:
 
     def _open(self, digest: str) -> Hold | None:
         """The blob's directory, not locked yet."""
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             return None
         try:
             return Hold(os.open(self._directory / digest, os.O_RDONLY | os.O_DIRECTORY))
@@ -199,6 +221,11 @@ class BlobStore:
             return os.path.samestat(os.fstat(hold.descriptor), os.stat(self._directory / digest))
         except FileNotFoundError:
             return False
+
+
+def is_digest(text: str) -> bool:
+    """Whether a blob may have this name."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def write_durably(path: Path, data: Buffer) -> None:

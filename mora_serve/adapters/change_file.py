@@ -65,6 +65,11 @@ def content_of(path: Path, number: int) -> Any:
         data = path.read_bytes()
     except OSError as e:
         raise (DamagedError if means_damage(e) else e) from None  # FileNotFoundError among them
+    return content_in(data, number)
+
+
+def content_in(data: bytes, number: int) -> Any:
+    """As ``content_of``, of a file that was read."""
     for i, copy in enumerate(_copies(data)):
         with contextlib.suppress(DamagedError):
             content = _content_of(copy, number)

@@ -2,8 +2,8 @@
 
 ``log/<number>.json`` is one change, ``snapshots/<number>.json`` the state after that change.
 A file appears under its name complete and durable, by a link, and is never written again; two
-processes that append meet at the link, and the later one reads on and tries again. (In an object
-store a conditional put does the same.) A snapshot allows the changes up to the one before it to
+processes that append meet at the link, and the later one reads on and tries again. (For a store of
+objects, ``shared_log`` does the same.) A snapshot allows the changes up to the one before it to
 be removed; that frees their numbers, so it excludes appending by an ``flock``, which ends with its
 process.
 
@@ -23,7 +23,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mora_serve.adapters.blobs import sync_directory, write_durably
 from mora_serve.adapters.change_file import DamagedError, content_of, is_whole, packed, unreadable
@@ -31,7 +31,7 @@ from mora_serve.adapters.quarantine import Quarantine
 
 _DIGITS = 20
 _NAME = re.compile(r"00([0-9]{18})\.json")  # some numbers stay free behind any that is found
-_LOST = {"remove": [], "lost": True}  # a change of nothing, in the place of one that is lost
+LOST = {"remove": [], "lost": True}  # a change of nothing, in the place of one that is lost
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,30 @@ class News(NamedTuple):
     start: int
     snapshot: Any | None
     changes: list[tuple[int, Any]]
+
+
+class Log(Protocol):
+    """What a history needs of a log; see ``ChangeLog``."""
+
+    lost: bool
+
+    def read(self, after: int) -> News:
+        """What happened after a change."""
+
+    def newer(self, after: int) -> bool:
+        """Whether something happened after a change."""
+
+    def append(self, number: int, change: Any) -> bool:
+        """Make a change the one with this number."""
+
+    def snapshot(self, number: int, state: Any, least: int = 1) -> None:
+        """Record the state after a change, if so many are not covered."""
+
+    def since_snapshot(self, number: int) -> int:
+        """Changes that no snapshot covers."""
+
+    def reject(self, number: int, *, snapshot: bool = False) -> None:
+        """Set aside or pass over what means nothing."""
 
 
 class ChangeLog:
@@ -81,6 +105,10 @@ class ChangeLog:
                 self._tell(missing)
                 return News(start, snapshot, changes)
 
+    def newer(self, after: int) -> bool:
+        """Whether there is anything after change number ``after``."""
+        return os.path.lexists(_path(self._log, after + 1)) or self._newest_snapshot() > after
+
     def append(self, number: int, change: Any) -> bool:
         """Make ``change`` the one with this number; False if another one is.
 
@@ -91,15 +119,16 @@ class ChangeLog:
                 return False  # another one was, and is gone
             return self._create(self._log, number, change)
 
-    def snapshot(self, number: int, state: Any) -> None:
+    def snapshot(self, number: int, state: Any, least: int = 1) -> None:
         """Record the state after change ``number`` and remove what it makes superfluous.
 
         The snapshot before and the changes since stay, for this one may be damaged some day.
-        Does nothing while another process appends, and where there is one as new.
+        Does nothing while another process appends, and where one covers all but fewer than
+        ``least`` changes.
         """
         with contextlib.suppress(BlockingIOError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
             before = self._newest_snapshot()
-            if before >= number:
+            if number - before < least:
                 return  # another process was quicker
             self._create(self._snapshots, number, state)
             for directory, end in ((self._log, before + 1), (self._snapshots, before)):
@@ -151,7 +180,7 @@ class ChangeLog:
                     path = _path(self._log, number + 1)
                     if path not in self._passed_over:
                         continue  # it has come since
-                    changes.append((number + 1, _LOST))
+                    changes.append((number + 1, LOST))
                 else:
                     number = min(later) - 2  # the next one that there is
                 missing.append(number + 1)
@@ -215,16 +244,27 @@ class ChangeLog:
                 return None
             self.lost = True
             try:
-                self._create(path.parent, number, _LOST)
+                self._create(path.parent, number, LOST)
             except OSError as e:  # a hole is passed over as well
                 log.warning("registry: change number %d stays missing: %s", number, e.strerror)
-            return _LOST
+            return LOST
 
 
 def _numbers(directory: Path) -> set[int]:
     """The numbers of a directory's files; others are nobody's."""
-    return {int(m[1]) for name in os.listdir(directory) if (m := _NAME.fullmatch(name))}
+    return set(map(number_of, os.listdir(directory))) - {0}
+
+
+def number_of(name: str) -> int:
+    """The number of a file of this name; 0 for one that is nobody's."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def file_name(number: int) -> str:
+    """The name of a number's file."""
+    return f"{number:0{_DIGITS}}.json"
 
 
 def _path(directory: Path, number: int) -> Path:
-    return directory / f"{number:0{_DIGITS}}.json"
+    return directory / file_name(number)

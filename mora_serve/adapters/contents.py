@@ -42,11 +42,18 @@ class Contents:
         self._sound: dict[str, _Stamp] = {}
         self._stuck: set[str] = set()  # damaged, and not to be set aside
 
-    def look(self, digest: str, *, least: int = 0, deep: bool = True) -> Health:
-        """Look at a content, and set it aside if it is damaged.
+    def look(self, digest: str) -> Health:
+        """Look at a content that is to be used, and set it aside if it is damaged."""
+        return self.look_here(digest)
 
-        Not ``deep``: only whether its files are there, the weights of ``least`` bytes or more.
+    def survey(self, digest: str, *, least: int, deep: bool) -> Health:
+        """As ``look``, at the start. Not ``deep``: only whether its files are there, the weights of
+        ``least`` bytes or more.
         """
+        return self.look_here(digest, least=least, deep=deep)
+
+    def look_here(self, digest: str, *, least: int = 0, deep: bool = True) -> Health:
+        """As ``survey``, of what lies in the directory."""
         while True:
             try:
                 hold = self.blobs.hold(digest)
@@ -69,12 +76,31 @@ class Contents:
 
     def put(self, digest: str, files: Mapping[str, Buffer]) -> Hold:
         """Store the files in place of a damaged or missing blob; held, durable when it returns."""
-        if self.look(digest) is Health.DAMAGED and digest in self._stuck:
+        if self.look_here(digest) is Health.DAMAGED and digest in self._stuck:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         hold = self.blobs.put(digest, files)
         self._sound[digest] = _stamp(hold)
         self._stuck.discard(digest)
         return hold
+
+    def confirm(self, digest: str, files: Mapping[str, Buffer]) -> None:
+        """A change that refers to a content that was put, and is held, is made."""
+
+    def remove(self, digest: str, unreferenced: Callable[[], bool]) -> bool:
+        """As ``BlobStore.remove``."""
+        return self.blobs.remove(digest, unreferenced)
+
+    def here(self, digest: str) -> bool:
+        """Whether a look at it waits for no store."""
+        return True
+
+    def retain(self, digest: str) -> bool:
+        """As ``BlobStore.retain``."""
+        return self.blobs.retain(digest)
+
+    def release(self, digest: str) -> bool:
+        """As ``BlobStore.release``."""
+        return self.blobs.release(digest)
 
     def again(self, digest: str) -> bool:
         """Whether somebody has put back what was damaged."""
@@ -105,7 +131,7 @@ class Contents:
             if self._sound.get(digest) == stamp:
                 return Health.SOUND
             if deep:
-                whole = _digest(self._directory / digest) == digest
+                whole = digest_of(self._directory / digest) == digest
             else:
                 whole = sum(size for _, _, size, _ in stamp) > least
         except OSError as e:
@@ -156,7 +182,7 @@ def router_digest(files: Mapping[str, Buffer]) -> str:
     return digest.hexdigest()
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     """The digest of a stored blob. Read and not mapped, so that a bad disk is an error."""
     names = os.listdir(path)
     if set(names) == {CONFIG, WEIGHTS}:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as replaced
@@ -18,22 +17,20 @@ from pathlib import Path
 from typing import Self
 
 from mora_serve.adapters import lookup
-from mora_serve.adapters.blobs import Buffer, sync_directory
+from mora_serve.adapters.blobs import Buffer
 from mora_serve.adapters.card import RoutingCard, check_card
-from mora_serve.adapters.changelog import ChangeLog
-from mora_serve.adapters.contents import Contents, Health, router_digest
-from mora_serve.adapters.disk import Reserve, disk_errors
+from mora_serve.adapters.contents import Health, router_digest
+from mora_serve.adapters.disk import disk_errors
 from mora_serve.adapters.files import CONFIG, WEIGHTS
 from mora_serve.adapters.history import History
 from mora_serve.adapters.offers import Offers
-from mora_serve.adapters.quarantine import Quarantine
 from mora_serve.adapters.record import AdapterRecord, Change, Quota, RouterRecord, State
+from mora_serve.adapters.storage import LocalStorage, Storage
 from mora_serve.adapters.untrusted import check_name, quoted
 from mora_serve.adapters.validate import ValidatedAdapter, read_stored
 from mora_serve.config import AdaptersConfig
 from mora_serve.errors import (
     AlreadyExists,
-    ConfigError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -52,15 +49,17 @@ CHECKED_AT_START = 4 << 30  # bytes whose sums are formed at the start; the othe
 class Registry:
     """Adapters and the router that survive a restart.
 
-    ``directory`` None keeps them for this object's life. ``shape`` and ``fingerprint`` are the
-    base's. Any thread may call any method.
+    ``place`` is a directory, or another storage, which is closed with it; None keeps them for this
+    object's life. ``shape`` and ``fingerprint`` are the base's. Any thread may call any method.
 
-    Raises ConfigError where the directory holds what this version cannot read.
+    Raises ConfigError where the place holds what this version cannot read. Where it is a store that
+    others share, every method that changes something, and ``open``, raise Unavailable while that
+    does not answer.
     """
 
     def __init__(
         self,
-        directory: Path | None,
+        place: Path | Storage | None,
         limits: AdaptersConfig,
         shape: ModelShape,
         fingerprint: str = "",
@@ -70,16 +69,13 @@ class Registry:
         self._limits = limits
         self._shape = shape
         self._fingerprint = fingerprint
-        self._own = tempfile.TemporaryDirectory(prefix="mora-") if directory is None else None
-        root = Path(self._own.name) if self._own else Path(directory or "")
-        _make_directories(root)
-        quarantine = Quarantine(root / "quarantine")
-        self._contents = Contents(root, quarantine)
+        self._storage = LocalStorage(place) if place is None or isinstance(place, Path) else place
+        self._contents = self._storage.contents
         self._blobs = self._contents.blobs
-        self._log = ChangeLog(root, root / "tmp", quarantine)
+        self._log = self._storage.log
         self._history = History(self._log, snapshot_every)
         self._offers = Offers(self._history)
-        self._reserve = Reserve(root)
+        self._reserve = self._storage.reserve
         self._unremoved: set[str] = set()  # blobs that somebody held when they were to go
         self.refresh()
         self._blobs.clean()
@@ -88,9 +84,7 @@ class Registry:
 
     def close(self) -> None:
         """Let go of everything; a registry without a directory is gone."""
-        self._blobs.close()
-        if self._own is not None:
-            self._own.cleanup()
+        self._storage.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +102,11 @@ class Registry:
     def revision(self) -> int:
         """Grows with each change."""
         return self._state.revision + self._offers.turns
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Contents that are referred to, the router's included."""
+        return self._state.digests
 
     def get(self, tenant: str, name: str, digest: str = "") -> AdapterRecord:
         """What the tenant means by a name, of this content where a digest is given.
@@ -222,18 +221,27 @@ class Registry:
                 reason=e.reason,
             ) from None
 
+    def here(self, digest: str) -> bool:
+        """Whether ``open`` need not wait for a shared store."""
+        return self._contents.here(digest)
+
+    def fetch(self, digest: str) -> None:
+        """Have a content here. Raises what ``open`` raises where it is gone, and Unavailable."""
+        if not self._whole(digest):
+            raise lookup.gone(digest)
+
     def retain(self, digest: str) -> None:
         """Keep a content readable until it is released as often as it was retained.
 
         A request does so, that its version stays after a replacement. Raises NotFound.
         """
-        if not self._blobs.retain(digest):
+        if not self._contents.retain(digest):
             self._whole(digest)
             raise lookup.gone(digest)
 
     def release(self, digest: str) -> None:
         """Undo one ``retain``; a content that nothing refers to any more is removed."""
-        if self._blobs.release(digest) and digest not in self._state.digests:
+        if self._contents.release(digest) and digest not in self._state.digests:
             self._remove_unreferenced([digest])
 
     # Changing
@@ -304,7 +312,7 @@ class Registry:
             after = replaced(record, version=before.version + 1, pinned=before.pinned)
             return Change(state.revision + 1, before, after)
 
-        change(self._state)  # refuse before gigabytes are written
+        self._history.derive(change)  # refuse before gigabytes are written
         content: dict[str, Buffer] = {CONFIG: adapter.config, WEIGHTS: adapter.weights}
         try:
             with disk_errors():
@@ -312,6 +320,7 @@ class Registry:
                 with self._contents.put(adapter.digest, content):
                     self._offers.restore(adapter.digest)
                     state, made = self._history.commit(change)
+                    self._contents.confirm(adapter.digest, content)
         finally:
             self._remove_unreferenced([adapter.digest])
         if made is not None and made.before is not None:
@@ -348,7 +357,7 @@ class Registry:
 
     def unregister(self, tenant: str, name: str) -> AdapterRecord:
         """Remove an adapter; what is retained stays readable. Raises NotFound."""
-        removed = lookup.own(self._state, tenant, name)
+        removed = self._history.derive(lambda state: lookup.own(state, tenant, name))
 
         def change(state: State) -> Change:
             nonlocal removed
@@ -380,6 +389,7 @@ class Registry:
                 with self._contents.put(router.digest, files):
                     self._offers.restore(router.digest)
                     self._history.commit(change)
+                    self._contents.confirm(router.digest, files)
         finally:
             self._remove_unreferenced([router.digest, *([before.digest] if before else [])])
         return router.digest
@@ -400,8 +410,8 @@ class Registry:
     def subscribe(self, callback: Callable[[Change], None]) -> tuple[AdapterRecord, ...]:
         """Call ``callback`` with every change from now on, in order; returns ``all`` as it is now.
 
-        It is called by the thread that makes a change, while no other change can be made: it has
-        to be quick, must not raise, and may only read the registry.
+        It is called by the thread that makes a change or finds one, while no other is announced:
+        it has to be quick, must not raise, and may only read the registry's state.
         """
         with self._history.lock:
             self._offers.subscribe(callback)
@@ -410,6 +420,22 @@ class Registry:
     def refresh(self) -> None:
         """Take in what other processes have changed."""
         self._history.refresh()
+
+    def poll(self) -> None:
+        """As ``refresh``, at little cost where there is nothing: for calling it every second.
+
+        Raises Unavailable where a shared store does not answer.
+        """
+        self._history.poll()
+
+    def collect(self) -> int:
+        """Remove contents from a shared store that nothing has referred to for a day.
+
+        Returns how many. Raises Unavailable.
+        """
+        if not self._state.revision:
+            return 0  # a history that is gone refers to nothing
+        return self._storage.collect(lambda: self._history.newest().digests)
 
     # Inside
 
@@ -435,7 +461,7 @@ class Registry:
             digests[self._state.router.digest] = 0
         for digest, nbytes in digests.items():
             left -= nbytes
-            if self._contents.look(digest, least=nbytes, deep=left >= 0) is not Health.SOUND:
+            if self._contents.survey(digest, least=nbytes, deep=left >= 0) is not Health.SOUND:
                 self._offers.withdraw(digest)
         unreferenced = self._contents.left(self._state.digests)
         if not self._log.lost:
@@ -461,7 +487,7 @@ class Registry:
             for digest in sorted(self._unremoved):
                 try:
                     unreferenced = functools.partial(self._is_unreferenced, digest)
-                    if self._blobs.remove(digest, unreferenced):
+                    if self._contents.remove(digest, unreferenced):
                         self._unremoved.discard(digest)
                         self._contents.forget(digest)
                         self._offers.restore(digest)
@@ -496,22 +522,6 @@ class Registry:
                 field="name",
                 reason="TOO_MANY_ADAPTERS",
             )
-
-
-def _make_directories(root: Path) -> None:
-    parts = (root, *(root / name for name in ("blobs", "log", "snapshots", "tmp")))
-    missing = [part for part in parts if not part.is_dir()]  # a full disk need not make the others
-    try:
-        for part in missing:
-            part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if missing:
-            sync_directory(root)
-    except OSError as e:
-        raise ConfigError(
-            f"server.state: the directory cannot be made or written to ({e.strerror}); give one "
-            "that this user may write to",
-            field="server.state",
-        ) from None
 
 
 def _with_tasks(card: RoutingCard, tasks: Iterable[str] | None) -> RoutingCard:

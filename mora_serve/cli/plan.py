@@ -72,7 +72,15 @@ def add_to(commands: Any) -> None:
         metavar="NAMES",
         help="projections that an adapter changes, with commas: its own size; a slot has all (all)",
     )
-    parser.add_argument("--dora", action="store_true", help="with DoRA adapters among them")
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=("auto", "int8"),
+        default="auto",
+        help="how slots keep adapters, adapters.dtype (auto)",
+    )
+    parser.add_argument(
+        "--dora", action="store_true", help="with DoRA adapters; a card keeps room for them anyway"
+    )
     parser.add_argument("--cpu", action="store_true", help="the memory of a machine, without CUDA")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.set_defaults(run=run, parser=parser)
@@ -88,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         slots=args.slots,
         rank=args.rank,
         dora=args.dora,
+        adapter_dtype=args.adapter_dtype,
         context=args.context,
         requests=args.requests,
         max_batch=args.max_batch,
@@ -138,9 +147,9 @@ def _say(shape: ModelShape, found: ServingPlan, adapter: int, args: argparse.Nam
     print(f"an adapter of rank {args.rank} on {args.targets}: {binary(adapter)} in 16 bits")
 
 
-def _settings(found: ServingPlan, wanted: Wanted) -> dict[str, int]:
+def _settings(found: ServingPlan, wanted: Wanted) -> dict[str, int | str]:
     """The server's settings that make it so."""
-    return {
+    settings: dict[str, int | str] = {
         "adapters.slots": wanted.slots,
         "adapters.max_rank": wanted.rank,
         "engine.max_context": found.context,
@@ -148,6 +157,11 @@ def _settings(found: ServingPlan, wanted: Wanted) -> dict[str, int]:
         "engine.page_size": wanted.page_size,
         "engine.kv_bytes": max(0, found.pages * found.page_bytes),
     }
+    if wanted.adapter_dtype != "auto":
+        settings["adapters.dtype"] = wanted.adapter_dtype
+        if not wanted.cuda:  # the compiled path does not take them
+            settings["engine.kernels"] = "torch"
+    return settings
 
 
 def _targets(text: str) -> tuple[str, ...]:

@@ -109,10 +109,11 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 def checked(config: Config) -> Config:
     """A configuration for a cluster. Raises ConfigError where it is one for a single server."""
-    if not config.server.state:
+    if not (config.server.store or config.server.state):
         raise ConfigError(
-            "server.state: it is empty; the gateways and all replicas need one that they share",
-            field="server.state",
+            "server.store: it is empty; the gateways and all replicas need a registry that they "
+            "share: give its URL, or a server.state that is one directory for all",
+            field="server.store",
         )
     if config.engine.threads:
         return config

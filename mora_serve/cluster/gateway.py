@@ -15,7 +15,6 @@ import asyncio
 import logging
 
 from mora_serve.cluster.calls import HandleReplicas
-from mora_serve.cluster.refreshing import Refresher
 from mora_serve.cluster.remote import Description, RemoteBase, RemoteEngine
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
@@ -33,7 +32,6 @@ class Gateway:
         self._replicas = replicas
         self._loop = asyncio.get_running_loop()
         self._server = MoraServer(config, self._assemble)
-        self._refresher: Refresher | None = None
 
     async def start(self) -> None:
         """Listen, and serve once a replica is there. Raises ConfigError."""
@@ -45,8 +43,6 @@ class Gateway:
 
     async def stop(self) -> None:
         """Drain, and end."""
-        if self._refresher is not None:
-            await asyncio.to_thread(self._refresher.close)
         await self._server.stop()
 
     @property
@@ -79,12 +75,9 @@ class Gateway:
         engine = RemoteEngine(
             self._replicas,
             base,
-            said.max_context,
-            said.slots,
+            said,
             config,
             self._loop,
             self._server.say,
         )
-        assembly = join(config, base, lambda registry: engine)
-        self._refresher = Refresher(assembly.registry, config.cluster.refresh_seconds)
-        return assembly
+        return join(config, base, lambda registry: engine, alone=False)

@@ -45,6 +45,7 @@ class Description:
     device: str
     max_context: int
     slots: int
+    adapter_dtype: str
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,15 @@ class RemoteEngine:
         self,
         replicas: Replicas,
         base: RemoteBase,
-        max_context: int,
-        slots: int,
+        said: Description,
         config: Config,
         loop: asyncio.AbstractEventLoop,
         served: Callable[[bool], object] = bool,
     ) -> None:
         self.base = base
-        self.max_context = max_context
-        self.slots = slots
+        self.max_context = said.max_context
+        self.slots = said.slots
+        self.adapter_dtype = said.adapter_dtype
         self.lost = 0  # replicas that went away under a request
         self._replicas = replicas
         self._config = config

@@ -16,7 +16,6 @@ from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
 from mora_serve import __version__
-from mora_serve.cluster.refreshing import Refresher
 from mora_serve.cluster.remote import Description
 from mora_serve.cluster.uses import Uses
 from mora_serve.config import Config
@@ -25,7 +24,9 @@ from mora_serve.errors import Failure, MoraError, ResourceExhausted
 from mora_serve.metrics import Metrics
 from mora_serve.server.assembly import load, make_engine, open_registry
 from mora_serve.server.bridge import Bridge
+from mora_serve.server.fetching import Fetcher
 from mora_serve.server.follow import Pins
+from mora_serve.server.poll import Poller
 
 if TYPE_CHECKING:
     from mora_serve.router.arrays import Floats
@@ -57,11 +58,14 @@ class Replica:
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(self._engine, Metrics(__version__), loop)
         self._threads = ThreadPoolExecutor(2, "contents")
+        self._fetching = ThreadPoolExecutor(4, "fetch")
+        stats = self._engine.stats
+        self._fetcher = Fetcher(self._registry, self._fetching, lambda: stats().resident)
         self._engine.start(self._bridge.deliver, self._failed.set)
-        self._refresher = Refresher(self._registry, config.cluster.refresh_seconds)
+        self._poller = Poller(self._registry, config.server.store_poll_seconds)
         if hottest is not None:
             self._warm(hottest)
-        self._pins = Pins(self._engine, self._registry)
+        self._pins = Pins(self._engine, self._registry, self._fetching)
 
     def describe(self) -> Description:
         """What does not change while it runs."""
@@ -74,6 +78,7 @@ class Replica:
             device=base.device,
             max_context=self._engine.max_context,
             slots=self._engine.slots,
+            adapter_dtype=self._engine.adapter_dtype,
         )
 
     def report(self) -> EngineStats:
@@ -131,9 +136,10 @@ class Replica:
 
     def close(self) -> None:
         """End what runs and let go of everything."""
-        self._refresher.close()
+        self._poller.close()
         self._engine.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._fetching.shutdown(wait=False, cancel_futures=True)
         self._registry.close()
 
     async def _answer(self, request: Request) -> AsyncGenerator[Event | None, None]:
@@ -143,6 +149,7 @@ class Replica:
         try:
             if digests:
                 await loop.run_in_executor(self._threads, self._retain, digests, held)
+                await self._fetcher.fetch(digests)
             self._uses.add(digests)
             async with self._bridge.submit(request) as generation:
                 yield None

@@ -63,15 +63,21 @@ class Load:
         self._stop.set()
 
 
-def ask(client: Client, example: Example) -> Row:
-    """Send one example's prompt and judge what comes back."""
-    options: GenerateOptions = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
+def asked(example: Example, max_tokens: int) -> GenerateOptions:
+    """The options of an example's request: its choice of adapters, greedy."""
+    options: GenerateOptions = {"max_tokens": max_tokens, "temperature": 0.0}
     if example.kind == "task":
         options["task"] = example.adapter
     elif example.kind == "mixture":
         options["adapters"] = example.mixture or {}
     elif example.kind == "base":
         options["base"] = True
+    return options
+
+
+def ask(client: Client, example: Example) -> Row:
+    """Send one example's prompt and judge what comes back."""
+    options = asked(example, MAX_TOKENS)
     prompt: str | None = example.prompt
     if example.turns:
         options["messages"] = [*example.turns, ("user", example.prompt)]

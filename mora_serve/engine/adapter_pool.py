@@ -295,7 +295,7 @@ class AdapterPool:
         try:
             with self._writer.beside_steps():
                 adapter = self._host.get(digest)
-                nbytes = adapter.file_bytes
+                nbytes = adapter.nbytes
                 with self._followers.filling(slot, digest):
                     self._writer.fill(slot, adapter)
         except MoraError as e:
@@ -343,30 +343,24 @@ class SlotWriter:
     def _fill(self, slot: int, adapter: HostAdapter) -> None:
         slots, filled = self.slots, self._filled[slot]
         before = dict(filled)
+        if adapter.dora:  # those of projections that it leaves alone
+            for part in slots.parts():
+                part.dora[slot] = 0
         for module in adapter.modules:
             key = module.layer, module.projection
-            part, rank, old = slots.projection(*key), len(module.a), before.pop(key, 0)
+            part, rank, old = slots.projection(*key), module.rank, before.pop(key, 0)
             filled[key] = max(rank, old)  # noted first: a load may break off
-            part.a[slot, :rank].copy_(module.a, non_blocking=True)
-            part.b[slot, :rank].copy_(module.b, non_blocking=True)
-            if old > rank:
-                part.a[slot, rank:old] = 0
-                part.b[slot, rank:old] = 0
-                filled[key] = rank
+            for tensor, rows in zip(part.tensors, module.rows, strict=True):
+                tensor[slot, :rank].copy_(rows, non_blocking=True)
+                if old > rank:
+                    tensor[slot, rank:old] = 0
+            filled[key] = rank
             if module.dora is not None:
-                if part.dora is None:
-                    part.dora = torch.zeros(
-                        slots.slots, part.width, dtype=slots.dtype, device=slots.device
-                    )
                 part.dora[slot].copy_(module.dora, non_blocking=True)
-            elif part.dora is not None:
-                part.dora[slot] = 0
         for key, old in before.items():
             part = slots.projection(*key)
-            part.a[slot, :old] = 0
-            part.b[slot, :old] = 0
-            if part.dora is not None:
-                part.dora[slot] = 0
+            for tensor in part.tensors:
+                tensor[slot, :old] = 0
             del filled[key]
         slots.ranks[slot] = adapter.rank
         slots.has_dora[slot] = adapter.dora

@@ -47,7 +47,8 @@ from mora_serve.engine.team import Team
 from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
 from mora_serve.errors import Failure, InvalidArgument, MoraError, ResourceExhausted
-from mora_serve.model.loading import Base
+from mora_serve.model.int8_slots import Int8Slots
+from mora_serve.model.loading import Base, dtype_name
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
 
@@ -86,7 +87,8 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(decoder.device)
         sizes = choose_sizes(decoder.shape, config, self.max_context, decoder.dtype.itemsize, free)
         pages = sizes.pages
-        slots = AdapterSlots(
+        form = Int8Slots if config.adapters.dtype == "int8" else AdapterSlots
+        slots = form(
             decoder.shape,
             sizes.slots,
             config.adapters.max_rank,
@@ -151,6 +153,11 @@ class Engine:
     def slots(self) -> int:
         """Adapters on the device at the same time."""
         return self.pool.slots.slots
+
+    @property
+    def adapter_dtype(self) -> str:
+        """How slots keep adapters, by the configuration's word."""
+        return dtype_name(self.pool.slots.stored)
 
     def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise what ``submit`` would for want of a place, or of time: see ``Admission.check``."""

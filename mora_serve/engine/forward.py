@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,18 @@ class Logits:
     def values(self) -> Tensor:
         """All of them."""
         return self.read(range(len(self.best)))
+
+
+class Follower(Protocol):
+    """Another rank's part of steps that rank 0 lays out."""
+
+    def prepare(self) -> None:
+        """As Forward's, together with rank 0's."""
+        ...
+
+    def follow(self, inputs: Any) -> None:
+        """Compute a step."""
+        ...
 
 
 class Forward(Protocol):

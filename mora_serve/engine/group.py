@@ -28,8 +28,8 @@ class RankGroup:
     ``path`` is the file by which they find each other; ``seconds`` how long one waits for the
     others. The constructor waits for all. For one thread at a time.
 
-    ``calls`` counts the sums and joins that were begun: ranks that raised at the same count can go
-    on, as none waits for another.
+    ``calls`` counts the sums and joins that were begun, those of a graph as one: ranks that raised
+    at the same count can go on, as none waits for another.
 
     A sum or join raises DeviceLost when another rank is gone or does not come.
     """
@@ -74,6 +74,10 @@ class RankGroup:
         self._run(lambda: self._backend._allgather_base(parts, mine))
         pieces = parts.view(self.size, rows, most)
         return torch.cat([p[:, :w] for p, w in zip(pieces, widths, strict=True)], dim=1)
+
+    def launched(self) -> None:
+        """See Group."""
+        self.calls += 1
 
     def abort(self) -> None:
         """End what waits for the others, from another thread."""

@@ -7,9 +7,12 @@ first; and it can be converted before there is a slot for it.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from mora_serve.adapters.validate import LoraModule, TensorRef, ValidatedAdapter
 from mora_serve.engine.followers import ALONE, Followers, Total
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.lora import AdapterSlots, dora_norm
+from mora_serve.model.memory import ALIGNMENT
 from mora_serve.model.native.library import FILE_TYPES, PieceStruct, library
 from mora_serve.model.shape import SITES
 from mora_serve.model.shard import is_summed
@@ -30,25 +34,28 @@ DORA_KEPT = 256
 
 @dataclass(frozen=True, slots=True)
 class HostModule:
-    """One projection's part: A [rank, in] and B [rank, out], the scaling in it, in the slots' type.
+    """One projection's part: ``rows`` [rank, ...] are what its slots' ``tensors`` are to hold.
 
     ``dora`` [out] holds c - 1 (see model/lora.py).
     """
 
     layer: int
     projection: str
-    a: Tensor
-    b: Tensor
+    rows: tuple[Tensor, ...]
     dora: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of this projection."""
+        return len(self.rows[0])
 
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter converted. ``file_bytes`` is its file's size, ``nbytes`` what it takes here."""
+    """An adapter converted; ``nbytes`` are what it takes here, and what a load copies."""
 
     rank: int
     dora: bool
-    file_bytes: int
     nbytes: int
     modules: tuple[HostModule, ...]
 
@@ -67,24 +74,13 @@ class Converter:
         DoRA's norms are of whole rows: where ranks have parts of these, ``total`` adds up squares
         [n] over all ranks; it is called once at most.
         """
-        parts = [self._part(m) for m in adapter.modules]
-        sizes = [
-            (m.rank * _length(columns), m.rank * _length(rows))
-            for m, (rows, columns) in zip(adapter.modules, parts, strict=True)
-        ]
-        packed = torch.empty(
-            sum(map(sum, sizes)),
-            dtype=self._slots.dtype,
-            pin_memory=self._slots.device.type == "cuda",
-        )
-        pieces, start = [], 0
-        for module, part, (a_size, b_size) in zip(adapter.modules, parts, sizes, strict=True):
-            middle, end = start + a_size, start + a_size + b_size
-            a, b = packed[start:middle], packed[middle:end]
-            pieces.append(_Piece(module, *part, *(x.view(module.rank, -1) for x in (a, b))))
-            start = end
-        file = _Tensors(adapter)
-        file.unpack(pieces, whole=self._decoder.shard is None)
+        pieces = [_Piece(m, *self._part(m)) for m in adapter.modules]
+        slots = [self._slots.projection(*piece.key) for piece in pieces]
+        pinned = self._slots.device.type == "cuda"
+        rows = _rows_like([p.tensors for p in slots], [m.rank for m in adapter.modules], pinned)
+        file, whole = _Tensors(adapter), self._decoder.shard is None
+        for piece, part, own in zip(pieces, slots, rows, strict=True):
+            part.encode(own, partial(file.unpack, piece, whole))
         scales = self._dora.pop(digest, None)
         if adapter.dora and scales is None:
             dora = [p for p in pieces if p.module.magnitude is not None]
@@ -94,9 +90,11 @@ class Converter:
             if len(self._dora) > DORA_KEPT:
                 self._dora.popitem(last=False)
         scales = scales or {}
-        nbytes = packed.nbytes + sum(s.nbytes for s in scales.values())
-        modules = tuple(HostModule(*p.key, p.a, p.b, scales.get(p.key)) for p in pieces)
-        return HostAdapter(adapter.rank, adapter.dora, adapter.nbytes, nbytes, modules)
+        modules = tuple(
+            HostModule(*p.key, own, scales.get(p.key)) for p, own in zip(pieces, rows, strict=True)
+        )
+        nbytes = sum(t.nbytes for t in (*itertools.chain(*rows), *scales.values()))
+        return HostAdapter(adapter.rank, adapter.dora, nbytes, modules)
 
     def forget(self, digest: str) -> None:
         """What an adapter's DoRA scales were."""
@@ -193,21 +191,32 @@ class HostAdapters:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """The rows and columns of a module that are wanted, and where they go."""
+    """The rows and columns of a module that are wanted."""
 
     module: LoraModule
     rows: slice
     columns: slice
-    a: Tensor  # [rank, columns]
-    b: Tensor  # [rank, rows]
 
     @property
     def key(self) -> tuple[int, str]:
         return self.module.layer, self.module.projection
 
 
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
+def _rows_like(
+    slots: Sequence[Sequence[Tensor]], ranks: Sequence[int], pinned: bool
+) -> list[tuple[Tensor, ...]]:
+    """For each module ``rank`` rows of one slot of each of its tensors, side by side in memory."""
+    places, end = [], 0
+    for tensors, rank in zip(slots, ranks, strict=True):
+        for tensor in tensors:
+            shape = rank, *tensor.shape[2:]
+            start, size = end // tensor.itemsize, math.prod(shape)
+            places.append((tensor.dtype, slice(start, start + size), shape))
+            end += -(-size * tensor.itemsize // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    typed = {dtype: memory.view(dtype) for dtype, _, _ in places}
+    rows = (typed[dtype][place].view(shape) for dtype, place, shape in places)
+    return [tuple(itertools.islice(rows, len(tensors))) for tensors in slots]
 
 
 class _Tensors:
@@ -215,27 +224,24 @@ class _Tensors:
 
     def __init__(self, adapter: ValidatedAdapter) -> None:
         self._file = np.frombuffer(adapter.weights, np.uint8)
+        self._start = int(self._file.ctypes.data)
 
-    def unpack(self, pieces: Sequence[_Piece], *, whole: bool) -> None:
-        """Fill each piece's A and B, the scaling in it; ``whole``: they are whole modules.
+    def unpack(self, piece: _Piece, whole: bool, a: Tensor, b: Tensor) -> None:
+        """Write a piece's A [rank, columns] and B [rank, rows], the scaling in it.
 
-        In float32, so that each number is rounded once, whatever the file's type.
+        In float32, so that each number is rounded once, whatever the file's type. ``whole``: it is
+        a whole module.
         """
-        lib = library()
+        lib, module = library(), piece.module
         if lib is None or not whole:
-            for piece in pieces:
-                module = piece.module
-                piece.a.copy_(self[module.a][:, piece.columns])
-                piece.b.copy_(self[module.b][piece.rows].float().T * module.scaling)
+            a.copy_(self[module.a][:, piece.columns])
+            b.copy_(self[module.b][piece.rows].float().T * module.scaling)
             return
-        start = self._file.ctypes.data
         structs = []
-        for piece in pieces:
-            module, bf16 = piece.module, piece.a.dtype == torch.bfloat16
-            for ref, to, transposed in ((module.a, piece.a, False), (module.b, piece.b, True)):
-                kind, scale = FILE_TYPES.index(ref.dtype), module.scaling if transposed else 1.0
-                address = start + ref.start, to.data_ptr()
-                structs.append(PieceStruct(*address, kind, *ref.shape, transposed, bf16, scale))
+        for ref, to, transposed in ((module.a, a, False), (module.b, b, True)):
+            kind, scale = FILE_TYPES.index(ref.dtype), module.scaling if transposed else 1.0
+            address, bf16 = (self._start + ref.start, to.data_ptr()), to.dtype == torch.bfloat16
+            structs.append(PieceStruct(*address, kind, *ref.shape, transposed, bf16, scale))
         lib.mora_unpack((PieceStruct * len(structs))(*structs), len(structs))
 
     def __getitem__(self, ref: TensorRef) -> Tensor:

@@ -70,8 +70,6 @@ class NativeForward:
         self._kept: list[NativeLinear] = []
         layers = [self._layer(i) for i in range(shape.layers)]
         self._layers = (LayerStruct * shape.layers)(*layers)
-        self._set_projections()
-        self._scaled = 0  # projections that have DoRA scales
         self._ranks = np.zeros(slots.slots, np.int32)
         self._has_dora = np.zeros(slots.slots, np.int32)
         self._model = ModelStruct(
@@ -138,12 +136,6 @@ class NativeForward:
         slots = self._slots
         for s in used:
             self._ranks[s], self._has_dora[s] = slots.ranks[s], slots.has_dora[s]
-        if any(slots.has_dora[s] for s in used):
-            # their scales get memory as adapters first need them
-            scaled = sum(part.dora is not None for part in slots.parts())
-            if scaled != self._scaled:
-                self._set_projections()
-                self._scaled = scaled
 
     def _linear(self, linear: Linear) -> LinearStruct:
         native = NativeLinear(linear)
@@ -157,13 +149,8 @@ class NativeForward:
         struct = LayerStruct(*(None if n is None else n.data_ptr() for n in norms))
         struct.sites = (LinearStruct * len(SITES))(*sites)
         struct.keys, struct.values = self._kv.k[index].data_ptr(), self._kv.v[index].data_ptr()
+        for i, name in enumerate(SITES):
+            for j, part in enumerate(self._slots.layers[index][name]):
+                at = part.a.data_ptr(), part.b.data_ptr(), part.dora.data_ptr()
+                struct.projections[i][j] = ProjectionStruct(part.start, part.width, *at)
         return struct
-
-    def _set_projections(self) -> None:
-        for struct, sites in zip(self._layers, self._slots.layers, strict=True):
-            for i, name in enumerate(SITES):
-                for j, part in enumerate(sites[name]):
-                    dora = None if part.dora is None else part.dora.data_ptr()
-                    struct.projections[i][j] = ProjectionStruct(
-                        part.start, part.width, part.a.data_ptr(), part.b.data_ptr(), dora
-                    )

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mora_serve.adapters.validate import LoraModule
 from mora_serve.config import Config
 from mora_serve.engine.step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from mora_serve.engine.kernel_step import LaidOut, Room  # imports triton
 
 # Of steps, to a worker.
 
@@ -31,20 +35,28 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Make slots, key/value pages and forward."""
+    """Make slots, key/value pages and what steps are computed by: kernels, where ``room`` says for
+    how much, else torch.
+    """
 
     slots: int
     max_rank: int
     pages: int
     page_size: int
     threads: int
+    room: Room | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Do what would make the first steps slow, together with all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """Compute a step, together with all ranks."""
 
-    inputs: StepInputs
+    inputs: StepInputs | LaidOut
 
 
 @dataclass(frozen=True, slots=True)

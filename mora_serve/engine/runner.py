@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from mora_serve.config import EngineConfig
 from mora_serve.core import TokenOut
+from mora_serve.engine import orders
 from mora_serve.engine.adapter_pool import AdapterPool
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.native_forward import NativeForward, can_run
@@ -24,6 +26,9 @@ from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from mora_serve.engine.kernel_step import Room  # imports triton
 
 
 def allowed_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -42,7 +47,8 @@ class Runner:
     """Owns the key/value pages, runs batches and samples.
 
     ``kernels`` and ``threads`` are those of the configuration; a ``team`` has the other parts of
-    the base. Raises ConfigError when it asks for a native path that is not there.
+    the base. Raises ConfigError when it asks for a native path that is not there, or one that
+    cannot read the pool's slots.
     """
 
     def __init__(
@@ -61,20 +67,22 @@ class Runner:
             decoder.dtype,
             decoder.device,
         )
-        self._parallel = None if team is None else self._join(team, pages, config)
-        self.forward = self._parallel or self._forward(max_context, config)
+        self.forward: Forward
+        if team is None:
+            self.forward = self._alone(max_context, config)
+        else:
+            self.forward = self._together(team, pages, max_context, config)
 
-    def _join(self, team: Team, pages: int, config: EngineConfig) -> ParallelForward:
-        threads, slots = config.threads, self.pool.slots
-        if self.decoder.device.type == "cpu":  # which all ranks share
-            threads = threads or max(1, allowed_cores() // team.group.size)
-        team.serve(slots.slots, slots.max_rank, pages, config.page_size, threads)
-        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
-
-    def _forward(self, max_context: int, config: EngineConfig) -> Forward:
+    def _alone(self, max_context: int, config: EngineConfig) -> Forward:
         parts = self.decoder, self.pool.slots, self.kv
         kernels = config.kernels
         if kernels in ("auto", "native") and can_run(self.decoder):
+            if self.pool.slots.stored != self.decoder.dtype:
+                raise ConfigError(
+                    "adapters.dtype: 'int8' is not for the compiled CPU path, which reads adapters "
+                    "in the base's type; use 'auto', or engine.kernels = 'torch'",
+                    field="adapters.dtype",
+                )
             return NativeForward(*parts, max_context, config.threads or allowed_cores())
         if kernels == "native":
             raise ConfigError(
@@ -83,30 +91,53 @@ class Runner:
                 "where there is a C compiler",
                 field="engine.kernels",
             )
-        if kernels == "triton" or (kernels == "auto" and self._has_triton()):
-            return self._cuda_forward(max_context, config)
+        if (room := self._kernels_room(max_context, config)) is not None:
+            return self._by_kernels(room)
         return TorchForward(*parts, config.threads)
 
-    def _has_triton(self) -> bool:
-        return self.decoder.device.type == "cuda" and find_spec("triton") is not None
+    def _together(self, team: Team, pages: int, max_context: int, config: EngineConfig) -> Forward:
+        """By all ranks, each in the same way."""
+        threads, slots = config.threads, self.pool.slots
+        if self.decoder.device.type == "cpu":  # which all ranks share
+            threads = threads or max(1, allowed_cores() // team.group.size)
+        room = self._kernels_room(max_context, config)
+        team.serve(
+            orders.Serve(slots.slots, slots.max_rank, pages, config.page_size, threads, room)
+        )
+        if room is not None:
+            return self._by_kernels(room, team)
+        return ParallelForward(TorchForward(self.decoder, slots, self.kv, threads), team)
 
-    def _cuda_forward(self, max_context: int, config: EngineConfig) -> Forward:
-        if find_spec("triton") is None:
+    def _kernels_room(self, max_context: int, config: EngineConfig) -> Room | None:
+        """What Triton's kernels have to take; None where torch computes.
+
+        Raises ConfigError where they are asked for and cannot run.
+        """
+        kernels, device = config.kernels, self.decoder.device.type
+        there = find_spec("triton") is not None
+        if kernels != "triton" and not (kernels == "auto" and there and device == "cuda"):
+            return None
+        if not there:
             raise ConfigError(
                 "engine.kernels: 'triton' asks for kernels that need the package triton, which is "
                 "not installed; install it, or use 'auto'",
                 field="engine.kernels",
             )
-        if self.decoder.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
                 "engine.kernels: 'triton' asks for kernels that need a card, but base.device is "
-                f"{self.decoder.device.type}; use 'auto'",
+                f"{device}; use 'auto'",
                 field="engine.kernels",
             )
-        from mora_serve.engine.cuda_forward import CudaForward
+        from mora_serve.engine.kernel_step import Room
 
-        parts = self.decoder, self.pool.slots, self.kv
-        return CudaForward(*parts, max_context, config.max_batch, self.pool.reserve)
+        return Room(max_context, config.max_batch, self.pool.reserve)
+
+    def _by_kernels(self, room: Room, team: Team | None = None) -> Forward:
+        from mora_serve.engine.cuda_forward import CudaForward
+        from mora_serve.engine.kernel_step import KernelStep
+
+        return CudaForward(KernelStep(self.decoder, self.pool.slots, self.kv, room), team)
 
     def prepare(self) -> None:
         """Measure, compile and capture what the first steps would otherwise wait for."""
@@ -116,7 +147,8 @@ class Runner:
         """Zero pages that have a new owner (see KVCache.take_new), where that matters."""
         if not pages or not self.forward.reads_whole_pages:
             return
-        (self._parallel or self.kv).clear(pages)
+        ranks = self.forward if isinstance(self.forward, ParallelForward) else self.kv
+        ranks.clear(pages)
 
     @torch.inference_mode()
     def run(self, batch: Seq[Chunk]) -> list[tuple[Sequence, TokenOut | None]]:

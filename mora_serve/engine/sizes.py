@@ -30,10 +30,10 @@ class Sizes:
     pages: int
 
 
-def slot_bytes(shape: ModelShape, max_rank: int, itemsize: int) -> int:
+def slot_bytes(shape: ModelShape, max_rank: int, itemsize: int, dtype: str = "auto") -> int:
     """A and B of one adapter of the largest rank on all projections, and its DoRA scales."""
     dora = footprint.dora_bytes(shape, itemsize)
-    return footprint.slot_bytes(shape, max_rank, itemsize) + dora
+    return footprint.slot_bytes(shape, max_rank, itemsize, dtype) + dora
 
 
 def page_bytes(shape: ModelShape, page_size: int, itemsize: int) -> int:
@@ -63,7 +63,7 @@ def choose_sizes(
     the card has no room for what is asked, or for one page a request.
     """
     engine, adapters = config.engine, config.adapters
-    slot = slot_bytes(shape, adapters.max_rank, itemsize)
+    slot = slot_bytes(shape, adapters.max_rank, itemsize, adapters.dtype)
     page = page_bytes(shape, engine.page_size, itemsize)
     needed = engine.max_batch * -(-max_context // engine.page_size)
     set_pages = engine.kv_pages or min(needed, max(1, engine.kv_bytes // page))

@@ -2,14 +2,16 @@
 
 ``StepBuffers`` is the memory. ``DecodeRows`` fills it for steps of single tokens, from what the
 step before left there: a sequence keeps its row while it decodes, and of its page table only new
-pages are written. ``fill_prompts`` fills it anew, for steps with prompts.
+pages are written. While a step runs, the next one of the same sequences is laid out already.
+``fill_prompts`` fills it anew, for steps with prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,14 @@ class StepBuffers:
         """One copy to the device; of the table the first ``chunks`` rows."""
         self._packed.upload(chunks)
 
+    def image(self, chunks: int) -> bytes:
+        """What ``upload`` copies; see Packed."""
+        return self._packed.image(chunks)
+
+    def receive(self, image: bytes) -> None:
+        """Upload what rank 0 has laid out."""
+        self._packed.receive(image)
+
     def set_sampling(self, row: int, sequence: Sequence) -> None:
         """How a row's token is drawn, its position apart."""
         params, host = sequence.request.sampling, self._packed.host
@@ -83,27 +93,46 @@ class StepBuffers:
         return list(np.flatnonzero(self._packed.host["temperatures"][rows]))
 
 
+def _none() -> Ints:
+    return np.empty(0, np.int64)
+
+
 @dataclass(slots=True)
 class _Held:
     sequence: Sequence
     pages: list[int]  # the list itself: after a preemption the sequence has another one
 
 
+@dataclass(slots=True)
+class _Layout:
+    """The step that is laid out, by chunk; ``end`` is above all of its ``rows``.
+
+    ``short`` are the chunks whose token is on a page that the table lacks.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    lists: list[list[int]] = field(default_factory=list)  # of pages
+    prompts: Ints = field(default_factory=_none)  # lengths
+    rows: Ints = field(default_factory=_none)
+    end: int = 0
+    starts: list[int] = field(default_factory=list)
+    short: Ints = field(default_factory=_none)
+
+
 class DecodeRows:
     """Lays out steps in which every chunk is one token, in the first rows of ``buffers``.
 
-    Row and chunk are the same here. Rows without a sequence have place -1 and length 0.
+    Row and chunk are the same here. Rows without a sequence have place -1 and length 0. Between
+    ``fill`` and ``ahead`` the host's side is the step that runs, after ``ahead`` the one after it:
+    all but its tokens, and the places on pages that its sequences do not have yet.
     """
 
     def __init__(self, buffers: StepBuffers, page_size: int) -> None:
         self.buffers, self._page_size = buffers, page_size
         self._held: list[_Held | None] = [None] * buffers.chunks
-        self._sequences: list[Sequence] = []
-        self._lists: list[list[int]] = []
-        self._rows: Ints = np.empty(0, np.int64)
-        self._prompts: Ints = np.empty(0, np.int64)
         self._pages = np.zeros(buffers.chunks, np.int64)  # in the table, by row
         self.mixtures: Mixtures = [()] * buffers.chunks  # by row
+        self._layout = _Layout()
 
     def fill(self, batch: Seq[Chunk], bucket: int, slot: Callable[[str], int]) -> tuple[Ints, bool]:
         """Lay out a step in the first ``bucket`` rows, and start its copy to the device.
@@ -113,38 +142,64 @@ class DecodeRows:
         host = self.buffers.begin()
         sequences = [chunk.sequence for chunk in batch]
         lists = [sequence.pages for sequence in sequences]
+        starts = [chunk.start for chunk in batch]
         same = (
-            sequences == self._sequences  # by identity, as sequences compare
-            and all(map(_is, lists, self._lists))
-            and int(self._rows.max()) < bucket
+            sequences == self._layout.sequences  # by identity, as sequences compare
+            and all(map(is_, lists, self._layout.lists))
+            and self._layout.end <= bucket
         )
         if not same:
-            self._place(sequences, bucket, slot)
-            self._sequences, self._lists = sequences, lists
-        rows, size = self._rows, self._page_size
-        counts = np.fromiter(map(len, lists), np.int64, len(lists))
-        table = host["table"]
-        for i in np.flatnonzero(counts > self._pages[rows]):
-            row, count = rows[i], counts[i]
-            written = self._pages[row]
-            table[row, written:count] = lists[i][written:]
-            self._pages[row] = count
-        starts = np.fromiter((chunk.start for chunk in batch), np.int64, len(batch))
-        host["tokens"][rows] = [s.tokens[c.start] for s, c in zip(sequences, batch, strict=True)]
-        host["positions"][rows] = starts
-        host["lengths"][rows] = starts + 1
-        host["places"][rows] = table[rows, starts // size] * size + starts % size
-        host["draws"][rows] = starts + 1 - self._prompts
+            self._layout = _Layout()  # until all have their rows
+            self._layout = self._place(sequences, bucket, slot)
+        layout = self._layout
+        if starts != layout.starts:
+            self._lay_out(starts)
+        if len(layout.short):
+            self._add_pages()
+        host["tokens"][layout.rows] = [
+            sequence.tokens[start] for sequence, start in zip(sequences, starts, strict=True)
+        ]
         self.buffers.upload(bucket)
-        return rows, not same
+        return layout.rows, not same
+
+    def ahead(self) -> None:
+        """Lay out the next step of the same sequences, each one token further.
+
+        What the device reads is left alone, so this may be done while it computes a step.
+        """
+        self._lay_out([start + 1 for start in self._layout.starts])
 
     def reset(self) -> None:
         """Every row is padding."""
         for row in range(len(self._held)):
             self._clear(row)
-        self._sequences, self._lists = [], []
+        self._layout = _Layout()
 
-    def _place(self, sequences: list[Sequence], bucket: int, slot: Callable[[str], int]) -> None:
+    def _lay_out(self, starts: list[int]) -> None:
+        """Everything of a step that is known of its sequences before its tokens are."""
+        layout, host, size = self._layout, self.buffers.begin(), self._page_size
+        rows, at = layout.rows, np.array(starts, np.int64)
+        pages, after = at // size, at + 1
+        host["positions"][rows] = at
+        host["lengths"][rows] = after
+        host["draws"][rows] = after - layout.prompts
+        here = pages < self._pages[rows]
+        known = rows[here]
+        host["places"][known] = host["table"][known, pages[here]] * size + at[here] % size
+        layout.starts, layout.short = starts, np.flatnonzero(~here)
+
+    def _add_pages(self) -> None:
+        """To the table, of the chunks that are short of one."""
+        layout, host, size = self._layout, self.buffers.begin(), self._page_size
+        table, places, counts = host["table"], host["places"], self._pages
+        for i, row in zip(layout.short.tolist(), layout.rows[layout.short].tolist(), strict=True):
+            pages, start, written = layout.lists[i], layout.starts[i], counts[row]
+            table[row, written : len(pages)] = pages[written:]
+            counts[row] = len(pages)
+            places[row] = pages[start // size] * size + start % size
+        layout.short = _none()
+
+    def _place(self, sequences: list[Sequence], bucket: int, slot: Callable[[str], int]) -> _Layout:
         """Give every sequence a row below ``bucket``: its own where it has one."""
         wanted = set(sequences)
         kept: dict[Sequence, int] = {}
@@ -163,8 +218,13 @@ class DecodeRows:
                 self.mixtures[row] = tuple((slot(d), w) for d, w in sequence.weights)
                 self.buffers.set_sampling(row, sequence)
                 self._held[row] = _Held(sequence, sequence.pages)  # last: the row is whole
-        self._rows = np.array([kept[s] for s in sequences])
-        self._prompts = np.array([s.prompt_length for s in sequences])
+        return _Layout(
+            sequences,
+            [sequence.pages for sequence in sequences],
+            np.array([sequence.prompt_length for sequence in sequences]),
+            np.array([kept[sequence] for sequence in sequences]),
+            max(kept.values()) + 1,
+        )
 
     def _clear(self, row: int) -> None:
         host = self.buffers.begin()
@@ -208,7 +268,3 @@ def fill_prompts(buffers: StepBuffers, batch: Seq[Chunk], page_size: int) -> int
             sampled += 1
     buffers.upload(chunks)
     return sampled
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b

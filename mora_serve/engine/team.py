@@ -144,9 +144,9 @@ class Team:
                 )
         return base
 
-    def serve(self, slots: int, max_rank: int, pages: int, page_size: int, threads: int) -> None:
+    def serve(self, order: orders.Serve) -> None:
         """Have every worker make slots, key/value pages and forward like rank 0's."""
-        self.tell(orders.Serve(slots, max_rank, pages, page_size, threads))
+        self.tell(order)
         self._answers(orders.Serving, SERVE_SECONDS)
 
     def watch(self, failed: Callable[[], object]) -> None:

@@ -42,6 +42,10 @@ class TorchForward:
             return None
         return Logits.of(logits, logits.argmax(-1).tolist(), is_finite(logits).tolist())
 
+    def follow(self, inputs: StepInputs) -> None:
+        """See Follower."""
+        self.logits(inputs)
+
     def logits(self, inputs: StepInputs) -> Tensor | None:
         """The logits [n, vocabulary] of the chunks that sample; None where none does."""
         hidden = self.decoder.hidden(

@@ -23,6 +23,7 @@ import torch
 from mora_serve.engine import orders
 from mora_serve.engine.adapter_pool import start_loading_thread
 from mora_serve.engine.failures import is_memory
+from mora_serve.engine.forward import Follower
 from mora_serve.engine.group import RankGroup
 from mora_serve.engine.torch_forward import TorchForward
 from mora_serve.engine.worker_loads import WorkerLoads
@@ -43,7 +44,7 @@ class Worker:
         self._sending = threading.Lock()
         self._orders: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._folder: Path | None = None
-        self._forward: TorchForward | None = None
+        self._follower: Follower | None = None
 
     def run(self) -> None:
         """Follow orders. Does not return."""
@@ -107,7 +108,13 @@ class Worker:
         shape, memory = decoder.shape, (decoder.dtype, decoder.device)
         slots = AdapterSlots(shape, serve.slots, serve.max_rank, *memory)
         sizes = shape.layers, shape.kv_heads, shape.head_dim, serve.pages, serve.page_size
-        self._forward = TorchForward(decoder, slots, KVPages(*sizes, *memory), serve.threads)
+        self._kv = kv = KVPages(*sizes, *memory)
+        if serve.room is None:
+            self._follower = TorchForward(decoder, slots, kv, serve.threads)
+        else:
+            from mora_serve.engine.kernel_step import KernelStep
+
+            self._follower = KernelStep(decoder, slots, kv, serve.room)
         if serve.threads:
             torch.set_num_threads(serve.threads)
         loads = WorkerLoads(self._loads, decoder, slots)
@@ -133,14 +140,16 @@ class Worker:
 
     @torch.inference_mode()
     def _do(self, order: object) -> None:
-        forward = self._forward
-        assert forward is not None  # noqa: S101 - it is serving
+        follower = self._follower
+        assert follower is not None  # noqa: S101 - it is serving
         if isinstance(order, orders.Step):
-            forward.logits(order.inputs)
+            follower.follow(order.inputs)
+        elif isinstance(order, orders.Prepare):
+            follower.prepare()
         elif isinstance(order, orders.Pool):
-            pool_states(forward.decoder, order.texts, order.depth)
+            pool_states(self._base.decoder, order.texts, order.depth)
         elif isinstance(order, orders.Clear):
-            forward.kv.clear(order.pages)
+            self._kv.clear(order.pages)
 
     def _refuse(self, message: str, field: str) -> None:
         self.say(orders.Refused(message, field))

@@ -63,13 +63,18 @@ def small_bytes(shape: ModelShape, itemsize: int) -> int:
     return (shape.norm_parameters + shape.bias_parameters + rope) * itemsize
 
 
-def slot_bytes(shape: ModelShape, rank: int, itemsize: int) -> int:
-    """One adapter slot: A and B of every projection, whichever of them an adapter changes."""
+def slot_bytes(shape: ModelShape, rank: int, itemsize: int, dtype: str = "auto") -> int:
+    """One adapter slot: A and B of every projection, whichever of them an adapter changes.
+
+    ``dtype`` is adapters.dtype; in int8 each rank of a projection has a scale in 32 bits.
+    """
+    if dtype == "int8":
+        return shape.adapter_parameters(rank) + shape.layers * len(PROJECTIONS) * rank * 4
     return shape.adapter_parameters(rank) * itemsize
 
 
 def dora_bytes(shape: ModelShape, itemsize: int) -> int:
-    """What one slot takes besides as soon as there is any DoRA adapter."""
+    """DoRA's scales of one slot: from the start on a card, elsewhere once one is written."""
     return shape.layers * sum(shape.projection(p)[0] for p in PROJECTIONS) * itemsize
 
 

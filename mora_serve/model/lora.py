@@ -8,12 +8,13 @@ DoRA (arXiv 2402.09353) adds, with c = m / ||W + s B A|| per output row, the del
 
 ``PooledAdapters`` is the form that reads the server's slots; the trainable form of the same layer
 is in stacked.py. A projection's A is [rank, in] and its B is kept transposed, [rank, out], so that
-both products read rows of one rank.
+both products read rows of one rank. Slots in the compute type are here, those in 8 bits in
+int8_slots.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,31 +23,53 @@ from torch import Tensor
 from mora_serve.model.memory import Arena
 from mora_serve.model.shape import SITES, ModelShape
 
+# Writes an adapter's A [rank, in] and B [rank, out], the scaling in it, to two tensors.
+ReadFactors = Callable[[Tensor, Tensor], None]
+
 
 @dataclass(slots=True)
 class ProjectionSlots:
     """One projection's adapters in all slots.
 
     ``a`` [slots, max_rank, in], ``b`` [slots, max_rank, out] with the scaling folded in,
-    ``dora`` [slots, out] holds c - 1, made when the first DoRA adapter arrives. ``start`` is where
+    ``dora`` [slots, out] holds c - 1, and of an adapter without DoRA anything. ``start`` is where
     the projection's outputs begin in its site.
     """
 
     a: Tensor
     b: Tensor
+    dora: Tensor
     start: int
-    dora: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Output features."""
         return self.b.shape[2]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What holds A and B, each [slots, max_rank, ...]: an adapter fills its first rows."""
+        return self.a, self.b
+
+    def encode(self, rows: Sequence[Tensor], read: ReadFactors) -> None:
+        """Fill ``rows``, on the host, with what ``tensors`` are to hold of an adapter: [rank, ...].
+
+        ``read`` takes tensors of float32 or the compute type, and rounds to that once.
+        """
+        read(*rows)
+
+    def factors(self, slots: int | slice, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [..., rank, in] and B [..., rank, out] of slots for products in ``dtype``."""
+        return self.a[slots, :rank].to(dtype), self.b[slots, :rank].to(dtype)
+
 
 class AdapterSlots:
     """The device memory of a fixed number of adapters, per layer and projection.
 
     A slot that an adapter does not fill (a lower rank, a missing projection) holds zeros.
+    ``dtype`` is the compute type, in which this class keeps them; others may keep less. DoRA's
+    scales have their memory from the start, a few percent of all: what reads the slots, a CUDA
+    graph above all, is never made anew for an adapter.
     """
 
     def __init__(
@@ -61,20 +84,29 @@ class AdapterSlots:
         self.ranks = [0] * slots
         self.has_dora = [False] * slots
         self.layers: list[dict[str, tuple[ProjectionSlots, ...]]] = []
-        arena = Arena()
+        arena, scales = Arena(), Arena()  # apart: without DoRA nothing is ever written to these
         for _ in range(shape.layers):
             sites = {}
             for site, projections in SITES.items():
                 parts, start = [], 0
                 for projection in projections:
                     rows, columns = shape.projection(projection)
-                    a, b = (
-                        arena.zeros((slots, max_rank, n), dtype, device) for n in (columns, rows)
-                    )
-                    parts.append(ProjectionSlots(a, b, start))
+                    dora = scales.zeros((slots, rows), dtype, device)
+                    parts.append(self._part(arena, columns, dora, start))
                     start += rows
                 sites[site] = tuple(parts)
             self.layers.append(sites)
+
+    def _part(self, arena: Arena, columns: int, dora: Tensor, start: int) -> ProjectionSlots:
+        """A projection's slots: ``columns`` inputs, as many outputs as ``dora`` has."""
+        sizes = [(self.slots, self.max_rank, n) for n in (columns, dora.shape[1])]
+        a, b = (arena.zeros(size, self.dtype, self.device) for size in sizes)
+        return ProjectionSlots(a, b, dora, start)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type in which A and B are kept."""
+        return next(iter(self.parts())).a.dtype
 
     def projection(self, layer: int, projection: str) -> ProjectionSlots:
         """The slots of one projection of one layer."""
@@ -91,8 +123,8 @@ class AdapterSlots:
 
     @property
     def nbytes(self) -> int:
-        """Device memory of all slots."""
-        return sum(p.a.nbytes + p.b.nbytes for p in self.parts())
+        """Device memory of all slots, DoRA's scales apart."""
+        return sum(t.nbytes for part in self.parts() for t in part.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +224,8 @@ class PooledAdapters:
         gathered = x[padded]  # [slots, width, in]
         live = slice(plan.low, plan.high)
         for part in parts:
-            inner = torch.bmm(gathered, part.a[live, : plan.rank].transpose(1, 2))
-            delta = torch.bmm(inner, part.b[live, : plan.rank]).flatten(0, 1)
+            a, b = part.factors(live, plan.rank, x.dtype)
+            delta = torch.bmm(torch.bmm(gathered, a.transpose(1, 2)), b).flatten(0, 1)
             y[:, part.start : part.start + part.width].index_add_(
                 0, plan.rows, delta[plan.valid] * plan.weights
             )
@@ -207,9 +239,9 @@ class PooledAdapters:
             inputs = x if segment.whole else x[segment.rows]
             for part in parts:
                 out = slice(part.start, part.start + part.width)
-                inner = inputs @ part.a[segment.slot, :rank].T
-                delta = (inner * segment.weights) @ part.b[segment.slot, :rank]
-                if part.dora is not None and self.slots.has_dora[segment.slot]:
+                a, b = part.factors(segment.slot, rank, x.dtype)
+                delta = (inputs @ a.T * segment.weights) @ b
+                if self.slots.has_dora[segment.slot]:
                     scaled = delta + segment.weights * base[segment.rows, out]
                     delta = delta + part.dora[segment.slot] * scaled
                 if segment.whole:

@@ -24,6 +24,13 @@ CHUNK_ELEMENTS = 1 << 20
 # Elements quantised at a time on a card, which fills it, and is little beside one layer in 16 bits.
 CARD_CHUNK_ELEMENTS = 1 << 24
 
+# What NF4's codes stand for, in bitsandbytes' order.
+VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 # MKL computes the last rows of a product whose number of rows is not a multiple of its tile with
 # other kernels, which round otherwise. Equal rows of one batch must give equal bits.
@@ -114,10 +121,12 @@ class NF4Weight:
         return by_chunks(x, self.shape, self.dequantise)
 
     def dequantise(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop of the matrix in ``dtype``."""
-        import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
-
+        """Rows start..stop of the matrix in ``dtype``; slower where there is no bitsandbytes."""
         codes, absmax = self.codes[start:stop], self.absmax[start:stop]
+        try:
+            import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
+        except (ImportError, OSError):
+            return by_table(codes, absmax, dtype)
         out: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             codes.reshape(-1, 1),
             absmax.reshape(-1),
@@ -135,6 +144,22 @@ class NF4Weight:
         return type(self)(
             torch.cat([self.codes, below.codes]), torch.cat([self.absmax, below.absmax])
         )
+
+
+def by_table(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix of an NF4Weight's codes and absmax in ``dtype``, by plain torch.
+
+    A few rows at a time: indices take eight times the memory of the codes.
+    """
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    values = torch.tensor(VALUES, device=codes.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    step = max(1, (CARD_CHUNK_ELEMENTS if codes.is_cuda else CHUNK_ELEMENTS) // columns)
+    for start in range(0, rows, step):
+        part, scale = codes[start : start + step], absmax[start : start + step]
+        both = torch.stack([part >> 4, part & 15], dim=-1).view(*scale.shape, -1)
+        out[start : start + step] = (values[both.int()] * scale[..., None]).flatten(1)
+    return out
 
 
 class Weight(Protocol):

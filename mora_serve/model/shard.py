@@ -59,6 +59,10 @@ class Group(Protocol):
         """The ranks' [n, part of width], side by side in ``spans(width, size)``: [n, width]."""
         ...
 
+    def launched(self) -> None:
+        """A graph was launched that has sums and joins."""
+        ...
+
 
 def spans(total: int, ranks: int, unit: int = 1) -> list[slice]:
     """0..total in so many parts, each of whole units, the first ones larger by a unit at most."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mora_serve.adapters.card import RoutingCard
+from mora_serve.adapters.contents import router_digest
 from mora_serve.adapters.record import AdapterRecord, Change, Key
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import MoraError, Unavailable
@@ -28,6 +29,7 @@ from mora_serve.router.states import Asked, State, States
 log = logging.getLogger(__name__)
 
 ROUTER_FILE = "router.safetensors"
+AGAIN_SECONDS = 2.0  # until a stored router that a store did not give is asked for again
 ROUNDS = 8  # of keys ahead of a router's turn, each for what changed in the one before
 
 
@@ -51,10 +53,12 @@ class _Prepared:
     """A router and keys made ahead of its turn, each with the card that it was made from.
 
     Keys are in 8 bits, as the index wants them: there may be thousands. ``late`` gets the keys
-    that are still to come once the router is in use.
+    that are still to come once the router is in use. ``content`` is the digest under which the
+    registry stores it.
     """
 
     router: Router
+    content: str
     rows: Mapping[Key, tuple[RoutingCard, Rows | None]]
     late: list[Future[None]] = field(default_factory=list)
 
@@ -97,6 +101,7 @@ class Routing:
         self._replaced = 0  # the revision that brought the newest router
         self._expected: dict[Key, _Expected] = {}
         self._working = self._closed = False
+        self._closing = threading.Event()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="keys")
         # Two, so that a newer router does not wait for the keys of one that it replaces.
         self._takers = ThreadPoolExecutor(2, thread_name_prefix="router")
@@ -107,6 +112,7 @@ class Routing:
         """Make no more keys; whoever expects one gets Unavailable."""
         with self._lock:
             self._closed = True
+            self._closing.set()
             for expected in self._expected.values():
                 if not expected.done.done():
                     expected.done.set_exception(Unavailable("the server is shutting down"))
@@ -146,7 +152,7 @@ class Routing:
                     wait(self._expect_again())
                     return present
             router = self._open(data)
-            prepared = self._prepared = self._prepare(router)
+            prepared = self._prepared = self._prepare(router, data)
             replaced = self._replaced
             try:
                 self._registry.set_router({ROUTER_FILE: data})
@@ -255,7 +261,7 @@ class Routing:
             needed(self._states).check(router.hidden)
         return router
 
-    def _prepare(self, router: Router) -> _Prepared:
+    def _prepare(self, router: Router, data: bytes) -> _Prepared:
         """With keys of all adapters, those included whose cards change meanwhile.
 
         Where cards never stop changing, the last ones' keys are late.
@@ -267,34 +273,47 @@ class Routing:
                 break
             for record, entry in entries(router, late, self._states):
                 made[record.key] = (record.card, entry and Rows.of([entry]))
-        return _Prepared(router, made)
+        return _Prepared(router, router_digest({ROUTER_FILE: data}), made)
 
-    def _take_stored(self, *, later: bool = False) -> None:
-        """Put the stored router in use; ``later`` where its keys are not there yet.
+    def _take_stored(self, *, patient: bool = False) -> None:
+        """Put the stored router in use.
 
-        One that cannot be used, or is gone as a newer one has come, is logged and left alone.
+        One that cannot be used, or is gone as a newer one has come, is logged and left alone. A
+        shared store may not give it now: it is asked again, by a thread that is ``patient``.
         """
-        replaced = self._replaced
+        replaced, told = self._replaced, False
         try:
-            data = (self._registry.router() or {}).get(ROUTER_FILE)
-            if data is None or self._in_use(data) is not None:
-                return
-            prepared = self._prepared
-            if prepared is None or prepared.router.digest != _digest(data):
-                if later:
-                    with self._lock:
-                        if not self._closed:
-                            self._takers.submit(self._follow)
+            while True:
+                try:
+                    data = (self._registry.router() or {}).get(ROUTER_FILE)
+                    break
+                except Unavailable as e:
+                    if not told:
+                        log.warning("the stored router is not there yet: %s", e.message)
+                    told = True
+                if not patient:
+                    self._take_later()
                     return
-                prepared = self._prepare(self._open(data))
-            self._put_in_use(prepared, replaced)
+                if self._closing.wait(AGAIN_SECONDS) or self._replaced != replaced:
+                    return
+            if data is not None and self._in_use(data) is None:
+                self._put_in_use(self._prepare(self._open(data), data), replaced)
         except MoraError as e:
             log.warning("the stored router cannot be used: %s", e.message)
 
-    def _follow(self, *, later: bool = False) -> None:
-        """Take the stored router in, on a thread that nothing may end."""
+    def _take_later(self) -> None:
+        """Have the stored router put in use: reading it, and its keys, may take long."""
+        with self._lock:
+            if not self._closed:
+                self._takers.submit(self._follow)
+
+    def _follow(self, prepared: _Prepared | None = None) -> None:
+        """Put a router in use, or the stored one, on a thread that nothing may end."""
         try:
-            self._take_stored(later=later)
+            if prepared is not None:
+                self._put_in_use(prepared, self._replaced)
+            else:
+                self._take_stored(patient=True)
         except Exception:
             log.exception("the stored router cannot be used")
 
@@ -343,7 +362,11 @@ class Routing:
         if change.router is not None:
             with self._lock:  # so that one put in use right now is seen below, or stopped
                 self._replaced = change.revision
-            self._follow(later=True)
+            prepared = self._prepared
+            if prepared is not None and prepared.content == change.router.digest:
+                self._follow(prepared)
+            else:
+                self._take_later()
             return
         with self._lock:
             snapshot, before, after = self._snapshot, change.before, change.after

@@ -223,7 +223,9 @@ class AdapterServicer(AdapterServiceServicer):
                 if not pinned:
                     record = self._registry.pin(tenant, name, False)
                     return self._recorded("adapter.unpinned", record)
-                with self._pins.reserved(self._registry.get(tenant, name).digest):
+                digest = self._registry.get(tenant, name).digest
+                self._registry.fetch(digest)  # so that the engine need not
+                with self._pins.reserved(digest):
                     record = self._registry.pin(tenant, name, True)
             return self._recorded("adapter.pinned", record)
 

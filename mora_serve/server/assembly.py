@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mora_serve.adapters.registry import Registry
+from mora_serve.adapters.storage import SharedStorage, Storage
 from mora_serve.config import Config
 from mora_serve.core import DEFAULT_TENANT, SHARED_TENANT
 from mora_serve.engine.engine import Engine
@@ -19,6 +20,7 @@ from mora_serve.router.feedback import FeedbackStore
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import Selector
 from mora_serve.server.parts import BaseModel, ServedEngine
+from mora_serve.server.poll import Poller
 from mora_serve.server.states import EngineStates
 
 log = logging.getLogger(__name__)
@@ -35,9 +37,13 @@ class Assembly:
     selector: Selector
     engine: ServedEngine
     feedback: FeedbackStore | None
+    poller: Poller | None
+    alone: bool
 
     def close(self) -> None:
         """Stop the engine and let go of the registry and of feedback."""
+        if self.poller is not None:
+            self.poller.close()
         self.engine.stop()
         self.routing.close()
         self.registry.close()
@@ -85,14 +91,20 @@ def make_engine(config: Config, base: Base, team: Team | None, registry: Registr
 
 def open_registry(config: Config, base: BaseModel) -> Registry:
     """The registry that the configuration names. Raises ConfigError."""
-    state = Path(config.server.state) if config.server.state else None
-    return Registry(state, config.adapters, base.shape, base.fingerprint)
+    return Registry(_place(config), config.adapters, base.shape, base.fingerprint)
 
 
 def join(
-    config: Config, base: BaseModel, engine_of: Callable[[Registry], ServedEngine]
+    config: Config,
+    base: BaseModel,
+    engine_of: Callable[[Registry], ServedEngine],
+    *,
+    alone: bool = True,
 ) -> Assembly:
-    """The parts around a base, with the engine that ``engine_of`` makes for their registry."""
+    """The parts around a base, with the engine that ``engine_of`` makes for their registry.
+
+    Not ``alone``: others change the registry too, and the engines that read it are elsewhere.
+    """
     state = Path(config.server.state) if config.server.state else None
     registry = open_registry(config, base)
     feedback = _feedback(config, state)
@@ -115,7 +127,18 @@ def join(
     if config.router.path:
         _load_router(routing, Path(config.router.path))
     selector = Selector(registry, routing, config)
-    return Assembly(config, base, registry, routing, selector, engine, feedback)
+    poller = None
+    if config.server.store or not alone:
+        poller = Poller(registry, config.server.store_poll_seconds)
+    return Assembly(config, base, registry, routing, selector, engine, feedback, poller, alone)
+
+
+def _place(config: Config) -> Path | Storage | None:
+    state = Path(config.server.state) if config.server.state else None
+    if not config.server.store:
+        return state
+    cache = state / "cache" if state else None
+    return SharedStorage(config.server.store, cache, config.server.store_cache_bytes)
 
 
 def _feedback(config: Config, state: Path | None) -> FeedbackStore | None:

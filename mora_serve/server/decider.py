@@ -1,4 +1,4 @@
-"""From a message's selection to a decision, off the event loop, its adapters held."""
+"""From a message's selection to a decision, off the event loop, its adapters held and here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mora_serve.router.selection import AutoRoute, BaseOnly, Selection, Selector
 from mora_serve.router.states import Asked, State
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
+from mora_serve.server.fetching import Fetcher
 from mora_serve.server.gate import Places
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import generation_pb2 as pb
@@ -27,7 +28,10 @@ _ATTEMPTS = 3  # an adapter may be replaced between its choice and its being hel
 
 
 class Decider:
-    """Decides the mixtures of calls; ``executor`` runs the deciding."""
+    """Decides the mixtures of calls.
+
+    ``executor`` runs the deciding. ``fetcher`` brings contents here, for an engine that is here.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Decider:
         metrics: Metrics,
         limits: AdaptersConfig,
         executor: Executor,
+        fetcher: Fetcher | None,
     ) -> None:
         self._selector = selector
         self._registry = registry
@@ -44,14 +49,15 @@ class Decider:
         self._metrics = metrics
         self._limits = limits
         self._executor = executor
+        self._fetcher = fetcher
         self._places = Places(MAX_DECISIONS, "decisions")
 
     @asynccontextmanager
     async def decided(self, selection: pb.Selection, prompt: pb.Prompt) -> AsyncIterator[Decision]:
         """The decision for a checked prompt, its versions readable inside the context.
 
-        Raises what ``selection_of``, ``Selector.ask`` and ``Selector.decide`` raise, and
-        ResourceExhausted when too many wait to be decided.
+        Raises what ``selection_of``, ``Selector.ask``, ``Selector.decide`` and ``Fetcher.fetch``
+        raise, and ResourceExhausted when too many wait to be decided.
         """
         tenant = calls.current().tenant
         chosen = selection_of(selection, self._limits)
@@ -62,6 +68,8 @@ class Decider:
         with self._places.taken(tenant):
             decision = await self._decide_off_loop(tenant, chosen, prompt)
         try:
+            if self._fetcher is not None:
+                await self._fetcher.fetch(digests(decision))
             yield decision
         finally:
             self._executor.submit(self._release, digests(decision))

@@ -7,11 +7,12 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from typing import Protocol
 
 from mora_serve.adapters.record import AdapterRecord, Change, Key
 from mora_serve.adapters.registry import Registry
-from mora_serve.errors import ResourceExhausted
+from mora_serve.errors import MoraError, ResourceExhausted
 from mora_serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,13 @@ class Pinner(Protocol):
 class Pins:
     """Keeps the pinned versions of pinned adapters on the device, replacements included.
 
-    Thread-safe.
+    Those that are only in a store are ``fetching`` first, where the engine is here. Thread-safe.
     """
 
-    def __init__(self, engine: Pinner, registry: Registry) -> None:
+    def __init__(self, engine: Pinner, registry: Registry, fetching: Executor | None) -> None:
         self._engine = engine
+        self._registry = registry
+        self._fetching = fetching
         self._lock = threading.Lock()
         self._reserved: Counter[str] = Counter()
         self._pinned: dict[str, set[Key]] = {}  # two names may share a content
@@ -78,6 +81,20 @@ class Pins:
         if not record.pinned:
             return
         self._pinned.setdefault(record.digest, set()).add(record.key)
+        if self._fetching is None or self._registry.here(record.digest):
+            self._pin(record)
+            return
+        with contextlib.suppress(RuntimeError):  # the server is shutting down
+            self._fetching.submit(self._fetch_and_pin, record)
+
+    def _fetch_and_pin(self, record: AdapterRecord) -> None:
+        with contextlib.suppress(MoraError):  # it is the engine that says so
+            self._registry.fetch(record.digest)
+        with self._lock:
+            if record.key in self._pinned.get(record.digest, ()):
+                self._pin(record)
+
+    def _pin(self, record: AdapterRecord) -> None:
         try:
             self._engine.pin(record.digest)
         except ResourceExhausted as e:  # pinned under a configuration with more slots

@@ -89,4 +89,5 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             max_queue=config.engine.max_queue,
             max_message_bytes=config.server.max_message_bytes,
         ),
+        adapter_dtype=assembly.engine.adapter_dtype,
     )

@@ -59,6 +59,10 @@ class ServedEngine(Protocol):
     def slots(self) -> int:
         """Adapters on the device at the same time; of a replica, where there are several."""
 
+    @property
+    def adapter_dtype(self) -> str:
+        """How these are kept."""
+
     def start(
         self,
         deliver: Callable[[Sequence[Event | AdapterLoad]], None],

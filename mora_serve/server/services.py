@@ -16,6 +16,7 @@ from mora_serve.server.answers import Answers
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
+from mora_serve.server.fetching import Fetcher
 from mora_serve.server.follow import Names, Pins
 from mora_serve.server.generation import GenerationServicer
 from mora_serve.server.info import ServerServicer, describe
@@ -67,18 +68,19 @@ class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic
 class Threads:
     """Threads for what would block the event loop, by kind, so that none waits for another.
 
-    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk: these
-    serve tenants in turn. ``load`` is for new routers.
+    ``tokenize`` is for long prompts, ``route`` for short work, ``registry`` for the disk, ``fetch``
+    for contents in a store: these serve tenants in turn. ``load`` is for new routers.
     """
 
     tokenize: Executor = field(default_factory=lambda: TurnExecutor(2, "tokenize"))
     route: Executor = field(default_factory=lambda: TurnExecutor(2, "route"))
     registry: Executor = field(default_factory=lambda: TurnExecutor(2, "registry"))
+    fetch: Executor = field(default_factory=lambda: TurnExecutor(4, "fetch"))
     load: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "load"))
 
     def shutdown(self) -> None:
         """Drop what waits; what runs goes on to its end."""
-        for executor in (self.tokenize, self.route, self.registry, self.load):
+        for executor in (self.tokenize, self.route, self.registry, self.fetch, self.load):
             executor.shutdown(wait=False, cancel_futures=True)
 
 
@@ -107,14 +109,26 @@ def add_services(
     metrics.watch(engine.stats, names.of, names.count)
     vocab_size = base.shape.vocab_size
     prompts = Prompts(base.tokenizer, vocab_size, engine.max_context, threads.tokenize)
-    decider = Decider(assembly.selector, registry, prompts, metrics, config.adapters, threads.route)
+
+    def resident() -> tuple[str, ...]:
+        return engine.stats().resident
+
+    decider = Decider(
+        assembly.selector,
+        registry,
+        prompts,
+        metrics,
+        config.adapters,
+        threads.route,
+        Fetcher(registry, threads.fetch, resident) if assembly.alone else None,
+    )
     answers = Answers(prompts, decider, bridge, config, vocab_size, feedback, tracing)
     generation = GenerationServicer(answers)
     adapters = AdapterServicer(
         registry,
         routing,
-        Pins(engine, registry),
-        lambda: engine.stats().resident,
+        Pins(engine, registry, threads.fetch if assembly.alone else None),
+        resident,
         config,
         base.shape,
         base.fingerprint,

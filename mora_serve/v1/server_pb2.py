@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amora_serve/v1/server.proto\x12\rmora_serve.v1\"\x16\n\x14GetServerInfoRequest\"\xa0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.BaseModel\x12%\n\x06limits\x18\x03 \x01(\x0b\x32\x15.mora_serve.v1.Limits\x12\x15\n\rrouter_digest\x18\x04 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x01(\r\"\x9b\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x0c\n\x04\x63hat\x18\x08 \x01(\x08\"\x83\x02\n\x06Limits\x12\x13\n\x0bmax_context\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bmax_mixture\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x10\n\x08max_stop\x18\x05 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x06 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x07 \x01(\r\x12\r\n\x05slots\x18\x08 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\t \x01(\x04\x12\x13\n\x0bmax_prompts\x18\n \x01(\r\x12\x11\n\tmax_queue\x18\x0b \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0c \x01(\x04\x32k\n\rServerService\x12Z\n\rGetServerInfo\x12#.mora_serve.v1.GetServerInfoRequest\x1a$.mora_serve.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amora_serve/v1/server.proto\x12\rmora_serve.v1\"\x16\n\x14GetServerInfoRequest\"\xb7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.mora_serve.v1.BaseModel\x12%\n\x06limits\x18\x03 \x01(\x0b\x32\x15.mora_serve.v1.Limits\x12\x15\n\rrouter_digest\x18\x04 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x01(\r\x12\x15\n\radapter_dtype\x18\x06 \x01(\t\"\x9b\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x0c\n\x04\x63hat\x18\x08 \x01(\x08\"\x83\x02\n\x06Limits\x12\x13\n\x0bmax_context\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bmax_mixture\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x10\n\x08max_stop\x18\x05 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x06 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x07 \x01(\r\x12\r\n\x05slots\x18\x08 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\t \x01(\x04\x12\x13\n\x0bmax_prompts\x18\n \x01(\r\x12\x11\n\tmax_queue\x18\x0b \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0c \x01(\x04\x32k\n\rServerService\x12Z\n\rGetServerInfo\x12#.mora_serve.v1.GetServerInfoRequest\x1a$.mora_serve.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=45
   _globals['_GETSERVERINFOREQUEST']._serialized_end=67
   _globals['_GETSERVERINFORESPONSE']._serialized_start=70
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=230
-  _globals['_BASEMODEL']._serialized_start=233
-  _globals['_BASEMODEL']._serialized_end=388
-  _globals['_LIMITS']._serialized_start=391
-  _globals['_LIMITS']._serialized_end=650
-  _globals['_SERVERSERVICE']._serialized_start=652
-  _globals['_SERVERSERVICE']._serialized_end=759
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=253
+  _globals['_BASEMODEL']._serialized_start=256
+  _globals['_BASEMODEL']._serialized_end=411
+  _globals['_LIMITS']._serialized_start=414
+  _globals['_LIMITS']._serialized_end=673
+  _globals['_SERVERSERVICE']._serialized_start=675
+  _globals['_SERVERSERVICE']._serialized_end=782
 # @@protoc_insertion_point(module_scope)

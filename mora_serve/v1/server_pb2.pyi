@@ -10,18 +10,20 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "base", "limits", "router_digest", "adapters")
+    __slots__ = ("version", "base", "limits", "router_digest", "adapters", "adapter_dtype")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DTYPE_FIELD_NUMBER: _ClassVar[int]
     version: str
     base: BaseModel
     limits: Limits
     router_digest: str
     adapters: int
-    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., router_digest: _Optional[str] = ..., adapters: _Optional[int] = ...) -> None: ...
+    adapter_dtype: str
+    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., router_digest: _Optional[str] = ..., adapters: _Optional[int] = ..., adapter_dtype: _Optional[str] = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("name", "fingerprint", "architecture", "quantization", "dtype", "device", "vocab_size", "chat")

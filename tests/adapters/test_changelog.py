@@ -72,6 +72,18 @@ def test_a_number_that_a_snapshot_covers_is_taken(directory: Path) -> None:
     assert log.since_snapshot(4) == 1
 
 
+def test_who_counts_by_an_old_snapshot_takes_no_other(directory: Path) -> None:
+    """It would free the numbers that readers are still at."""
+    log = changelog(directory)
+    for number in range(1, 5):
+        log.append(number, number)
+    log.snapshot(3, [1, 2, 3])
+    log.snapshot(4, [1, 2, 3, 4], least=2)
+    assert log.read(0) == (3, [1, 2, 3], [(4, 4)])
+    log.snapshot(4, [1, 2, 3, 4], least=1)
+    assert log.read(0) == (4, [1, 2, 3, 4], [])
+
+
 @pytest.mark.parametrize("late", [4, 3])
 def test_a_snapshot_that_comes_late_takes_none_away(directory: Path, late: int) -> None:
     """Two processes that make one at the same change, or one that made its own meanwhile."""

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from benchmarks.tiny import SHAPE
-from mora_serve.cluster.remote import ATTEMPTS, RemoteBase, RemoteEngine, ReplicaLost, total
+from mora_serve.cluster.remote import (
+    ATTEMPTS,
+    Description,
+    RemoteBase,
+    RemoteEngine,
+    ReplicaLost,
+    total,
+)
 from mora_serve.config import Config
 from mora_serve.core import EngineStats, Event, Finish, Request, TokenOut
 from mora_serve.errors import Failure, Internal, ResourceExhausted, Unavailable
@@ -47,11 +54,14 @@ class Scripted:
         return [EngineStats(running=1, resident=("a",)), EngineStats(running=2, resident=("b",))]
 
 
+SAID = Description("b", "f", "nf4", "bf16", "cpu", 64, 8, "bf16")
+
+
 def engine(*scripts: Script) -> tuple[RemoteEngine, list[Event], Scripted]:
     replicas = Scripted(*scripts)
     base = RemoteBase("b", SHAPE, None, "f", "nf4", "bf16", "cpu")
     told: list[bool] = []
-    made = RemoteEngine(replicas, base, 64, 8, Config(), asyncio.get_running_loop(), told.append)
+    made = RemoteEngine(replicas, base, SAID, Config(), asyncio.get_running_loop(), told.append)
     made.told = told
     events: list[Event] = []
     made._deliver = events.extend

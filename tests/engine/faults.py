@@ -1,11 +1,16 @@
-"""Faults in a real engine: its own forward, which raises or hangs for the batches a test names."""
+"""Faults in a real engine: its own forward, which raises or hangs for the batches a test names.
+
+And captures of graphs that raise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mora_serve.engine.engine import Engine
+from mora_serve.engine.graphs import Work
 from mora_serve.engine.scheduler import Chunk
 
 
@@ -47,3 +52,26 @@ def raises_for(*ids: str, after: int = 0, error: Exception | None = None) -> Cal
                 raise error or RuntimeError("an injected fault at /secret/path")
 
     return fault
+
+
+class FaultyCapture:
+    """A capture for any device, whose graphs are the work itself.
+
+    It raises ``error``, in the middle of the work, whenever ``faulty`` says so of how many it was
+    asked for, this one counted.
+    """
+
+    def __init__(
+        self, error: Exception, faulty: Callable[[int], bool] = lambda asked: True
+    ) -> None:
+        self.error, self.faulty, self.asked = error, faulty, 0
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def __call__(self, work: Work) -> Work:
+        self.asked += 1
+        if self.faulty(self.asked):
+            work()
+            raise self.error
+        return work

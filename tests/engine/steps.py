@@ -92,21 +92,15 @@ def adapters(decoder: Decoder, poison: int | None = None) -> AdapterSlots:
             part.a[s, :rank] = random(rank, part.a.shape[2]) * part.a.shape[2] ** -0.5
             part.b[s, :rank] = random(rank, part.width) * 0.1
             if dora:
-                if part.dora is None:
-                    part.dora = torch.zeros(
-                        slots.slots, part.width, dtype=slots.dtype, device=slots.device
-                    )
                 part.dora[s] = random(part.width) * 0.05
     for name, (_, dora) in ADAPTERS.items():
         for part in slots.parts():
-            if not dora and part.dora is not None:
+            if not dora:
                 part.dora[SLOT[name]] = 7.0  # of an adapter that was there before
     if poison is not None:
         slots.ranks[poison] = 16
         for part in slots.parts():
-            part.a[poison] = part.b[poison] = float("nan")
-            if part.dora is not None:
-                part.dora[poison] = float("nan")
+            part.a[poison] = part.b[poison] = part.dora[poison] = float("nan")
     return slots
 
 

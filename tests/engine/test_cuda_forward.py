@@ -21,26 +21,30 @@ pytest.importorskip("triton")
 
 from benchmarks import families
 from benchmarks.gpu_base import LLAMA, random_base
+from benchmarks.group_checkpoints import write
 from benchmarks.local import LocalEngine
 from benchmarks.many_adapters import Template
 from mora_serve.adapters.validate import read_upload
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Mixture, Request, SamplingParams
 from mora_serve.engine import runner
-from mora_serve.engine.cuda_forward import CudaForward, buckets, tile_sizes
+from mora_serve.engine.cuda_forward import CudaForward
 from mora_serve.engine.forward import Forward
-from mora_serve.engine.graphs import Variant
+from mora_serve.engine.graphs import Capture, Variant
+from mora_serve.engine.kernel_step import KernelStep, PromptStep, Room, buckets, tile_sizes
 from mora_serve.engine.sampler import SamplingRow, sample
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
 from mora_serve.errors import ConfigError
 from mora_serve.model.attention import KVPages
 from mora_serve.model.decoder import Decoder
+from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.kernels.products import Products, known_ways
 from mora_serve.model.loading import load_base
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import PROJECTIONS
-from tests.engine.steps import CONTEXT, MIXTURES, SLOT, World, distance, job
+from tests.engine.faults import FaultyCapture
+from tests.engine.steps import CONTEXT, GROUPS, MIXTURES, SLOT, World, distance, job
 from tests.model.kernels.compiling import compiled
 
 CARD = torch.cuda.is_available()
@@ -83,9 +87,10 @@ def base(
 
 
 def by_kernels(
-    product: Products | None = None, max_batch: int = 8
+    product: Products | None = None, max_batch: int = 8, capture: Capture | None = None
 ) -> Callable[[Decoder, AdapterSlots, KVPages], Forward]:
-    return lambda *parts: CudaForward(*parts, CONTEXT, max_batch, 4, product)
+    room = Room(CONTEXT, max_batch, 4)
+    return lambda *parts: CudaForward(KernelStep(*parts, room, product, capture))
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
@@ -112,6 +117,17 @@ def test_our_product_of_a_four_bit_base_gives_the_same_steps(root: Path) -> None
     assert distance(World(model, by_kernels(product)).run(FEW[1:2]), want) < 1e-5
 
 
+def test_our_product_of_a_base_in_groups_gives_the_same_steps(root: Path) -> None:
+    """GPTQ with zeros and inputs out of order, the head too: no matrix is multiplied by torch."""
+    write(directory("qwen2", root), root / "groups", GROUPS)
+    model = load_base(BaseConfig(str(root / "groups"), dtype="fp32", device=DEVICE)).decoder
+    assert isinstance(model.head, GroupWeight)
+    want = World(model.dense()).run(FEW[1:2])
+    ways = known_ways(model.device, model.dtype)
+    product = Products({"only": ways["kernel, bits"]}, "only")
+    assert distance(World(model, by_kernels(product)).run(FEW[1:2]), want) < 1e-5
+
+
 def test_nobody_s_numbers_reach_another(root: Path) -> None:
     """Pages full of NaN, a slot of NaN, a row that is NaN itself; padding writes nowhere."""
     model = base("small", root)
@@ -129,23 +145,31 @@ def test_nobody_s_numbers_reach_another(root: Path) -> None:
     assert distance(got, want) < 1e-5
 
 
-def test_dora_scales_that_come_later_are_used(root: Path) -> None:
-    """They get memory after the first steps; graphs of before are not used any more."""
+def test_the_first_dora_adapter_needs_no_graph_of_its_own(root: Path) -> None:
+    """Its scales are read by the graphs of before."""
     model = base("small", root)
-    scaled = [job(4, {"d": 0.6, "a": 1.0}, [3], seed=2)]
-    want = World(model).run(scaled)
-    world = World(model, by_kernels())
-    parts = list(world.slots.parts())
-    scales, flags = [p.dora for p in parts], list(world.slots.has_dora)
-    for part in parts:
-        part.dora = None
+    jobs = [job(4, {"d": 0.6, "a": 1.0}, [3], seed=2)]
+    want = World(model).run(jobs)
+    captures = FaultyCapture(RuntimeError(), lambda _: False)
+    world = World(model, by_kernels(capture=captures))
+    flags = list(world.slots.has_dora)
     world.slots.has_dora[:] = [False] * len(flags)
-    without = world.run(scaled)
-    for part, dora in zip(parts, scales, strict=True):
-        part.dora = dora
+    without = world.run(jobs)
+    asked = captures.asked
     world.slots.has_dora[:] = flags
-    assert distance(world.run(scaled), want) < 1e-5
+    assert distance(world.run(jobs), want) < 1e-5
     assert distance(without, want) > 1e-3
+    assert captures.asked == asked > 0
+
+
+def test_steps_that_cannot_be_captured_are_answered(root: Path) -> None:
+    """A card without memory for graphs computes what it would with them."""
+    model = base("small", root)
+    world = World(model, by_kernels(capture=FaultyCapture(torch.OutOfMemoryError("no memory"))))
+    want = World(model).run(FEW[1:])
+    assert distance(world.run(FEW[1:]), want) < 1e-5
+    assert isinstance(world.forward, CudaForward)
+    assert world.forward.eager == {Variant(1, 1)}
 
 
 def running(number: int, params: SamplingParams, answered: int) -> Running:
@@ -207,12 +231,27 @@ def test_a_chunk_that_does_not_sample_is_computed_all_the_same(root: Path) -> No
     assert distance([got], [want]) < 1e-5
 
 
+def test_a_step_leaves_the_next_one_laid_out(root: Path) -> None:
+    """Here the positions of the step that ran, on the host already those of the next."""
+    world = World(base("small", root), by_kernels())
+    forward = world.forward
+    assert isinstance(forward, CudaForward)
+    sequences = [running(i, SamplingParams(), 1) for i in range(2)]
+    with torch.inference_mode():
+        forward([Chunk(s, 0, 3, False) for s in sequences], {}.__getitem__)
+        forward([Chunk(s, 3, 1, True) for s in sequences], {}.__getitem__)
+    assert forward.step.decodes.device["positions"][:2].tolist() == [3, 3]
+    host = forward.step.decodes.begin()
+    assert host["positions"][:2].tolist() == [4, 4]
+    assert host["places"][:2].tolist() == [s.pages[0] * 16 + 4 for s in sequences]
+
+
 def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
     """Prompts of padding run through every kernel, and no page is written."""
     model = base("small", root)
     world = World(model, by_kernels(), fill=7.0)
     assert isinstance(world.forward, CudaForward)
-    world.forward.compile_prompts((3,))
+    world.forward.step.compile_prompts((3,))
     assert bool((world.kv.k == 7).all())
     assert bool((world.kv.v == 7).all())
     assert distance(world.run(FEW[1:2]), World(model).run(FEW[1:2])) < 1e-5
@@ -220,17 +259,16 @@ def test_compiling_ahead_leaves_no_trace(root: Path) -> None:
 
 def test_preparing_leaves_no_trace(root: Path) -> None:
     """What a capture runs is padding, before the first step and after others."""
-    world = World(base("small", root), by_kernels(max_batch=1), fill=7.0)
+    capture = None if CARD else FaultyCapture(RuntimeError(), lambda _: False)
+    world = World(base("small", root), by_kernels(max_batch=1, capture=capture), fill=7.0)
     forward = world.forward
     assert isinstance(forward, CudaForward)
-    if not CARD:  # a capture runs the work, which without one is not called ahead
-        forward._graphs.prepare = forward._decode  # type: ignore[method-assign]
     forward.prepare()
     assert bool((world.kv.k == 7).all())
     assert bool((world.kv.v == 7).all())
     world.run(FEW[:1])
     world.kv.k.fill_(7)
-    forward._graphs._graphs.clear()
+    forward.step.graphs._replays.clear()
     forward.prepare()
     assert bool((world.kv.k == 7).all())
 
@@ -249,22 +287,23 @@ def test_preparing_covers_every_layout_of_a_bucket() -> None:
     assert tile_sizes(64, 1) == [1, 16, 64]
 
 
-def llama() -> CudaForward:
+def llama() -> KernelStep:
     """A layer of Llama-3.1-8B without memory: tensors on "meta"."""
     meta = torch.device("meta")
     shape = replace(LLAMA, layers=1)
     decoder = random_base(shape, meta, torch.bfloat16).decoder
     slots = AdapterSlots(shape, 32, 16, torch.bfloat16, meta)
     kv = KVPages(1, shape.kv_heads, shape.head_dim, 4096, 16, torch.bfloat16, meta)
-    return CudaForward(decoder, slots, kv, 8192, 32, 4)  # the 4-bit product compiles elsewhere
+    return KernelStep(decoder, slots, kv, Room(8192, 32, 4))  # the 4-bit product compiles elsewhere
 
 
 def launch_prompts() -> None:
-    one, two = running(0, SamplingParams(), 1), running(1, SamplingParams(), 0)
-    llama()._run_prompts([Chunk(one, 3, 1, True), Chunk(two, 0, 3, True)], {}.__getitem__)
+    step = llama()
+    step.make_room(4)
+    step.run(PromptStep(tokens=4, chunks=2, single=1, longest=3, sampled=1))
 
 
-LAUNCHES = {"decode": lambda: llama()._decode(Variant(16, 1)), "prompts": launch_prompts}
+LAUNCHES = {"decode": lambda: llama().run(Variant(16, 1)), "prompts": launch_prompts}
 
 
 def test_whole_steps_compile_for_a_card_that_is_not_here() -> None:

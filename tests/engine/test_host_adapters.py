@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mora_serve.engine import host_adapters
 from mora_serve.engine.host_adapters import HostAdapters
+from mora_serve.model.int8_slots import Int8Slots, quantise_rows
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.native.library import library
 from mora_serve.model.shape import projection_path
@@ -56,10 +57,31 @@ def test_every_stored_dtype_is_read_exactly(make_engine, model_root, tmp_path, d
         assert len(found.modules) == len(adapter.modules)
         for module, stored in zip(found.modules, adapter.modules, strict=True):
             prefix = f"base_model.model.{projection_path(module.layer, module.projection)}"
-            assert torch.equal(module.a, tensors[f"{prefix}.lora_A.weight"].to(slots))
-            b = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
-            assert torch.equal(module.b, b.to(slots))
+            a, b = module.rows
+            assert torch.equal(a, tensors[f"{prefix}.lora_A.weight"].to(slots))
+            wanted = tensors[f"{prefix}.lora_B.weight"].float().T * stored.scaling
+            assert torch.equal(b, wanted.to(slots))
             assert module.dora is None
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["rslora", "patterns"])
+def test_int8_rows_are_of_the_file_s_numbers_scaled_in_float32(make_engine, model_root, name):
+    """Whatever the base's type: no rounding to it comes between."""
+    local = make_engine(names=(name,))
+    decoder, digest = local.base.decoder, local.digests[name]
+    slots = Int8Slots(decoder.shape, 1, 16, torch.bfloat16, torch.device("cpu"))
+    found = HostAdapters(decoder, slots, local._open, 1 << 20).get(digest)
+    tensors = load_file(model_root / "adapters" / name / "adapter_model.safetensors")
+    for module, stored in zip(found.modules, local.adapters[digest].modules, strict=True):
+        prefix = f"base_model.model.{projection_path(module.layer, module.projection)}"
+        a, b, scale = module.rows
+        want_a, scale_a = quantise_rows(tensors[f"{prefix}.lora_A.weight"])
+        want_b, scale_b = quantise_rows(tensors[f"{prefix}.lora_B.weight"].T * stored.scaling)
+        assert torch.equal(a, want_a)
+        assert torch.equal(b, want_b)
+        assert torch.equal(scale, scale_a * scale_b)
+    assert found.nbytes == sum(t.nbytes for module in found.modules for t in module.rows)
 
 
 def test_the_least_recently_used_adapter_goes_first_and_the_bytes_hold(make_engine):

@@ -39,6 +39,18 @@ def test_what_one_slot_and_one_page_take() -> None:
     assert page_bytes(SHAPE, 16, 2) == 2 * 32 * 8 * 128 * 16 * 2
 
 
+def test_int8_slots_are_half_as_large_and_twice_as_many() -> None:
+    """By hand: a byte a number, 4 a rank and projection; a quarter of a card goes twice as far."""
+    sides = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    outs = 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096
+    assert slot_bytes(SHAPE, 16, 2, "int8") == (16 * sides + 7 * 16 * 4 + outs * 2) * 32
+    whole, rounded = (
+        choose_sizes(SHAPE, config({"max_batch": 256}, dtype=dtype), 8192, 2, 40 * GB)
+        for dtype in ("auto", "int8")
+    )
+    assert 1.9 < rounded.slots / whole.slots < 2.1
+
+
 def test_on_a_cpu_sizes_are_plain_defaults() -> None:
     sizes = choose_sizes(SHAPE, config(), 131072, 2)
     assert sizes.slots == DEFAULT_SLOTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -34,6 +35,13 @@ def decoding(sequence: Sequence) -> Chunk:
     return Chunk(sequence, len(sequence.tokens) - 1, 1, True)
 
 
+def answered(sequence: Sequence) -> None:
+    """A token more, and a page for it where the last one is full."""
+    sequence.append(9)
+    if len(sequence.tokens) > SIZE * len(sequence.pages):
+        sequence.pages.append(1000 + len(sequence.tokens))
+
+
 def check(rows: DecodeRows, batch: list[Chunk], bucket: int, places: np.ndarray) -> None:
     """Each chunk's row says what the chunk is; all other rows are padding."""
     d = {name: t.numpy() for name, t in rows.buffers.device.items()}
@@ -59,7 +67,10 @@ def check(rows: DecodeRows, batch: list[Chunk], bucket: int, places: np.ndarray)
 
 @given(data=st.data())
 def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(data: st.DataObject) -> None:
-    """Sequences come, go, skip steps, and come back with other pages after a preemption."""
+    """Sequences come, go, skip steps, and come back with other pages after a preemption.
+
+    Steps raise while they are laid out or later, and are run again in parts, or token by token.
+    """
     rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
     alive: list[Sequence] = []
     numbers = itertools.count(1)
@@ -78,15 +89,68 @@ def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(data: st.DataObject
         if not here:
             continue
         batch = [decoding(s) for s in data.draw(st.permutations(here))]
+        if data.draw(st.integers(0, 7)) == 0:  # one of the tokens of before, as isolation cuts them
+            at = data.draw(st.integers(0, batch[0].start))
+            batch[0] = Chunk(batch[0].sequence, at, 1, at == batch[0].start)
         bucket = data.draw(st.integers(len(batch), ROWS))
+        if data.draw(st.integers(0, 7)) == 0:
+            with contextlib.suppress(KeyError):
+                rows.fill(batch, bucket, {}.__getitem__)
         before = list(rows.mixtures)
         places, changed = rows.fill(batch, bucket, SLOTS.__getitem__)
         check(rows, batch, bucket, places)
         assert changed or rows.mixtures == before
-        for sequence in here:
-            sequence.append(9)
-            if len(sequence.tokens) > SIZE * len(sequence.pages):
-                sequence.pages.append(1000 + len(sequence.tokens))
+        if data.draw(st.integers(0, 3)):
+            device = {name: t.clone() for name, t in rows.buffers.device.items()}
+            rows.ahead()
+            assert all(torch.equal(t, rows.buffers.device[name]) for name, t in device.items())
+        if data.draw(st.integers(0, 7)):
+            for chunk in batch:
+                if chunk.samples:
+                    answered(chunk.sequence)
+
+
+def test_the_next_step_of_the_same_sequences_lacks_only_tokens_and_new_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All else was laid out while the one before ran."""
+    rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
+    some = [running(i, 4 + i, ("aa",), temperature=0.8) for i in range(1, 6)]
+    rows.fill([decoding(s) for s in some], ROWS, SLOTS.__getitem__)
+    for _ in range(2 * SIZE):
+        rows.ahead()
+        for s in some:
+            answered(s)
+        batch = [decoding(s) for s in some]
+        with monkeypatch.context() as patched:
+            patched.setattr(rows, "_place", None)
+            patched.setattr(rows, "_lay_out", None)
+            places, changed = rows.fill(batch, ROWS, SLOTS.__getitem__)
+        assert not changed
+        check(rows, batch, ROWS, places)
+
+
+def test_after_the_last_token_of_a_context_no_place_is_laid_out() -> None:
+    """There is no page for it, nor room in the table."""
+    rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
+    full, other = running(1, SIZE * PAGES), running(2, 5)
+    rows.fill([decoding(full), decoding(other)], 2, SLOTS.__getitem__)
+    rows.ahead()
+    answered(other)
+    places, _ = rows.fill([decoding(other)], 1, SLOTS.__getitem__)
+    check(rows, [decoding(other)], 1, places)
+
+
+def test_nothing_is_laid_out_ahead_of_nothing() -> None:
+    """Before the first step, and after a reset."""
+    rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
+    rows.ahead()
+    rows.fill([decoding(running(1, 5))], 1, SLOTS.__getitem__)
+    rows.reset()
+    rows.ahead()
+    rows.buffers.upload(ROWS)
+    assert rows.buffers.device["places"].tolist() == [-1] * ROWS
+    assert not rows.buffers.device["positions"].any()
 
 
 def test_a_sequence_keeps_its_row_and_nothing_changes_while_the_same_ones_decode() -> None:
@@ -112,6 +176,11 @@ def test_a_step_that_raised_as_it_was_laid_out_leaves_no_row_half_made() -> None
     batch = [decoding(running(i, 5, ("aa", "bb"), temperature=0.8)) for i in (1, 2)]
     with pytest.raises(KeyError):
         rows.fill(batch, 2, {"aa": SLOTS["aa"]}.__getitem__)
+    places, changed = rows.fill(batch, 2, SLOTS.__getitem__)
+    assert changed
+    check(rows, batch, 2, places)
+    with pytest.raises(KeyError):  # another one, which takes the rows of these
+        rows.fill([decoding(running(3, 5, ("cc",)))], 2, SLOTS.__getitem__)
     places, changed = rows.fill(batch, 2, SLOTS.__getitem__)
     assert changed
     check(rows, batch, 2, places)

@@ -16,6 +16,7 @@ from benchmarks.local import LocalEngine
 from mora_serve.config import AdaptersConfig, BaseConfig, Config, EngineConfig
 from mora_serve.core import Event, SamplingParams
 from mora_serve.engine import orders
+from mora_serve.engine.cuda_forward import CudaForward
 from mora_serve.engine.failures import DeviceLost
 from mora_serve.errors import ConfigError
 from tests.engine.faults import FaultyForward
@@ -35,12 +36,12 @@ JOBS = [(PROMPT[i:], m, DRAWN if i % 2 else GREEDY) for i, m in enumerate(MIXTUR
 TEXTS = [[5, 6, 7], [8] * 30, []]
 
 
-def make(root, ranks, **adapters):
+def make(root, ranks, kernels="torch", **adapters):
     local = LocalEngine(
         Config(
             BaseConfig(str(root / "base"), quantization="none", dtype="fp32", device="cpu"),
             EngineConfig(
-                kernels="torch",
+                kernels=kernels,
                 threads=1,
                 tensor_parallel=ranks,
                 step_tokens=64,
@@ -97,6 +98,16 @@ def test_two_ranks_give_the_answers_of_one(both):
     assert got == want
     for row, other in zip(rows, reference, strict=True):
         torch.testing.assert_close(row, other, rtol=1e-4, atol=1e-3)
+
+
+def test_ranks_that_run_by_kernels_give_them_too(both, model_root):
+    """Prompts beside single tokens, as rank 0 lays them out; in the interpreter, without graphs."""
+    jobs = [(PROMPT[:3], m, SamplingParams(2, ignore_eos=True)) for m in (MIXTURES[1], MIXTURES[3])]
+    want = both[0].generate(jobs)
+    with make(model_root, 2, kernels="triton") as local:
+        assert isinstance(local.engine.runner.forward, CudaForward)
+        local.engine.runner.prepare()
+        assert local.generate(jobs) == want
 
 
 def test_adapters_that_come_and_go_are_the_same_on_every_rank(both):

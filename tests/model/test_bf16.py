@@ -22,7 +22,6 @@ def filled_slots(shape, dtype) -> AdapterSlots:
     for part in slots.parts():
         part.a.copy_(torch.randn(part.a.shape, generator=generator) * part.a.shape[2] ** -0.5)
         part.b.copy_(torch.randn(part.b.shape, generator=generator) * 0.1)
-        part.dora = torch.zeros(3, part.width, dtype=dtype)
         part.dora[1] = torch.rand(part.width, generator=generator) * 0.2 - 0.1
     return slots
 

@@ -26,10 +26,7 @@ def filled_slots(seed: int, dora: bool) -> AdapterSlots:
         for part in slots.parts():
             part.a[slot, :rank] = torch.randn(part.a[slot, :rank].shape, generator=generator)
             part.b[slot, :rank] = torch.randn(part.b[slot, :rank].shape, generator=generator)
-            if dora and part.dora is None:
-                part.dora = torch.zeros(SLOTS, part.width)
-            if dora and slot % 2 and part.dora is not None:
-                part.dora[slot] = torch.rand(part.width, generator=generator) - 0.5
+            part.dora[slot] = torch.rand(part.width, generator=generator) - 0.5
         slots.has_dora[slot] = dora and slot % 2 == 1
     return slots
 
@@ -68,7 +65,7 @@ def test_every_row_gets_its_own_mixture(chunks, dora, seed):
                     for part in slots.layers[0][site]:
                         out = slice(part.start, part.start + part.width)
                         delta = (x[row].double() @ part.a[slot].double().T) @ part.b[slot].double()
-                        if part.dora is not None:
+                        if slots.has_dora[slot]:
                             c = 1 + part.dora[slot].double()
                             delta = c * delta + (c - 1) * base[row, out].double()
                         want[out] += weight * delta

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mora_serve.model import quant
 from mora_serve.model.footprint import can_quantise
 from mora_serve.model.quant import DenseWeight, NF4Weight, fuse, product, quantise
 
@@ -62,3 +64,16 @@ def test_equal_rows_give_equal_bits_in_a_batch_of_any_size(threads, columns):
             assert torch.equal(y, y[:1].expand_as(y)), rows
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_bitsandbytes_the_numbers_are_the_same(dtype, monkeypatch):
+    """To the bit, however few rows are taken at a time."""
+    w = quantise(torch.randn(12, 192, generator=torch.Generator().manual_seed(3)))
+    large = NF4Weight(w.codes, w.absmax[:, :1].contiguous())  # a block of 192
+    want = [(w.dequantise(dtype), w.dequantise(dtype, 3, 10)), (large.dequantise(dtype),)]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ImportError
+    monkeypatch.setattr(quant, "CHUNK_ELEMENTS", 5 * 192)
+    assert torch.equal(w.dequantise(dtype), want[0][0])
+    assert torch.equal(w.dequantise(dtype, 3, 10), want[0][1])
+    assert torch.equal(large.dequantise(dtype), want[1][0])

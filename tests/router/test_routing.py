@@ -14,10 +14,11 @@ import pytest
 from mora_serve.adapters.card import RoutingCard
 from mora_serve.adapters.registry import Registry
 from mora_serve.core import SHARED_TENANT
-from mora_serve.errors import FailedPrecondition, InvalidArgument
+from mora_serve.errors import FailedPrecondition, InvalidArgument, Unavailable
 from mora_serve.router import routing as routing_module
 from mora_serve.router.routing import ROUTER_FILE, Routing, Snapshot
 from tests.adapters.make import LIMITS, SHAPE, adapter
+from tests.adapters.stores import memory_url, opened
 from tests.router.conftest import ADAPTERS
 from tests.router.make import FINGERPRINT, card, fitted, prompts
 
@@ -192,9 +193,8 @@ def test_a_router_that_another_process_has_replaced_already_fails_no_registratio
         assert best(other, REVERSE) == "reverse"
 
 
-@pytest.mark.parametrize("at", [1, 2])  # by the thread that refreshes, by the one that makes keys
 def test_a_router_that_cannot_be_read_is_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with two(tmp_path) as (ours, theirs):
         routing, other = Routing(ours, FINGERPRINT), Routing(theirs, FINGERPRINT)
@@ -203,7 +203,7 @@ def test_a_router_that_cannot_be_read_is_logged(
         def broken() -> dict[str, bytes] | None:
             nonlocal reads
             reads += 1
-            if reads == at:
+            if reads == 1:
                 raise OSError("input/output error")
             return read()
 
@@ -215,6 +215,34 @@ def test_a_router_that_cannot_be_read_is_logged(
         routing.load(fitted(1))
         theirs.refresh()
         wait_for(lambda: other.snapshot is not None)
+
+
+def test_a_router_that_the_store_does_not_give_now_is_taken_in_when_it_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Changed by another server, or there at the start: nobody tells of it a second time."""
+    monkeypatch.setattr(routing_module, "AGAIN_SECONDS", 0.01)
+    url = memory_url()
+    with opened(url) as ours, opened(url) as theirs:
+        other = Routing(theirs, "")
+        ours.set_router({ROUTER_FILE: fitted()})
+        read, refused = theirs.router, threading.Semaphore(0)
+
+        def unavailable() -> dict[str, bytes] | None:
+            refused.release()
+            raise Unavailable("server.store: no answer")
+
+        monkeypatch.setattr(theirs, "router", unavailable)
+        theirs.poll()
+        for _ in range(3):
+            assert refused.acquire(timeout=20)
+        assert caplog.text.count("is not there yet") == 1
+        started = Routing(theirs, "")
+        assert other.snapshot is started.snapshot is None
+        monkeypatch.setattr(theirs, "router", read)
+        wait_for(lambda: other.snapshot is not None and started.snapshot is not None)
+        for routing in (other, started):
+            routing.close()
 
 
 def test_a_registration_does_not_wait_for_the_keys_of_another_process_s_router(

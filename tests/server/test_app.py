@@ -64,6 +64,7 @@ def test_the_server_describes_itself(client, serving):
     assert (info.base.quantization, info.base.dtype, info.base.device) == ("none", "fp32", "cpu")
     assert (info.base.vocab_size, info.base.chat) == (320, True)
     assert len(info.base.fingerprint) >= 16
+    assert info.adapter_dtype == "fp32"
     limits = info.limits
     assert (limits.max_context, limits.max_tokens, limits.slots) == (CONTEXT, LONGEST, 8)
     assert info.adapters == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.errors import ResourceExhausted
 from mora_serve.server.follow import Pins
 from tests.adapters.make import LIMITS, SHAPE, adapter
+from tests.adapters.stores import memory_url, opened, stalled
 
 
 class Slots:
@@ -31,10 +34,16 @@ def registry():
         yield registry
 
 
-def test_a_reservation_ends_where_no_record_is_pinned(registry):
+@pytest.fixture
+def fetching():
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def test_a_reservation_ends_where_no_record_is_pinned(registry, fetching):
     """Because recording it failed, or recorded another content."""
     slots = Slots()
-    pins = Pins(slots, registry)
+    pins = Pins(slots, registry, fetching)
     with pytest.raises(RuntimeError), pins.reserved("a" * 64):
         raise RuntimeError
     assert slots.pinned == set()
@@ -46,9 +55,9 @@ def test_a_reservation_ends_where_no_record_is_pinned(registry):
     assert slots.pinned == {new.digest}
 
 
-def test_a_reservation_stays_where_its_record_is_pinned(registry):
+def test_a_reservation_stays_where_its_record_is_pinned(registry, fetching):
     slots = Slots()
-    pins = Pins(slots, registry)
+    pins = Pins(slots, registry, fetching)
     record, _ = registry.register("default", "a", adapter(1))
     for _ in range(2):  # a pinned one can be pinned again
         with pins.reserved(record.digest):
@@ -61,12 +70,28 @@ def test_a_reservation_stays_where_its_record_is_pinned(registry):
     assert slots.pinned == set()
 
 
-def test_of_two_reservations_one_may_fail(registry):
+def test_of_two_reservations_one_may_fail(registry, fetching):
     slots = Slots()
-    pins = Pins(slots, registry)
+    pins = Pins(slots, registry, fetching)
     record, _ = registry.register("default", "a", adapter(1))
     with pins.reserved(record.digest):
         with pytest.raises(RuntimeError), pins.reserved(record.digest):
             raise RuntimeError
         assert slots.pinned == {record.digest}
     assert slots.pinned == set()
+
+
+def test_what_another_server_pins_is_fetched_before_the_engine_is_told(fetching):
+    url, slots = memory_url(), Slots()
+    with opened(url) as ours, opened(url) as theirs:
+        Pins(slots, theirs, fetching)
+        ours.register("default", "a", adapter(1))
+        theirs.poll()
+        ours.pin("default", "a", True)
+        with stalled(theirs, "get_file") as store:
+            theirs.poll()
+            store.wait_for(1)
+            assert not slots.pinned
+        fetching.submit(int).result(60)
+        assert slots.pinned == {adapter(1).digest}
+        assert theirs.here(adapter(1).digest)

@@ -18,6 +18,7 @@ from mora_serve.model.kernels.activation import swiglu
 from mora_serve.model.kernels.norms import add_norm
 from mora_serve.model.kernels.rotary import Rotary
 from mora_serve.model.quant import Linear
+from mora_serve.model.shard import SUMMED
 
 Product = Callable[[Linear, Tensor], Tensor]
 
@@ -74,7 +75,10 @@ class KernelDecoder:
     ) -> Tensor:
         """Without the bias, which the next kernel adds."""
         y = self.product(layer.sites[site], x)
-        return y if adapters is None else adapters.apply(index, site, x, y)
+        if adapters is not None:
+            y = adapters.apply(index, site, x, y)
+        group = self.decoder.group
+        return group.sum(y) if group is not None and site in SUMMED else y
 
     def _rotary_of(self, layer: Layer) -> Rotary:
         shape = self.decoder.shape

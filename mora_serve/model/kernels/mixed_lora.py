@@ -15,12 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mora_serve.model.kernels.lora_kernels import (
-    expand_rows,
-    expand_tiles,
-    shrink_rows,
-    shrink_tiles,
-)
+from mora_serve.model.kernels.lora_kernels import expand, shrink
 from mora_serve.model.kernels.mixtures import (
     LARGE,
     SMALL,
@@ -31,7 +26,7 @@ from mora_serve.model.kernels.mixtures import (
 )
 from mora_serve.model.kernels.operands import dot_type
 
-__all__ = ["KernelAdapters", "MixtureBuffers", "Slots", "dora_parts"]
+__all__ = ["KernelAdapters", "MixtureBuffers", "Slots"]
 
 RANKS = 16  # rows of A and B that a program holds at a time, the least that tl.dot takes
 DOT_COLUMNS = 64  # of x and A at a time, where they are tiles
@@ -60,22 +55,13 @@ class Slots(Protocol):
     ranks: list[int]
     has_dora: list[bool]
     max_rank: int
+    dtype: torch.dtype
     device: torch.device
 
     @property
     def layers(self) -> Sequence[Mapping[str, tuple[Any, ...]]]:
         """The parts of each layer and site."""
         ...
-
-
-def dora_parts(slots: Slots) -> int:
-    """How many projections have DoRA scales.
-
-    They get memory as adapters first need them. A graph captured before that does not read them:
-    it is good only while this number is what it was.
-    """
-    parts = (p for sites in slots.layers for parts in sites.values() for p in parts)
-    return sum(p.dora is not None for p in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +72,7 @@ class _Site:
     a: tuple[Tensor, ...]
     b: tuple[Tensor, ...]
     scale: tuple[Tensor, ...] | None
+    dora: tuple[Tensor, ...]
     widths: tuple[int, ...]
     columns: int
 
@@ -97,6 +84,7 @@ class _Site:
             tuple(p.a for p in three),
             tuple(p.b for p in three),
             tuple(p.scale for p in three) if hasattr(parts[0], "scale") else None,
+            tuple(p.dora for p in three),
             tuple(p.b.shape[2] for p in parts) + (0,) * (3 - len(parts)),
             parts[0].a.shape[2],
         )
@@ -105,26 +93,17 @@ class _Site:
         """Partial sums of an inner product."""
         return -(-self.columns // BLOCKS[tile_rows].columns)
 
-    def dora(self) -> tuple[tuple[Tensor, ...], int]:
-        """The DoRA scales of three projections, and a bit for each that has any."""
-        found = [p.dora for p in self.parts]
-        known = next((d for d in found if d is not None), None)
-        if known is None:
-            return self.b, 0
-        bits = sum(1 << i for i, d in enumerate(found) if d is not None)
-        return tuple(known if d is None else d for d in (*found, None, None)[:3]), bits
-
 
 class KernelAdapters:
     """The adapters of whatever step ``buffers`` describe, read from the slots.
 
     Made once: it owns the device memory of the inner products. Its launches depend on x, y and
     ``buffers.tile_rows`` alone, so they can be captured in a CUDA graph and then do any mixtures
-    that are filled in for that size of tiles (see also dora_parts). Rows without adapters are
-    not touched. Sums are in float32; y is rounded once.
+    that are filled in for that size of tiles. Rows without adapters are not touched. Sums are in
+    float32; y is rounded once.
 
     ``early`` starts each kernel before the one ahead of it in the stream has ended, on a card of
-    capability 9.0 or more. It is off until it has been seen to be right and faster on one.
+    capability 9.0 or more; overlap.py says whether that is right and faster on one.
     """
 
     def __init__(self, slots: Slots, buffers: MixtureBuffers, early: bool = False) -> None:
@@ -179,20 +158,21 @@ class KernelAdapters:
         grid = (min(tiles * projections * splits, self._programs),)
         sizes = (s.columns, self._entries[rows], self.slots.max_rank)
         arguments = (x, x.stride(0), *s.a, self._inner, self.buffers.table, *sizes)
-        constants: dict[str, Any] = {
-            "PROJECTIONS": projections,
-            "SPLITS": splits,
-            "CHUNK": chunk,
-            "RANKS": RANKS,
-            "STRIDE": self.buffers.columns,
+        vector = rows == VECTOR
+        shrink[grid](
+            *arguments,
+            PROJECTIONS=projections,
+            SPLITS=splits,
+            CHUNK=chunk,
+            BLOCK=triton.next_power_of_2(min(chunk, s.columns)) if vector else DOT_COLUMNS,
+            RANKS=RANKS,
+            STRIDE=self.buffers.columns,
+            TILE_ROWS=rows,
+            OPERAND=dot_type(x.dtype),
+            num_warps=4,
+            num_stages=3 if vector else 4,
             **self._options,
-        }
-        if rows == VECTOR:
-            block = triton.next_power_of_2(min(chunk, s.columns))
-            shrink_rows[grid](*arguments, **constants, BLOCK=block, num_warps=4)
-        else:
-            tile = {"BLOCK": DOT_COLUMNS, "TILE_ROWS": rows, "OPERAND": dot_type(x.dtype)}
-            shrink_tiles[grid](*arguments, **constants, **tile, num_warps=4, num_stages=4)
+        )
 
     def _expand(self, s: _Site, y: Tensor) -> None:
         rows = self.buffers.tile_rows
@@ -200,27 +180,25 @@ class KernelAdapters:
         size = BLOCKS[rows]
         blocks = sum(-(-width // size.outputs) for width in s.widths)
         grid = (min(tiles * blocks, self._programs),)
-        dora, bits = s.dora()
         sizes = (self._entries[rows], self.slots.max_rank)
         arguments = (
-            *(y, y.stride(0), *s.b, *(s.scale or s.b), *dora, *s.widths),
+            *(y, y.stride(0), *s.b, *(s.scale or s.b), *s.dora, *s.widths),
             *(self._inner, self.buffers.table, *sizes),
         )
         splits = s.splits(rows)
-        constants = {
-            "SCALED": s.scale is not None,
-            "DORA": bits,
-            "SPLITS": splits,
-            "BLOCK": size.outputs,
-            "RANKS": RANKS,
-            "STRIDE": self.buffers.columns,
+        expand[grid](
+            *arguments,
+            SCALED=s.scale is not None,
+            SPLITS=splits,
+            SPLITS_UP=triton.next_power_of_2(splits),
+            BLOCK=size.outputs,
+            RANKS=RANKS,
+            STRIDE=self.buffers.columns,
+            TILE_ROWS=rows,
+            OPERAND=dot_type(y.dtype),
+            num_warps=size.warps,
+            # One stage for tiles: a pipelined wgmma with an operand in registers can be compiled
+            # wrong by ptxas before 13.3 (triton-lang/triton#9433).
+            num_stages=3 if rows == VECTOR else 1,
             **self._options,
-        }
-        if rows == VECTOR:
-            up = triton.next_power_of_2(splits)
-            expand_rows[grid](*arguments, **constants, SPLITS_UP=up, num_warps=size.warps)
-        else:
-            # One stage: a pipelined wgmma with an operand in registers can be compiled wrong by
-            # ptxas before 13.3 (triton-lang/triton#9433).
-            tile = {"TILE_ROWS": rows, "OPERAND": dot_type(y.dtype)}
-            expand_tiles[grid](*arguments, **constants, **tile, num_warps=size.warps, num_stages=1)
+        )

@@ -122,6 +122,17 @@ class MixtureBuffers:
         self._copy(1 + n)
         return tile_rows
 
+    def image(self) -> bytes:
+        """The step that was laid out last, for another process's ``receive``."""
+        return self._views[self._turn][: 1 + self.entries].tobytes()
+
+    def receive(self, image: bytes, tile_rows: int) -> None:
+        """Take a step as another process has laid it out, in tiles of ``tile_rows``."""
+        records = np.frombuffer(image, np.int32).reshape(-1, self.columns)
+        self._next_host()[: len(records)] = records
+        self.entries, self.tile_rows = len(records) - 1, tile_rows
+        self._copy(len(records))
+
     def _next_host(self) -> npt.NDArray[np.int32]:
         self._turn ^= 1
         if self._copied:

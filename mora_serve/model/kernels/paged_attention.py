@@ -186,6 +186,36 @@ def _share(
 
 
 @triton.jit
+def _places(table, key, exists, column, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Where in a head's pages the keys of a sequence lie, by its ``table``, and a mask of them."""
+    page = tl.load(table + key // PAGE, mask=exists, other=0)
+    place = page.to(tl.int64) * PAGE + key % PAGE
+    there = place[:, None] * DIM + column[None, :]
+    return there, exists[:, None] & (column < DIM)[None, :]
+
+
+@triton.jit
+def _scores(queries, keys, inside, scale, DOT: tl.constexpr):
+    k = tl.load(keys, mask=inside, other=0.0)
+    return tl.dot(queries.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
+
+
+@triton.jit
+def _added(top, total, acc, scores, values, inside, DOT: tl.constexpr):
+    """The running softmax with a tile of keys more: highest score, sum of weights, of values."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # Of a row that has seen no key yet, all scores are -inf: its weights shall be 0.
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    v = tl.load(values, mask=inside, other=0.0)
+    total = total * shrink + tl.sum(weights, 1)
+    rounded = weights.to(v.dtype).to(DOT)
+    acc = acc * shrink[:, None] + tl.dot(rounded, v.to(DOT), input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
 def _decode_kernel(
     q,
     keys,
@@ -225,24 +255,15 @@ def _decode_kernel(
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        table_row = table + row * table_stride
+        of_head = kv_head * head_stride
         for at in range(start, stop, TILE):
             key = at + tl.arange(0, TILE)
             seen = (key >= low) & (key < stop)
-            page = tl.load(table + row * table_stride + key // PAGE, mask=seen, other=0)
-            place = page.to(tl.int64) * PAGE + key % PAGE
-            there = kv_head * head_stride + place[:, None] * DIM + column[None, :]
-            inside = seen[:, None] & (column < DIM)[None, :]
-            k = tl.load(keys + there, mask=inside, other=0.0)
-            scores = tl.dot(queries.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
+            there, inside = _places(table_row, key, seen, column, DIM, PAGE)
+            scores = _scores(queries, keys + of_head + there, inside, scale, DOT)
             scores = tl.where(seen[None, :], scores, -float("inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(top - higher)
-            v = tl.load(values + there, mask=inside, other=0.0)
-            total = total * shrink + tl.sum(weights, 1)
-            rounded = weights.to(v.dtype).to(DOT)
-            acc = acc * shrink[:, None] + tl.dot(rounded, v.to(DOT), input_precision="ieee")
-            top = higher
+            top, total, acc = _added(top, total, acc, scores, values + of_head + there, inside, DOT)
         if SPLITS == 1:
             result = (acc / total[:, None]).to(out.dtype.element_ty)
             tl.store(out + head[:, None] * DIM + column[None, :], result, mask=real)
@@ -336,28 +357,17 @@ def _prefill_kernel(
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        table_row = table + chunk * table_stride
+        of_head = kv_head * head_stride
         for at in range(low // TILE * TILE, stop, TILE):
             key = at + tl.arange(0, TILE)
             exists = (key >= low) & (key < stop)
-            page = tl.load(table + chunk * table_stride + key // PAGE, mask=exists, other=0)
-            place = page.to(tl.int64) * PAGE + key % PAGE
-            there = kv_head * head_stride + place[:, None] * DIM + column[None, :]
-            inside = exists[:, None] & (column < DIM)[None, :]
-            k = tl.load(keys + there, mask=inside, other=0.0)
-            scores = tl.dot(queries.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
+            there, inside = _places(table_row, key, exists, column, DIM, PAGE)
+            scores = _scores(queries, keys + of_head + there, inside, scale, DOT)
             seen = exists[None, :] & (key[None, :] <= position[:, None])
             if WINDOW > 0:
                 seen = seen & (position[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, -float("inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            # Of a row that has seen no key yet, all scores are -inf: its weights shall be 0.
-            base = tl.where(higher == -float("inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(top - base)
-            v = tl.load(values + there, mask=inside, other=0.0)
-            total = total * shrink + tl.sum(weights, 1)
-            rounded = weights.to(v.dtype).to(DOT)
-            acc = acc * shrink[:, None] + tl.dot(rounded, v.to(DOT), input_precision="ieee")
-            top = higher
+            top, total, acc = _added(top, total, acc, scores, values + of_head + there, inside, DOT)
         result = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + at_query, result, mask=real)

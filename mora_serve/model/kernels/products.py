@@ -1,9 +1,9 @@
-"""Which way to multiply by a 4-bit matrix, by its shape and the number of rows.
+"""Which way to multiply by a 4-bit matrix, by its kind and shape and the number of rows.
 
-Three are known: bitsandbytes' own product, our kernel, which finds a code's value in one of two
-ways, and dequantising the matrix for a dense product. Which is fastest depends on the card, so on a
-card each is timed once at start, for each shape of the base; nothing is guessed. Equal numbers of
-rows always go the same way.
+Four are known: our kernel, which finds a code's value in one of two ways, a dense product after our
+kernel or torch has dequantised the matrix, and for NF4 bitsandbytes' own product. Which is fastest
+depends on the card, so on a card each is timed once at start, for each shape of the base; nothing
+is guessed. Equal numbers of rows always go the same way.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,37 +20,62 @@ from triton.errors import TritonError
 
 from mora_serve.model.footprint import BLOCK
 from mora_serve.model.kernels.capture import captured
-from mora_serve.model.kernels.nf4 import MOST_ROWS, NF4Product, default_plan
-from mora_serve.model.quant import Linear, NF4Weight, Weight, product
+from mora_serve.model.kernels.four_bit import (
+    GROUP_LOOKUPS,
+    MOST_ROWS,
+    NF4_LOOKUPS,
+    FourBit,
+    FourBitProduct,
+    default_plan,
+)
+from mora_serve.model.quant import Linear, NF4Weight, Weight
 
 log = logging.getLogger(__name__)
 
-Way = Callable[[NF4Weight, Tensor], Tensor]
-Shape = tuple[int, int]
+Way = Callable[[FourBit, Tensor], Tensor]
 
-LOOKUPS = ("table", "tree")
+TORCH, BY_DENSE, BITSANDBYTES = "dense", "kernel, dense", "bitsandbytes"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REPEAT = 7
 MATRICES = 8  # of one shape that are timed one after another: more than a cache holds
 
 
-def dense(weight: NF4Weight, x: Tensor) -> Tensor:
-    """Dequantise all, multiply densely."""
-    return product(x, weight.dequantise(x.dtype))
+class Form(NamedTuple):
+    """What decides which way is the fastest: the kind of weight and its size."""
+
+    kind: str
+    out: int
+    columns: int
 
 
-def bitsandbytes(weight: NF4Weight, x: Tensor) -> Tensor:
-    """bitsandbytes' product, which for some shapes is the dense way in one call."""
+def form(weight: FourBit) -> Form:
+    """``kind`` is nf4, or says how many inputs share a scale."""
+    kind = "nf4" if isinstance(weight, NF4Weight) else f"groups of {weight.group}"
+    return Form(kind, *weight.shape)
+
+
+def dense(weight: FourBit, x: Tensor) -> Tensor:
+    """Dequantise all by torch (NF4 by bitsandbytes), multiply densely."""
+    return weight.matmul(x)
+
+
+def bitsandbytes(weight: FourBit, x: Tensor) -> Tensor:
+    """bitsandbytes' product, which for some shapes is the dense way in one call.
+
+    Raises ValueError for other weights than NF4.
+    """
+    if not isinstance(weight, NF4Weight):
+        raise ValueError("not NF4")
     out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
         x, weight.codes.view(-1, 1), list(weight.shape), weight.absmax.view(-1), BLOCK, "nf4"
     )
     return out
 
 
-def kernel(product: NF4Product, lookup: str) -> Way:
+def kernel(product: FourBitProduct, lookup: str) -> Way:
     """Our own, by its default plan; raises ValueError for more rows than it is for."""
 
-    def way(weight: NF4Weight, x: Tensor) -> Tensor:
+    def way(weight: FourBit, x: Tensor) -> Tensor:
         if len(x) > MOST_ROWS:
             raise ValueError(f"{len(x)} rows")
         return product(x, weight, default_plan(len(x), *weight.shape, lookup))
@@ -59,36 +84,41 @@ def kernel(product: NF4Product, lookup: str) -> Way:
 
 
 def known_ways(device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
-    """Those that there are on this device, for x in ``dtype``; our kernel's are always there."""
-    product_ = NF4Product(device, dtype)
-    ways: dict[str, Way] = {f"kernel, {name}": kernel(product_, name) for name in LOOKUPS}
+    """Those that there are on this device, for x in ``dtype``; our kernel's are always there.
+
+    Each raises ValueError for a kind of weight that it is not for.
+    """
+    product = FourBitProduct(device, dtype)
+    lookups = (*NF4_LOOKUPS, *GROUP_LOOKUPS)
+    ways: dict[str, Way] = {f"kernel, {lookup}": kernel(product, lookup) for lookup in lookups}
+    ways[BY_DENSE] = lambda weight, x: product.by_dense(x, weight)
+    ways[TORCH] = dense
     try:
         import bitsandbytes as package  # noqa: F401 - registers torch.ops.bitsandbytes
     except (ImportError, OSError) as e:
-        log.warning("bitsandbytes cannot be used (%s): 4-bit products by our own kernel", e)
+        log.warning("bitsandbytes cannot be used (%s): 4-bit products by our own kernels", e)
         return ways
-    ways["dense"] = dense
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since its version 0.50
-        ways["bitsandbytes"] = bitsandbytes
+        ways[BITSANDBYTES] = bitsandbytes
     return ways
 
 
 class Products:
     """Callable as decoder.Product: the fastest way for each matrix and number of rows.
 
-    ``table`` gives, for a shape (out, in), the names of the ways by number of rows ascending; what
-    it does not know goes the way of ``default``.
+    ``table`` gives the names of the ways by number of rows ascending; what it does not know goes
+    the way of ``default``.
     """
 
     def __init__(
         self,
         ways: Mapping[str, Way],
         default: str,
-        table: Mapping[Shape, Mapping[int, str]] | None = None,
+        table: Mapping[Form, Mapping[int, str]] | None = None,
     ) -> None:
         self._ways, self._default = ways, ways[default]
         self.table = dict(table or {})
-        self._steps = {shape: sorted(by_rows) for shape, by_rows in self.table.items()}
+        self._steps = {key: sorted(by_rows) for key, by_rows in self.table.items()}
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         """x [rows, in] -> x @ W.T [rows, out], without the bias."""
@@ -97,15 +127,15 @@ class Products:
 
     def part(self, weight: Weight, x: Tensor) -> Tensor:
         """By one matrix."""
-        if not isinstance(weight, NF4Weight):
+        if not isinstance(weight, FourBit):
             return weight.matmul(x)
-        return self._way(weight.shape, len(x))(weight, x)
+        return self._way(form(weight), len(x))(weight, x)
 
-    def _way(self, shape: Shape, rows: int) -> Way:
-        steps = self._steps.get(shape)
+    def _way(self, key: Form, rows: int) -> Way:
+        steps = self._steps.get(key)
         if not steps:
             return self._default
-        return self._ways[self.table[shape][steps[min(bisect_left(steps, rows), len(steps) - 1)]]]
+        return self._ways[self.table[key][steps[min(bisect_left(steps, rows), len(steps) - 1)]]]
 
 
 def measure(
@@ -114,27 +144,43 @@ def measure(
     ways: Mapping[str, Way],
     seconds: Callable[[Callable[[], object]], float],
     rows: Sequence[int] = ROWS,
-) -> dict[Shape, dict[int, str]]:
+) -> dict[Form, dict[int, str]]:
     """The fastest way for each 4-bit matrix of ``linears`` with x in ``dtype``, by number of rows.
 
-    ``seconds`` runs its argument and says how long that took; it runs through several matrices of
-    one shape, so that none is found in a cache. A way that raises for a shape is left out there.
-    Raises RuntimeError where every way does.
+    See ``times``. Raises RuntimeError where every way does.
     """
-    by_shape: dict[Shape, list[NF4Weight]] = {}
-    for weight in (part for linear in linears for part in linear.parts):
-        if isinstance(weight, NF4Weight):
-            by_shape.setdefault(weight.shape, []).append(weight)
-    table: dict[Shape, dict[int, str]] = {}
-    for shape, weights in by_shape.items():
-        table[shape] = {}
-        for n in rows:
-            x = torch.randn(n, shape[1], device=weights[0].codes.device).to(dtype)
-            table[shape][n] = fastest(
-                {name: _time(way, weights[:MATRICES], x, seconds) for name, way in ways.items()}
-            )
-        log.info("4-bit products of %s by rows: %s", shape, table[shape])
+    table: dict[Form, dict[int, str]] = {}
+    for key, by_rows in times(linears, dtype, ways, seconds, rows):
+        table[key] = {n: fastest(took) for n, took in by_rows.items()}
+        log.info("4-bit products of %s by rows: %s", key, table[key])
     return table
+
+
+def times(
+    linears: Iterable[Linear],
+    dtype: torch.dtype,
+    ways: Mapping[str, Way],
+    seconds: Callable[[Callable[[], object]], float],
+    rows: Sequence[int],
+) -> Iterator[tuple[Form, dict[int, dict[str, float | None]]]]:
+    """For each form of 4-bit matrix: by number of rows what each way takes, None where it cannot.
+
+    ``seconds`` runs its argument and says how long that took; it runs through several matrices of
+    one form, so that none is found in a cache, and what is given here is for one of them. A way
+    that raises is one that cannot.
+    """
+    by_form: dict[Form, list[FourBit]] = {}
+    for weight in (part for linear in linears for part in linear.parts):
+        if isinstance(weight, FourBit):
+            by_form.setdefault(form(weight), []).append(weight)
+    for key, weights in by_form.items():
+        by_rows: dict[int, dict[str, float | None]] = {}
+        for n in rows:
+            x = torch.randn(n, key.columns, device=weights[0].codes.device).to(dtype)
+            by_rows[n] = {
+                name: _time(way, weights[:MATRICES], x, seconds) for name, way in ways.items()
+            }
+        yield key, by_rows
 
 
 def fastest(took: Mapping[str, float | None]) -> str:
@@ -147,7 +193,7 @@ def fastest(took: Mapping[str, float | None]) -> str:
 
 def _time(
     way: Way,
-    weights: Sequence[NF4Weight],
+    weights: Sequence[FourBit],
     x: Tensor,
     seconds: Callable[[Callable[[], object]], float],
 ) -> float | None:
@@ -157,11 +203,12 @@ def _time(
 
     try:
         work()  # compiles, and finds out whether it can
-        return seconds(work)
+        return seconds(work) / len(weights)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TritonError) as e:
-        log.info("a way of 4-bit products does not take %s: %s", weights[0].shape, e)
+    except (RuntimeError, ValueError, ImportError, OSError, TritonError) as e:
+        level = logging.DEBUG if isinstance(e, ValueError) else logging.INFO
+        log.log(level, "a way of 4-bit products does not take %s: %s", form(weights[0]), e)
         return None
 
 

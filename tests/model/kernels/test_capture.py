@@ -19,10 +19,16 @@ def test_a_replay_computes_what_is_in_the_buffers_now() -> None:
     assert y.tolist() == [6, 6, 6, 6]
 
 
-def test_a_capture_that_fails_leaves_the_current_stream_as_it_was() -> None:
+def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were() -> None:
+    """Memory is shared with graphs of before, so the next one is captured in the same."""
     before, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    graph = captured(lambda: x.add_(1), pool)
     with pytest.raises(RuntimeError):
-        captured(x.sum().item)  # waits for the device, which a capture does not allow
+        captured(x.sum().item, pool)  # waits for the device, which a capture does not allow
     assert torch.cuda.current_stream() == before
     assert (x + 1).tolist() == [2, 2, 2, 2]
-    assert captured(lambda: x + 1) is not None  # and the next one works
+    next_one = captured(lambda: x.mul_(3), pool)
+    graph.replay()
+    next_one.replay()
+    assert x.tolist() == [6, 6, 6, 6]

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
+from mora_serve.model.group_quant import GroupWeight
 from mora_serve.model.kernels.activation import swiglu
-from mora_serve.model.kernels.nf4 import NF4Product, Plan, default_plan
+from mora_serve.model.kernels.four_bit import FourBit, FourBitProduct, Plan, default_plan
 from mora_serve.model.kernels.norms import add_norm
 from mora_serve.model.kernels.paged_attention import (
     DecodeScratch,
@@ -57,7 +58,7 @@ def prefills_after_decodes() -> None:
 def few_rows() -> None:
     """Numbers of rows that one plan is for, a power of two among them."""
     for rows in (5, 7, 16):
-        nf4(rows, 512, 1024)
+        product(rows, nf4(512, 1024))
 
 
 def rotary(heads, kv_heads, dim) -> None:
@@ -72,11 +73,30 @@ def norm(columns: int) -> None:
     add_norm(h, h, h[0], 1e-5, h, h[0])
 
 
-def nf4(rows, out, columns, plan: Plan | None = None) -> None:
-    codes = empty(out, columns // 2, dtype=torch.uint8)
-    weight = NF4Weight(codes, empty(out, columns // 64, dtype=FP32))
-    plan = plan or default_plan(rows, out, columns)
-    NF4Product(META, BF16)(empty(rows, columns), weight, plan)
+def nf4(out: int, columns: int) -> NF4Weight:
+    return NF4Weight(codes(out, columns), empty(out, columns // 64, dtype=FP32))
+
+
+def groups(out: int, columns: int, group: int, zeros: bool = True) -> GroupWeight:
+    """In no order of their own: inputs are sorted by torch."""
+    size = out, -(-columns // group)
+    zero = empty(*size, dtype=torch.uint8) if zeros else None
+    return GroupWeight(codes(out, columns), empty(*size, dtype=FP32), zero, group)
+
+
+def codes(out: int, columns: int) -> torch.Tensor:
+    return empty(out, columns // 2, dtype=torch.uint8)
+
+
+def product(
+    rows: int, weight: FourBit, lookup: str = "table", plan: Plan | None = None, dtype=BF16
+) -> None:
+    x = empty(rows, weight.shape[1], dtype=dtype)
+    FourBitProduct(META, dtype)(x, weight, plan or default_plan(rows, *weight.shape, lookup))
+
+
+def dense(weight: FourBit) -> None:
+    FourBitProduct(META, BF16).dense(weight, BF16)
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
@@ -90,14 +110,25 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "norm": partial(norm, 4096),
     "swiglu": lambda: swiglu(empty(16, 2 * 14336), empty(16, 14336), empty(2 * 14336)),
     "rotary": partial(rotary, 28, 4, 80),
-    "nf4-one": partial(nf4, 1, 4096, 14336),
-    "nf4-one-tree": partial(nf4, 1, 4096, 4096, default_plan(1, 4096, 4096, "tree")),
-    "nf4-few": partial(nf4, 16, 6144, 4096),
+    "nf4-one": partial(product, 1, nf4(4096, 14336)),
+    "nf4-one-tree": partial(product, 1, nf4(4096, 4096), "tree"),
+    "nf4-few": partial(product, 16, nf4(6144, 4096)),
     "nf4-rows": few_rows,
-    "nf4-many": partial(nf4, 256, 6144, 4096, Plan(128, 128, 1, 1, "table", 8)),
+    "nf4-many": partial(product, 256, nf4(6144, 4096), "", Plan(128, 128, 64, 1, "table", 8)),
+    "nf4-dense": partial(dense, nf4(6144, 4096)),
+    "groups-one": partial(product, 1, groups(4096, 14336, 128), "bits"),
+    "groups-one-cast": partial(product, 1, groups(4096, 11008, 11008, zeros=False), "cast"),
+    "groups-few": partial(product, 16, groups(6144, 4096, 128), "bits"),
+    "groups-few-cast": partial(product, 64, groups(6144, 4096, 32), "cast"),
+    "groups-many": partial(product, 256, groups(4096, 14336, 14336, zeros=False), "bits"),
+    "groups-half": partial(product, 16, groups(6144, 4096, 64), "bits", dtype=torch.float16),
+    "groups-dense": partial(dense, groups(6144, 4096, 128)),
 }
 # Ampere's and Hopper's tensor cores are compiled for differently, the rest is not.
-ON_TENSOR_CORES = ("decode", "prefill", "prefill-wide", "nf4-few", "nf4-many")
+ON_TENSOR_CORES = (
+    *("decode", "prefill", "prefill-wide", "nf4-few", "nf4-many"),
+    *("groups-few", "groups-few-cast", "groups-many", "groups-half"),
+)
 ONCE = ("prefills", "nf4-rows")  # launches that share a binary
 ARCHITECTURES = {case: (80, 90) if case in ON_TENSOR_CORES else (90,) for case in LAUNCHES}
 ARCHITECTURES["prefill-fp32"] = (86, 90)
