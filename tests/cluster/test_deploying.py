@@ -23,7 +23,7 @@ def deployments(**keys: Any) -> tuple[Any, Any]:
 def test_without_a_shared_store_nothing_is_deployed():
     with pytest.raises(ConfigError) as e:
         app({})
-    assert e.value.field == "server.state"
+    assert e.value.field == "server.store"
 
 
 def test_an_unknown_key_is_an_error():
