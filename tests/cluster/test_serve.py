@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -26,8 +25,10 @@ SECONDS = 60.0  # that a condition may take on a busy machine
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    folder = tmp_path_factory.mktemp("cluster")
     flags = {
-        "server.state": str(tmp_path_factory.mktemp("state")),
+        "server.store": f"file://{folder}/store",
+        "server.state": str(folder / "state"),
         "adapters.root": str(bundle_path() / "adapters"),
         "cluster.replicas": 2,
         "cluster.gateways": 2,
@@ -166,5 +167,4 @@ def test_a_killed_replica_costs_no_answer_and_comes_back(cluster: LocalCluster, 
 def test_the_store_is_that_of_all(cluster: LocalCluster, client: Client):
     with Client(cluster.addresses[1]) as other:
         names = [a.name for a in client.list_adapters()]
-        assert names == [a.name for a in other.list_adapters()]
-        assert (Path(bundle_path()) / "adapters" / names[0]).is_dir()
+        assert names == [a.name for a in other.list_adapters()] != []
