@@ -39,6 +39,7 @@ from mora_serve.model.shape import shape_from_config
 ROWS = (1, 2, 4, 8)  # answers at a time, of each engine, whose steps are timed
 SETTLED = 2.5  # seconds, after which the engines' counters are up to date
 SHORT = 16  # tokens of a prompt
+DRAWS = 15  # of what the model leaves to chance
 PROBES = 32  # first tokens timed
 FEWEST = 8  # first tokens beside so many answers that tell how long they take
 
@@ -293,12 +294,18 @@ def traffic(profile: Profile, work: Work, servers: int) -> list[Job]:
 def modelled(
     profile: Profile, work: Work, servers: int, routing: Routing, trace: Sequence[Job]
 ) -> dict[str, Any]:
-    """The figures that the model foretells, from empty slots."""
-    own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+    """The figures that the model foretells, from empty slots: medians of DRAWS runs of it.
+
+    They differ in what a real one does by chance: whose home is where, and how long a wait is.
+    """
     report = REPORT_SECONDS if routing == "affinity" else 0.0
-    cluster = Cluster(servers, profile, work.limits, routing, work.seed, report)
-    cluster.run(own)
-    return cluster.figures(own)
+    drawn: list[dict[str, Any]] = []
+    for seed in range(DRAWS):
+        own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+        cluster = Cluster(servers, profile, work.limits, routing, seed, report)
+        cluster.run(own)
+        drawn.append(cluster.figures(own))
+    return {key: statistics.median(d[key] for d in drawn) for key in drawn[0]}
 
 
 def real(
