@@ -3,7 +3,9 @@
 One server, and replicas on Ray Serve behind their gateway (``benchmarks.local_cluster``), on the
 demo's base, each engine with one thread and fewer slots than adapters, asked over gRPC. What a step
 and a first token take is measured of either: of the cluster with all replicas at work, as they
-share this machine's cores with the gateway, with Ray and with this client.
+share this machine's cores with the gateway, with Ray and with this client. What first tokens take
+besides their steps is that of other traffic of the same rate, on adapters that stay in slots, under
+Ray's own routing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks import metrics
 from benchmarks.cluster_model import Cluster, zipf_trace
 from benchmarks.local_cluster import LocalCluster
 from benchmarks.many_adapters import ATTENTION, Template
-from benchmarks.open_loop import play, streamed
+from benchmarks.open_loop import Outcome, play, streamed
 from benchmarks.replica_model import Job, Limits, Profile
 from mora_serve.client import AsyncClient, Client
 from mora_serve.cluster.policy import REPORT_SECONDS, Routing
@@ -36,12 +38,18 @@ from mora_serve.model.shape import shape_from_config
 
 ROWS = (1, 2, 4, 8)  # answers at a time, of each engine, whose steps are timed
 SETTLED = 2.5  # seconds, after which the engines' counters are up to date
-PROBES = 32  # first tokens timed beside so many answers
+SHORT = 16  # tokens of a prompt
+DRAWS = 15  # of what the model leaves to chance
+PROBES = 32  # first tokens timed
+FEWEST = 8  # first tokens beside so many answers that tell how long they take
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of the servers: tokens of a request, adapters, slots, traffic."""
+    """What is asked of the servers: tokens of a request, adapters, slots, traffic.
+
+    ``utilisation`` is the share of what they could do one request at a time.
+    """
 
     adapters: int
     slots: int
@@ -51,6 +59,7 @@ class Work:
     exponent: float
     seconds: float
     seed: int
+    utilisation: float = 0.25
 
     @property
     def limits(self) -> Limits:
@@ -175,14 +184,13 @@ def calibrate_cluster(root: Path, work: Work, profile: Profile, replicas: int) -
 async def _calibrate(address: str, work: Work) -> Profile:
     async with AsyncClient(address, timeout=120.0) as client:
         probe = _Probe(client)
-        cold = [await probe.first(i, 16) for i in range(work.adapters)]
-        rounds = [await probe.first(i, 16) for _ in range(2) for i in range(work.adapters)]
-        warm = [await probe.first(0, 16) for _ in range(PROBES)][1:]
-        long = [await probe.first(0, 16 + 128) for _ in range(PROBES)]
+        cold = [await probe.first(i, SHORT) for i in range(work.adapters)]
+        rounds = [await probe.first(i, SHORT) for _ in range(2) for i in range(work.adapters)]
+        warm = [await probe.first(0, SHORT) for _ in range(PROBES)][1:]
     still = statistics.median(warm)
     profile = Profile(
         step={},
-        prompt_token=max(0.0, statistics.median(long) - still) / 128,
+        prompt_token=0.0,
         beside={0: [0.0]},
         load=max(0.0, statistics.median(rounds) - still),
         first_load=max(0.0, statistics.median(cold) - still),
@@ -194,15 +202,39 @@ async def _calibrate_waits(address: str, work: Work, profile: Profile, engines: 
     """The profile with what steps and first tokens take, each of the engines as busy."""
     async with AsyncClient(address, timeout=120.0) as client:
         probe = _Probe(client)
-        own = [await probe.first(0, work.prompt) for _ in range(2 * PROBES)][PROBES:]
+        for _ in range(2 * PROBES):  # loads adapter 0 everywhere, and is not timed
+            await probe.first(0, work.prompt)
+        lengths = (SHORT, work.prompt)
+        pairs = [[await probe.first(0, length) for length in lengths] for _ in range(PROBES)]
+        short, own = zip(*pairs, strict=True)
+        more = statistics.median(own) - statistics.median(short)
         step = {n: await probe.step(n * engines, work.slots) for n in ROWS}
-        profile = replace(profile, step=step)
-        beside: dict[int, list[float]] = {}
-        for n in (0, *ROWS):
-            took = await probe.beside(n * engines, work) if n else own
+        profile = replace(
+            profile, step=step, prompt_token=max(0.0, more) / max(1, work.prompt - SHORT)
+        )
+    calm = replace(work, adapters=work.slots, seed=work.seed + 1)  # all of them stay in slots
+    trace = traffic(profile, calm, engines)
+    outcomes = await _play(address, calm, trace)
+    return replace(profile, beside=waits(profile, work, engines, outcomes))
+
+
+def waits(
+    profile: Profile, work: Work, engines: int, outcomes: Sequence[Outcome]
+) -> dict[int, list[float]]:
+    """What first tokens took besides their steps, by the answers that an engine had at work.
+
+    By the mean of all engines, as this client saw them; too few of a number go to the next lower.
+    """
+    by_work: dict[int, list[float]] = {}
+    for outcome in outcomes:
+        at_work = sum(o.sent < outcome.sent < o.ended for o in outcomes)
+        by_work.setdefault(round(at_work / engines), []).append(outcome.first_token)
+    beside: dict[int, list[float]] = {}
+    for n, took in sorted(by_work.items()):
+        if len(took) >= FEWEST or not beside:
             steps = modelled_first(profile, work, n)
             beside[n] = sorted(max(0.0, t - steps) for t in took)
-    return replace(profile, beside=beside)
+    return beside
 
 
 def modelled_first(profile: Profile, work: Work, running: int) -> float:
@@ -246,38 +278,14 @@ class _Probe:
             ]
         return statistics.median(took)
 
-    async def beside(self, rows: int, work: Work) -> list[float]:
-        """Seconds to first tokens of one request at a time, beside so many streams."""
-        streams = [
-            asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400))) for i in range(rows)
-        ]
-        await asyncio.sleep(0.1)
-        took: list[float] = []
-        while len(took) < PROBES:
-            for i, task in enumerate(streams):
-                if task.done():
-                    task.result()  # one that failed ends the measurement
-                    streams[i] = asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400)))
-            took.append(await self.first(0, work.prompt))
-            await asyncio.sleep(random.Random(len(took)).uniform(0.0, 0.02))
-        for task in streams:
-            task.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-        return took
-
-
-async def _drain(messages: AsyncIterator[int]) -> None:
-    async for _ in messages:
-        pass
-
 
 # --- the same traffic, real and modelled --------------------------------------------------------
 
 
-def traffic(profile: Profile, work: Work, servers: int, utilisation: float) -> list[Job]:
+def traffic(profile: Profile, work: Work, servers: int) -> list[Job]:
     """Arrivals at a share of what the servers could do one request at a time."""
     alone = work.prompt * profile.prompt_token + profile.step[1] * work.output
-    rate = utilisation * servers / alone
+    rate = work.utilisation * servers / alone
     requests = max(1, int(rate * work.seconds))
     sizes = (work.adapters, work.exponent, work.prompt, work.output, work.seed)
     return zipf_trace(requests, rate, *sizes)
@@ -286,12 +294,18 @@ def traffic(profile: Profile, work: Work, servers: int, utilisation: float) -> l
 def modelled(
     profile: Profile, work: Work, servers: int, routing: Routing, trace: Sequence[Job]
 ) -> dict[str, Any]:
-    """The figures that the model foretells, from empty slots."""
-    own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+    """The figures that the model foretells, from empty slots: medians of DRAWS runs of it.
+
+    They differ in what a real one does by chance: whose home is where, and how long a wait is.
+    """
     report = REPORT_SECONDS if routing == "affinity" else 0.0
-    cluster = Cluster(servers, profile, work.limits, routing, work.seed, report)
-    cluster.run(own)
-    return cluster.figures(own)
+    drawn: list[dict[str, Any]] = []
+    for seed in range(DRAWS):
+        own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+        cluster = Cluster(servers, profile, work.limits, routing, seed, report)
+        cluster.run(own)
+        drawn.append(cluster.figures(own))
+    return {key: statistics.median(d[key] for d in drawn) for key in drawn[0]}
 
 
 def real(
@@ -323,7 +337,7 @@ def real(
     }
 
 
-async def _play(address: str, work: Work, trace: Sequence[Job]) -> Sequence[Any]:
+async def _play(address: str, work: Work, trace: Sequence[Job]) -> Sequence[Outcome]:
     async with AsyncClient(address, timeout=120.0) as client:
         await client.server_info()  # connects
 

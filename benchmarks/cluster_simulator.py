@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate, simulate, compare, print, report."""
     args = parse(argv)
     work = Work(
-        **{key: getattr(args, f"check_{key}") for key in ("adapters", "slots", "seconds")},
+        **{
+            key: getattr(args, f"check_{key}")
+            for key in ("adapters", "slots", "seconds", "utilisation")
+        },
         prompt=args.prompt,
         output=args.output,
         rank=args.rank,
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             profile = cluster_reality.calibrate(root, work)
             report.log(f"profile: {profile.as_json()}")
             if not args.no_check:
-                checks = check(root, profile, work, args)
+                checks = check(root, profile, work)
     start = time.perf_counter()
     if args.load_seconds is not None:
         profile = replace(profile, load=args.load_seconds, first_load=args.load_seconds)
@@ -142,9 +145,7 @@ def grid(profile: Profile, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [point(*where) for where in points]
 
 
-def check(
-    root: Path, profile: Profile, work: Work, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def check(root: Path, profile: Profile, work: Work) -> list[dict[str, Any]]:
     """Predictions, made before each run, and what was measured."""
     shared = cluster_reality.calibrate_cluster(root, work, profile, 2)
     report.log(f"profile of a replica: {shared.as_json()}")
@@ -154,7 +155,7 @@ def check(
     ]
     checks = []
     for servers, routing, profile in cases:
-        trace = cluster_reality.traffic(profile, work, servers, args.check_utilisation)
+        trace = cluster_reality.traffic(profile, work, servers)
         told = cluster_reality.modelled(profile, work, servers, routing, trace)
         seen = cluster_reality.real(root, work, servers, routing, trace)
         errors = cluster_reality.errors(told, seen)
