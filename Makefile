@@ -88,5 +88,5 @@ $(CORE): pyproject.toml constraints.txt | $(PY)
 
 $(DEV): $(CORE)
 	@echo 'Installing the development tools ...'
-	@$(INSTALL) -e '.[dev,train,eval,http,otel,s3,deploy]' | $(SHOW)
+	@$(INSTALL) -e '.[dev,train,eval,http,otel,s3,ray,deploy]' | $(SHOW)
 	@touch $@

@@ -54,9 +54,9 @@ class Cluster:
         report_seconds: float = 0.0,
     ) -> None:
         tables = Tables(profile, limits, seed)
-        self.fleet: Fleet[int] = Fleet(range(replicas))
+        self.fleet: Fleet[int] = Fleet(range(replicas), limits.slots)
         self.replicas = [Replica(i, tables, self._wake, self._changed) for i in range(replicas)]
-        self._routing, self._rng = routing, random.Random(seed)
+        self._routing, self._rng, self._seed = routing, random.Random(seed), seed
         self._report_seconds = report_seconds
         self._events: list[tuple[float, int, Replica, int]] = []
         self._orders = itertools.count()
@@ -76,7 +76,7 @@ class Cluster:
             if i >= 2 * len(self.replicas):
                 self.fleet.ended(latest[i - 2 * len(self.replicas)])
         for key in self.fleet.keys:
-            self.fleet.report(key, map(str, self.replicas[key].slots), 0)
+            self.fleet.report(key, map(self._name, self.replicas[key].slots), 0)
 
     def run(self, trace: Sequence[Job]) -> None:
         """Play the requests, in the order in which they are due, to the last answer."""
@@ -94,13 +94,17 @@ class Cluster:
             if self.replicas[key].arrive(now, job):
                 self.fleet.sent(key)
                 if self._report_seconds:
-                    self.fleet.loaded(key, str(job.adapter))
+                    self.fleet.loaded(key, self._name(job.adapter))
         while events:
             now = self._next()
         self.seconds = now
 
+    def _name(self, adapter: int) -> str:
+        """By which its home is found: a real one's digest is another one each time, too."""
+        return f"{self._seed}/{adapter}"
+
     def _choose(self, job: Job) -> int:
-        return choose(self.fleet, (str(job.adapter),), self._rng, self._routing)
+        return choose(self.fleet, (self._name(job.adapter),), self._rng, self._routing)
 
     def _next(self) -> float:
         now, _, replica, version = heapq.heappop(self._events)
@@ -115,13 +119,13 @@ class Cluster:
         if self._report_seconds:
             return
         if resident:
-            self.fleet.loaded(index, str(adapter))
+            self.fleet.loaded(index, self._name(adapter))
         else:
-            self.fleet.unloaded(index, str(adapter))
+            self.fleet.unloaded(index, self._name(adapter))
 
     def _report(self) -> None:
         for replica in self.replicas:
-            ready = [str(a) for a, slot in replica.slots.items() if slot.ready]
+            ready = [self._name(a) for a, slot in replica.slots.items() if slot.ready]
             self.fleet.report(replica.index, ready, self.fleet.load(replica.index))
 
     def figures(self, trace: Sequence[Job]) -> dict[str, Any]:
@@ -143,6 +147,7 @@ class Cluster:
             / max(1, len(answered))
             * 1e3,
             "load": max(served) / max(1e-9, sum(served) / len(served)),
+            "tokens_a_second": sum(job.output for job in answered) / max(1e-9, self.seconds),
             "refused": len(trace) - len(answered),
             "seconds": self.seconds,
         }

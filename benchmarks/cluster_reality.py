@@ -1,8 +1,11 @@
-"""Real servers for the simulator: what their work takes, and how they do behind the same routing.
+"""Real servers and a real cluster for the simulator: what their work takes, and how they do.
 
-Servers on the demo's base, each with one thread and fewer slots than adapters, asked over gRPC. Two
-of them stand for a cluster: this client routes between them with the cluster's own policy, from the
-residency that each reports every ``REPORT_SECONDS`` and from what it has sent itself.
+One server, and replicas on Ray Serve behind their gateway (``benchmarks.local_cluster``), on the
+demo's base, each engine with one thread and fewer slots than adapters, asked over gRPC. What a step
+and a first token take is measured of either: of the cluster with all replicas at work, as they
+share this machine's cores with the gateway, with Ray and with this client. What first tokens take
+besides their steps is that of other traffic of the same rate, on adapters that stay in slots, under
+Ray's own routing.
 """
 
 from __future__ import annotations
@@ -13,32 +16,40 @@ import json
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from benchmarks import metrics
 from benchmarks.cluster_model import Cluster, zipf_trace
+from benchmarks.local_cluster import LocalCluster
 from benchmarks.many_adapters import ATTENTION, Template
-from benchmarks.open_loop import play, streamed
+from benchmarks.open_loop import Outcome, play, streamed
 from benchmarks.replica_model import Job, Limits, Profile
 from mora_serve.client import AsyncClient, Client
-from mora_serve.cluster.policy import Fleet, Routing, choose
+from mora_serve.cluster.policy import REPORT_SECONDS, Routing
 from mora_serve.demo.bundle import bundle_path
 from mora_serve.demo.process import ServerProcess, free_port
 from mora_serve.model.shape import shape_from_config
 
-REPORT_SECONDS = 0.5
-ROWS = (1, 2, 4, 8)  # answers at a time whose steps are timed
-PROBES = 32  # first tokens timed beside so many answers
+ROWS = (1, 2, 4, 8)  # answers at a time, of each engine, whose steps are timed
+SETTLED = 2.5  # seconds, after which the engines' counters are up to date
+SHORT = 16  # tokens of a prompt
+DRAWS = 15  # of what the model leaves to chance
+PROBES = 32  # first tokens timed
+FEWEST = 8  # first tokens beside so many answers that tell how long they take
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of the servers: tokens of a request, adapters, slots, traffic."""
+    """What is asked of the servers: tokens of a request, adapters, slots, traffic.
+
+    ``utilisation`` is the share of what they could do one request at a time.
+    """
 
     adapters: int
     slots: int
@@ -48,6 +59,7 @@ class Work:
     exponent: float
     seconds: float
     seed: int
+    utilisation: float = 0.25
 
     @property
     def limits(self) -> Limits:
@@ -55,49 +67,75 @@ class Work:
         return Limits(slots=self.slots)
 
 
-class Servers:
-    """Some fresh servers with all adapters registered; none is in a slot."""
+class Engines(Protocol):
+    """What answers at an address: one engine or several."""
 
-    def __init__(self, root: Path, count: int, work: Work) -> None:
-        self._metrics = [free_port() for _ in range(count)]
-        self._work = work
-        self._processes = [
-            ServerProcess(
-                {
-                    "adapters.root": root,
-                    "adapters.slots": work.slots,
-                    "engine.threads": 1,
-                    "engine.prefix_cache": False,
-                    "server.metrics_port": port,
-                    "server.log_calls": False,
-                }
-            )
-            for port in self._metrics
-        ]
-        self.clients: list[AsyncClient] = []
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[list[str]]:
-        """Started, with adapters; the addresses."""
-        with contextlib.ExitStack() as opened:
-            for process in self._processes:
-                opened.enter_context(process)
-            for process in self._processes:
-                client = opened.enter_context(Client(process.address, timeout=120.0))
-                process.wait_until_ready(client)
-                for i in range(self._work.adapters):
-                    client.register_adapter(f"z{i}", f"z{i}")
-                for i in range(10):  # the first steps of a process are slow
-                    client.generate(token_ids=tokens(self._work.prompt, i), base=True, max_tokens=8)
-            yield [process.address for process in self._processes]
+    def counters(self) -> list[tuple[float, float, float]]:
+        """Of each engine: adapters found in a slot, adapters loaded, tokens made."""
 
-    def slots(self) -> tuple[float, float]:
-        """Adapters found in a slot and loaded so far, by all servers."""
-        found = [metrics.totals(port) for port in self._metrics]
-        return (
-            sum(f["mora_adapter_slot_hits_total"] for f in found),
-            sum(f["mora_adapter_slot_misses_total"] for f in found),
-        )
+
+class Server:
+    """``mora-serve serve``, in a process of its own."""
+
+    def __init__(self, process: ServerProcess, metrics_port: int) -> None:
+        self.address = process.address
+        self._port = metrics_port
+
+    def counters(self) -> list[tuple[float, float, float]]:
+        """See ``Engines``."""
+        found = metrics.totals(self._port)
+        keys = ("adapter_slot_hits", "adapter_slot_misses", "generation_tokens")
+        hits, misses, tokens = (found[f"mora_{key}_total"] for key in keys)
+        return [(hits, misses, tokens)]
+
+
+class Replicas:
+    """A gateway and replicas on Ray Serve."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.address = cluster.address
+        self._cluster = cluster
+
+    def counters(self) -> list[tuple[float, float, float]]:
+        """See ``Engines``; the replicas' order is the same each time."""
+        reports = self._cluster.reports()
+        return [(r.slot_hits, r.slot_misses, r.generation_tokens) for r in reports]
+
+
+@contextlib.contextmanager
+def running(root: Path, count: int, work: Work, routing: Routing) -> Iterator[Engines]:
+    """Fresh engines with all adapters registered, none in a slot: a server, or a cluster of two."""
+    flags = {
+        "adapters.root": str(root),
+        "adapters.slots": work.slots,
+        "engine.threads": 1,
+        "engine.prefix_cache": False,
+        "server.log_calls": False,
+    }
+    with contextlib.ExitStack() as opened:
+        made: Engines
+        if count == 1:
+            port = free_port()
+            process = opened.enter_context(ServerProcess({**flags, "server.metrics_port": port}))
+            made = Server(process, port)
+        else:
+            flags |= {
+                "server.state": opened.enter_context(tempfile.TemporaryDirectory()),
+                "cluster.replicas": count,
+                "cluster.affinity": routing == "affinity",
+            }
+            made = Replicas(opened.enter_context(LocalCluster(flags)))
+        client = opened.enter_context(Client(made.address, timeout=120.0))
+        client.wait_until_ready(timeout=120.0)
+        for i in range(work.adapters):
+            client.register_adapter(f"z{i}", f"z{i}")
+        for i in range(20 * count):  # the first steps of a process are slow
+            client.generate(token_ids=tokens(work.prompt, i), base=True, max_tokens=8)
+        yield made
 
 
 @contextlib.contextmanager
@@ -133,34 +171,70 @@ def options(adapter: int, prompt: int, output: int, seed: int) -> dict[str, Any]
 
 def calibrate(root: Path, work: Work) -> Profile:
     """The profile of one server, asked for nothing but what is timed."""
-    servers = Servers(root, 1, work)
-    with servers.running() as (address,):
-        return asyncio.run(_calibrate(address, work))
+    with running(root, 1, work, "random") as engines:
+        return asyncio.run(_calibrate(engines.address, work))
+
+
+def calibrate_cluster(root: Path, work: Work, profile: Profile, replicas: int) -> Profile:
+    """A server's profile with the steps and the waits of one of so many replicas, all at work."""
+    with running(root, replicas, work, "power-of-two") as engines:
+        return asyncio.run(_calibrate_waits(engines.address, work, profile, replicas))
 
 
 async def _calibrate(address: str, work: Work) -> Profile:
     async with AsyncClient(address, timeout=120.0) as client:
         probe = _Probe(client)
-        cold = [await probe.first(i, 16) for i in range(work.adapters)]
-        rounds = [await probe.first(i, 16) for _ in range(2) for i in range(work.adapters)]
-        warm = [await probe.first(0, 16) for _ in range(PROBES)][1:]
-        long = [await probe.first(0, 16 + 128) for _ in range(PROBES)]
-        own = [await probe.first(0, work.prompt) for _ in range(PROBES)]
-        still = statistics.median(warm)
-        step = {n: await probe.step(n, work.slots) for n in ROWS}
-        profile = Profile(
-            step=step,
-            prompt_token=max(0.0, statistics.median(long) - still) / 128,
-            beside={0: [0.0]},
-            load=max(0.0, statistics.median(rounds) - still),
-            first_load=max(0.0, statistics.median(cold) - still),
+        cold = [await probe.first(i, SHORT) for i in range(work.adapters)]
+        rounds = [await probe.first(i, SHORT) for _ in range(2) for i in range(work.adapters)]
+        warm = [await probe.first(0, SHORT) for _ in range(PROBES)][1:]
+    still = statistics.median(warm)
+    profile = Profile(
+        step={},
+        prompt_token=0.0,
+        beside={0: [0.0]},
+        load=max(0.0, statistics.median(rounds) - still),
+        first_load=max(0.0, statistics.median(cold) - still),
+    )
+    return await _calibrate_waits(address, work, profile, 1)
+
+
+async def _calibrate_waits(address: str, work: Work, profile: Profile, engines: int) -> Profile:
+    """The profile with what steps and first tokens take, each of the engines as busy."""
+    async with AsyncClient(address, timeout=120.0) as client:
+        probe = _Probe(client)
+        for _ in range(2 * PROBES):  # loads adapter 0 everywhere, and is not timed
+            await probe.first(0, work.prompt)
+        lengths = (SHORT, work.prompt)
+        pairs = [[await probe.first(0, length) for length in lengths] for _ in range(PROBES)]
+        short, own = zip(*pairs, strict=True)
+        more = statistics.median(own) - statistics.median(short)
+        step = {n: await probe.step(n * engines, work.slots) for n in ROWS}
+        profile = replace(
+            profile, step=step, prompt_token=max(0.0, more) / max(1, work.prompt - SHORT)
         )
-        beside: dict[int, list[float]] = {}
-        for n in (0, *ROWS):
-            took = await probe.beside(n, work) if n else own
+    calm = replace(work, adapters=work.slots, seed=work.seed + 1)  # all of them stay in slots
+    trace = traffic(profile, calm, engines)
+    outcomes = await _play(address, calm, trace)
+    return replace(profile, beside=waits(profile, work, engines, outcomes))
+
+
+def waits(
+    profile: Profile, work: Work, engines: int, outcomes: Sequence[Outcome]
+) -> dict[int, list[float]]:
+    """What first tokens took besides their steps, by the answers that an engine had at work.
+
+    By the mean of all engines, as this client saw them; too few of a number go to the next lower.
+    """
+    by_work: dict[int, list[float]] = {}
+    for outcome in outcomes:
+        at_work = sum(o.sent < outcome.sent < o.ended for o in outcomes)
+        by_work.setdefault(round(at_work / engines), []).append(outcome.first_token)
+    beside: dict[int, list[float]] = {}
+    for n, took in sorted(by_work.items()):
+        if len(took) >= FEWEST or not beside:
             steps = modelled_first(profile, work, n)
             beside[n] = sorted(max(0.0, t - steps) for t in took)
-    return Profile(profile.step, profile.prompt_token, beside, profile.load, profile.first_load)
+    return beside
 
 
 def modelled_first(profile: Profile, work: Work, running: int) -> float:
@@ -204,38 +278,14 @@ class _Probe:
             ]
         return statistics.median(took)
 
-    async def beside(self, rows: int, work: Work) -> list[float]:
-        """Seconds to first tokens of one request at a time, beside so many streams."""
-        streams = [
-            asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400))) for i in range(rows)
-        ]
-        await asyncio.sleep(0.1)
-        took: list[float] = []
-        while len(took) < PROBES:
-            for i, task in enumerate(streams):
-                if task.done():
-                    task.result()  # one that failed ends the measurement
-                    streams[i] = asyncio.create_task(_drain(self._ask(i % work.slots, 1, 400)))
-            took.append(await self.first(0, work.prompt))
-            await asyncio.sleep(random.Random(len(took)).uniform(0.0, 0.02))
-        for task in streams:
-            task.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-        return took
-
-
-async def _drain(messages: AsyncIterator[int]) -> None:
-    async for _ in messages:
-        pass
-
 
 # --- the same traffic, real and modelled --------------------------------------------------------
 
 
-def traffic(profile: Profile, work: Work, servers: int, utilisation: float) -> list[Job]:
+def traffic(profile: Profile, work: Work, servers: int) -> list[Job]:
     """Arrivals at a share of what the servers could do one request at a time."""
     alone = work.prompt * profile.prompt_token + profile.step[1] * work.output
-    rate = utilisation * servers / alone
+    rate = work.utilisation * servers / alone
     requests = max(1, int(rate * work.seconds))
     sizes = (work.adapters, work.exponent, work.prompt, work.output, work.seed)
     return zipf_trace(requests, rate, *sizes)
@@ -244,82 +294,60 @@ def traffic(profile: Profile, work: Work, servers: int, utilisation: float) -> l
 def modelled(
     profile: Profile, work: Work, servers: int, routing: Routing, trace: Sequence[Job]
 ) -> dict[str, Any]:
-    """The figures that the model foretells, from empty slots."""
-    own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+    """The figures that the model foretells, from empty slots: medians of DRAWS runs of it.
+
+    They differ in what a real one does by chance: whose home is where, and how long a wait is.
+    """
     report = REPORT_SECONDS if routing == "affinity" else 0.0
-    cluster = Cluster(servers, profile, work.limits, routing, work.seed, report)
-    cluster.run(own)
-    return cluster.figures(own)
+    drawn: list[dict[str, Any]] = []
+    for seed in range(DRAWS):
+        own = [Job(j.due, j.adapter, j.prompt, j.output) for j in trace]
+        cluster = Cluster(servers, profile, work.limits, routing, seed, report)
+        cluster.run(own)
+        drawn.append(cluster.figures(own))
+    return {key: statistics.median(d[key] for d in drawn) for key in drawn[0]}
 
 
 def real(
     root: Path, work: Work, servers: int, routing: Routing, trace: Sequence[Job]
 ) -> dict[str, Any]:
-    """The figures of fresh servers. RuntimeError where a request fails."""
-    group = Servers(root, servers, work)
-    with group.running() as addresses:
-        before = group.slots()
-        outcomes, served = asyncio.run(_play(addresses, work, routing, trace))
-        after = group.slots()
+    """The figures of fresh engines. RuntimeError where a request fails."""
+    with running(root, servers, work, routing) as engines:
+        time.sleep(SETTLED)
+        before = engines.counters()
+        outcomes = asyncio.run(_play(engines.address, work, trace))
+        time.sleep(SETTLED)
+        after = engines.counters()
     if failed := [o.error or "EMPTY" for o in outcomes if o.error or not o.messages]:
         raise RuntimeError(f"{len(failed)} requests failed, the first with {failed[0]}")
-    hits, loads = after[0] - before[0], after[1] - before[1]
+    each = np.array(after) - np.array(before)
+    hits, loads, made = each.sum(0)
     firsts = np.array([o.first_token for o in outcomes]) * 1e3
     p50, p95 = np.percentile(firsts, (50, 95)).tolist()
     late = np.percentile([o.sent - o.due for o in outcomes], 95) * 1e3
+    seconds = max(o.ended for o in outcomes)
     return {
-        "hit_rate": hits / max(1.0, hits + loads),
+        "hit_rate": float(hits / max(1.0, hits + loads)),
         "first_token_p50_ms": p50,
         "first_token_p95_ms": p95,
-        "load": max(served) / (sum(served) / len(served)),
+        "load": float(each[:, 2].max() / (made / servers)),
+        "tokens_a_second": float(made / seconds),
         "sent_late_p95_ms": float(late),
         "requests": len(outcomes),
     }
 
 
-async def _play(
-    addresses: Sequence[str], work: Work, routing: Routing, trace: Sequence[Job]
-) -> tuple[Sequence[Any], list[int]]:
-    fleet: Fleet[int] = Fleet(range(len(addresses)))
-    rng = random.Random(work.seed)
-    served = [0] * len(addresses)
-    async with contextlib.AsyncExitStack() as opened:
-        clients = [
-            await opened.enter_async_context(AsyncClient(a, timeout=120.0)) for a in addresses
-        ]
+async def _play(address: str, work: Work, trace: Sequence[Job]) -> Sequence[Outcome]:
+    async with AsyncClient(address, timeout=120.0) as client:
+        await client.server_info()  # connects
 
-        async def ask(i: int) -> AsyncIterator[int]:
-            adapter = trace[i].adapter
-            key = choose(fleet, (str(adapter),), rng, routing)
-            fleet.sent(key)
-            fleet.loaded(key, str(adapter))
-            served[key] += 1
-            try:
-                wanted = options(adapter, work.prompt, work.output, i)
-                async for count in streamed(clients[key], wanted):
-                    yield count
-            finally:
-                fleet.ended(key)
+        def ask(i: int) -> AsyncIterator[int]:
+            return streamed(client, options(trace[i].adapter, work.prompt, work.output, i))
 
-        async def reports() -> None:
-            while True:
-                await asyncio.sleep(REPORT_SECONDS)
-                for key, client in enumerate(clients):
-                    found = await client.list_adapters()
-                    resident = [a.name[1:] for a in found if a.resident and a.name[0] == "z"]
-                    fleet.report(key, resident, fleet.load(key))
-
-        for client in clients:
-            await client.server_info()  # connects
-        reporting = asyncio.create_task(reports()) if routing == "affinity" else None
-        outcomes = await play([job.due for job in trace], ask)
-        if reporting is not None:
-            reporting.cancel()
-        await asyncio.sleep(1.0)  # the servers' counters are up to date then
-    return outcomes, served
+        return await play([job.due for job in trace], ask)
 
 
 def errors(told: dict[str, Any], seen: dict[str, Any]) -> dict[str, float]:
     """Relative errors of a prediction."""
-    keys = ("hit_rate", "first_token_p50_ms", "first_token_p95_ms")
+    keys = ("hit_rate", "load", "tokens_a_second", "first_token_p50_ms", "first_token_p95_ms")
     return {key: abs(told[key] - seen[key]) / max(seen[key], 1e-9) for key in keys}

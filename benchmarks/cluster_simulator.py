@@ -2,9 +2,11 @@
 
 What a step, a prompt's token and an adapter's load take is measured first, on one real server (the
 demo's base, one thread, over gRPC), or read from ``--profile``. The grid then plays Zipf traffic,
-as much for each replica, against each routing. Lastly its predictions are held against real servers
-under the same arrivals: one, and two behind this client with the cluster's own routing policy.
-They share this machine's cores, with this client too: what else runs here shows as error.
+as much for each replica, against each routing. Lastly its predictions are held against real ones
+under the same arrivals: one server, and a cluster of two replicas on Ray Serve (the extra ``ray``),
+with our request router and with Ray's, which is power-of-two. What a step and a first token take
+there is measured with both replicas at work: they share this machine's cores, with the gateway and
+this client too. What else runs here shows as error.
 The demo's adapters load in about a millisecond, so that its first tokens hardly depend on the hit
 rate; ``--load-seconds`` asks what they would do with slower loads, of larger adapters.
 
@@ -31,12 +33,17 @@ from benchmarks.cluster_report import tables
 from benchmarks.replica_model import Limits, Profile
 from mora_serve.cluster.policy import ROUTINGS, Routing
 
+ON_RAY: tuple[Routing, ...] = ("affinity", "power-of-two")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate, simulate, compare, print, report."""
     args = parse(argv)
     work = Work(
-        **{key: getattr(args, f"check_{key}") for key in ("adapters", "slots", "seconds")},
+        **{
+            key: getattr(args, f"check_{key}")
+            for key in ("adapters", "slots", "seconds", "utilisation")
+        },
         prompt=args.prompt,
         output=args.output,
         rank=args.rank,
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             profile = cluster_reality.calibrate(root, work)
             report.log(f"profile: {profile.as_json()}")
             if not args.no_check:
-                checks = check(root, profile, work, args)
+                checks = check(root, profile, work)
     start = time.perf_counter()
     if args.load_seconds is not None:
         profile = replace(profile, load=args.load_seconds, first_load=args.load_seconds)
@@ -138,14 +145,17 @@ def grid(profile: Profile, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [point(*where) for where in points]
 
 
-def check(
-    root: Path, profile: Profile, work: Work, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def check(root: Path, profile: Profile, work: Work) -> list[dict[str, Any]]:
     """Predictions, made before each run, and what was measured."""
-    cases: list[tuple[int, Routing]] = [(1, "random"), *((2, routing) for routing in ROUTINGS)]
+    shared = cluster_reality.calibrate_cluster(root, work, profile, 2)
+    report.log(f"profile of a replica: {shared.as_json()}")
+    cases: list[tuple[int, Routing, Profile]] = [
+        (1, "random", profile),
+        *((2, routing, shared) for routing in ON_RAY),
+    ]
     checks = []
-    for servers, routing in cases:
-        trace = cluster_reality.traffic(profile, work, servers, args.check_utilisation)
+    for servers, routing, profile in cases:
+        trace = cluster_reality.traffic(profile, work, servers)
         told = cluster_reality.modelled(profile, work, servers, routing, trace)
         seen = cluster_reality.real(root, work, servers, routing, trace)
         errors = cluster_reality.errors(told, seen)

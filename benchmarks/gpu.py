@@ -167,9 +167,10 @@ class Measurement:
         """Its rates."""
         from benchmarks import gpu_card
 
-        if self.small:
-            return gpu_card.rates(self.device, 1 << 20, 64)
-        return gpu_card.rates(self.device)
+        sizes = (1 << 20, 64) if self.small else ()
+        found = gpu_card.rates(self.device, *sizes)
+        self.give_back()
+        return found
 
     def steps(self) -> list[dict[str, Any]]:
         """Decode steps beside their floors."""

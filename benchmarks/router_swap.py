@@ -33,11 +33,11 @@ from mora_serve.config import AdaptersConfig, Config, ServerConfig
 from mora_serve.core import DEFAULT_TENANT, Decision
 from mora_serve.demo.bundle import bundle_path, register_bundle
 from mora_serve.errors import FailedPrecondition
-from mora_serve.model.loading import Base
 from mora_serve.router.router import Router
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import AutoRoute, Selector
 from mora_serve.server.app import MoraServer
+from mora_serve.server.parts import BaseModel
 from router_training.demo.loaded import ROUTER_FILE
 from router_training.demo.out_of_domain import out_of_domain
 from router_training.demo.routing import RouterRecipe, fit_demo_router
@@ -174,7 +174,7 @@ def fit(fingerprint: str, seed: int) -> bytes:
         return (Path(folder) / ROUTER_FILE).read_bytes()
 
 
-def decide_alone(data: bytes, base: Base, texts: Sequence[str]) -> dict[str, Decision]:
+def decide_alone(data: bytes, base: BaseModel, texts: Sequence[str]) -> dict[str, Decision]:
     """What a router decides on each text with a registry of its own, of the bundle's adapters."""
     config = Config()
     with Registry(None, config.adapters, base.shape, base.fingerprint) as registry:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from mora_serve.errors import ConfigError
 
+DEFAULT_SPILL = 1.25  # cluster.spill
 LEAST_POLL_SECONDS = 0.1
 DEFAULT_SLOTS = 32  # where adapters.slots is 0 and no card says otherwise
 LEAST_FEEDBACK_BYTES = 1 << 20  # several files, each of several of the longest rows
@@ -233,6 +234,34 @@ class AccessConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Replicas on Ray Serve (``mora_serve.cluster``); a single server does without."""
+
+    replicas: int = _doc(1, "replicas of the engine at least")
+    max_replicas: int = _doc(0, "replicas at most, by the length of their line; 0 for no more")
+    gateways: int = _doc(1, "processes that speak the API, each on a node of its own")
+    cpus: float = _doc(1.0, "cores that Ray reserves for a replica")
+    gpus: float = _doc(0.0, "cards that Ray reserves for a replica")
+    gateway_cpus: float = _doc(1.0, "cores that Ray reserves for a gateway")
+    target_requests: float = _doc(
+        0.0, "requests a replica that it is to have at work; more start another; 0 for a full batch"
+    )
+    affinity: bool = _doc(
+        True, "send a mixture to where its adapters are resident; false leaves it to Ray's router"
+    )
+    spill: float = _doc(
+        DEFAULT_SPILL,
+        "a replica with this many times the mean of requests gives way to the next one",
+    )
+    flush_seconds: float = _doc(
+        0.05, "time in which a stream's tokens are gathered, after its first, which is sent at once"
+    )
+    warm_seconds: float = _doc(
+        20.0, "time that a new replica may take to load the adapters that others use most"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole tree."""
 
@@ -242,6 +271,7 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def load_config(
@@ -359,6 +389,7 @@ def _check(config: Config) -> None:
         "engine.tensor_parallel",
         *(f"adapters.{k}" for k in ("max_rank", "max_mixture", "max_adapters")),
         *("engine.max_tokens", "router.max_adapters", "server.max_message_bytes"),
+        *("cluster.replicas", "cluster.gateways"),
     )
     for key in positive:
         section, name = key.split(".")
@@ -428,6 +459,18 @@ def _check(config: Config) -> None:
             "engine.kernels: 'native' computes a step in one process alone, and "
             f"engine.tensor_parallel asks for {config.engine.tensor_parallel}; use 'auto'",
             field="engine.kernels",
+        )
+    if 0 < config.cluster.max_replicas < config.cluster.replicas:
+        raise ConfigError(
+            f"cluster.max_replicas: {config.cluster.max_replicas} is less than cluster.replicas "
+            f"({config.cluster.replicas}); raise it, or 0 for a fixed number",
+            field="cluster.max_replicas",
+        )
+    if config.cluster.spill < 1:
+        raise ConfigError(
+            f"cluster.spill: {config.cluster.spill:g} is out of range; it must be at least 1: no "
+            "replica could have less than the mean",
+            field="cluster.spill",
         )
     if config.adapters.dtype == "int8" and config.engine.tensor_parallel > 1:
         raise ConfigError(

@@ -40,11 +40,9 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
-        # Settings of the surroundings would change what the caller asked for.
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("MORA_")}
         self._process = subprocess.Popen(  # noqa: S603 - our own command line
             self._command,
-            env=environ,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -110,6 +108,11 @@ class ServerProcess:
         """All that the server has written."""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+
+def environment() -> dict[str, str]:
+    """The surroundings' without their settings, which would change what a caller asks for."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("MORA_")}
 
 
 def free_port() -> int:

@@ -31,7 +31,8 @@ from mora_serve.engine.failures import DeviceLost
 from mora_serve.engine.followers import ALONE, Followers
 from mora_serve.engine.host_adapters import HostAdapter, HostAdapters
 from mora_serve.engine.kv_cache import IntegrityError
-from mora_serve.errors import Failure, MoraError, ResourceExhausted
+from mora_serve.engine.pins import check_pins
+from mora_serve.errors import Failure, MoraError
 from mora_serve.model.decoder import Decoder
 from mora_serve.model.lora import AdapterSlots
 
@@ -178,13 +179,7 @@ class AdapterPool:
         Raises ResourceExhausted when pins would leave fewer slots than one mixture needs.
         """
         with self._pin_lock:
-            limit = self.slots.slots - self.reserve
-            if digest not in self._pinned and len(self._pinned) >= limit:
-                raise ResourceExhausted(
-                    f"pinned: {self.reserve} of the {self.slots.slots} slots stay free for "
-                    "mixtures, and the others are pinned; unpin one or raise adapters.slots",
-                    field="pinned",
-                )
+            check_pins(self._pinned, digest, self.slots.slots, self.reserve)
             self._pinned.add(digest)
             self._broken.discard(digest)
         self._wake()

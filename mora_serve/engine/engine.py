@@ -48,7 +48,7 @@ from mora_serve.engine.text import TextStream
 from mora_serve.engine.watchdog import Watchdog
 from mora_serve.errors import Failure, InvalidArgument, MoraError, ResourceExhausted
 from mora_serve.model.int8_slots import Int8Slots
-from mora_serve.model.loading import Base
+from mora_serve.model.loading import Base, dtype_name
 from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.pooling import States, pool_tokens
 
@@ -148,6 +148,16 @@ class Engine:
     def alive(self) -> bool:
         """Whether its thread is there still, working or stuck."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def slots(self) -> int:
+        """Adapters on the device at the same time."""
+        return self.pool.slots.slots
+
+    @property
+    def adapter_dtype(self) -> str:
+        """How slots keep adapters, by the configuration's word."""
+        return dtype_name(self.pool.slots.stored)
 
     def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise what ``submit`` would for want of a place, or of time: see ``Admission.check``."""
@@ -266,7 +276,7 @@ class Engine:
             kv_pages=self.cache.usable,
             kv_pages_used=self.cache.used,
             page_size=self.cache.page_size,
-            slots=self.pool.slots.slots,
+            slots=self.slots,
             slots_used=self.pool.used,
             resident=self.pool.resident,
             running_adapters=tuple(sorted({d for s in running for d in s.digests})),

@@ -32,6 +32,12 @@ Part = tuple[slice, slice]
 Progress = Callable[[int, int], None]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type by the configuration's word."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float32": "fp32"}.get(name, name)
+
+
 @dataclass(frozen=True)
 class BaseFiles:
     """A base by its files, weights apart: all that is needed to encode rows and to plan."""
@@ -55,6 +61,16 @@ class Base:
     tokenizer: Tokenizer
     fingerprint: str
     quantization: str
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in, by the configuration's word."""
+        return dtype_name(self.decoder.dtype)
+
+    @property
+    def device(self) -> str:
+        """What it computes on, in torch's words."""
+        return str(self.decoder.device)
 
     @property
     def linear_bytes(self) -> int:

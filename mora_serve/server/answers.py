@@ -123,6 +123,8 @@ class Answers:
                 )
                 generation = self._bridge.submit(submitted)
                 generations.append(await stack.enter_async_context(generation))
+            for generation in generations:
+                await generation.admitted()
             # Not where the router took the place of an unknown task: it would teach itself.
             if self._feedback is not None and decision.source is Source.TASK:
                 tasks = asked.selection.task.tasks

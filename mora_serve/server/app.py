@@ -66,14 +66,19 @@ T = TypeVar("T")
 class MoraServer:
     """One server in this process: ready inside its context, drained when it ends.
 
+    ``assemble`` makes its parts, off the event loop; by default ``assembly.assemble``.
+
     ``port``, ``admin_port``, ``http_port`` and ``metrics_port`` are the real ones once it listens;
     0, and -1 where there is none.
 
     Raises ConfigError for an access file or an audit log that cannot be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, assemble: Callable[[Config], Assembly] | None = None
+    ) -> None:
         self.config = config
+        self._assembling = assemble
         self.metrics = Metrics(__version__)
         self.port = 0
         self.admin_port = -1
@@ -148,6 +153,12 @@ class MoraServer:
         self._gate.state = State.SERVING
         self._health.set(serving=True)
         log.info("serving on %s", self.address)
+
+    def say(self, serving: bool) -> None:
+        """Say by the health whether calls can be served: not while the engines are elsewhere."""
+        if self._gate.state is State.SERVING:
+            log.warning("health: %s", "SERVING" if serving else "NOT_SERVING")
+            self._health.set(serving=serving)
 
     async def stop(self, drain_seconds: float | None = None, *, hang_up: bool = True) -> None:
         """Refuse new calls, wait for those that run, end what is left, free everything.
@@ -321,6 +332,8 @@ class MoraServer:
             )
 
     def _assemble(self) -> Assembly:
+        if self._assembling is not None:
+            return self._assembling(self.config)
         from mora_serve.server.assembly import assemble  # imports torch: a second or more
 
         return assemble(self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mora_serve.model.loading import Base, Progress
 from mora_serve.router.feedback import FeedbackStore
 from mora_serve.router.routing import Routing
 from mora_serve.router.selection import Selector
+from mora_serve.server.parts import BaseModel, ServedEngine
 from mora_serve.server.poll import Poller
 from mora_serve.server.states import EngineStates
 
@@ -29,13 +31,14 @@ class Assembly:
     """The parts that outlive a call. ``engine`` is not started yet; ``feedback`` may be off."""
 
     config: Config
-    base: Base
+    base: BaseModel
     registry: Registry
     routing: Routing
     selector: Selector
-    engine: Engine
+    engine: ServedEngine
     feedback: FeedbackStore | None
-    poller: Poller | None = None
+    poller: Poller | None
+    alone: bool
 
     def close(self) -> None:
         """Stop the engine and let go of the registry and of feedback."""
@@ -53,18 +56,20 @@ def assemble(config: Config) -> Assembly:
 
     Raises ConfigError for a configuration that cannot be served.
     """
-    start = time.monotonic()
-    log.info("loading base %s", config.base.model)
-    base, team = load_ranks(config, _progress())
+    base, team = load(config)
     try:
-        return _assemble(config, base, team, start)
+        return join(config, base, lambda registry: make_engine(config, base, team, registry))
     except BaseException:
         if team is not None:
             team.close()
         raise
 
 
-def _assemble(config: Config, base: Base, team: Team | None, start: float) -> Assembly:
+def load(config: Config) -> tuple[Base, Team | None]:
+    """The base, and the team that has the rest of it; raises as ``load_ranks`` does."""
+    start = time.monotonic()
+    log.info("loading base %s", config.base.model)
+    base, team = load_ranks(config, _progress())
     log.info(
         "loaded %s (%s) in %.1f s: %.1f MB of linear weights, %.1f MB besides%s",
         base.name,
@@ -74,9 +79,34 @@ def _assemble(config: Config, base: Base, team: Team | None, start: float) -> As
         base.other_bytes / 1e6,
         "" if team is None else f", on each of {team.group.size} ranks",
     )
+    return base, team
+
+
+def make_engine(config: Config, base: Base, team: Team | None, registry: Registry) -> Engine:
+    """An engine that has computed once, and is not started."""
+    engine = Engine(base, config, registry.open, team)
+    engine.warm_up()
+    return engine
+
+
+def open_registry(config: Config, base: BaseModel) -> Registry:
+    """The registry that the configuration names. Raises ConfigError."""
+    return Registry(_place(config), config.adapters, base.shape, base.fingerprint)
+
+
+def join(
+    config: Config,
+    base: BaseModel,
+    engine_of: Callable[[Registry], ServedEngine],
+    *,
+    alone: bool = True,
+) -> Assembly:
+    """The parts around a base, with the engine that ``engine_of`` makes for their registry.
+
+    Not ``alone``: others change the registry too, and the engines that read it are elsewhere.
+    """
     state = Path(config.server.state) if config.server.state else None
-    place = _place(config, state)
-    registry = Registry(place, config.adapters, base.shape, base.fingerprint)
+    registry = open_registry(config, base)
     feedback = _feedback(config, state)
     if config.base.model == "demo":
         from mora_serve.demo.bundle import register_bundle
@@ -91,18 +121,20 @@ def _assemble(config: Config, base: Base, team: Team | None, start: float) -> As
                 "raise its limits, or serve another base",
                 field="base.model",
             ) from e
-    engine = Engine(base, config, registry.open, team)
-    engine.warm_up()
+    engine = engine_of(registry)
     # The engine does not run yet: states for the stored adapters' keys are computed right here.
     routing = Routing(registry, base.fingerprint, EngineStates(engine))
     if config.router.path:
         _load_router(routing, Path(config.router.path))
     selector = Selector(registry, routing, config)
-    poller = None if place is None else Poller(registry, config.server.store_poll_seconds)
-    return Assembly(config, base, registry, routing, selector, engine, feedback, poller)
+    poller = None
+    if config.server.store or not alone:
+        poller = Poller(registry, config.server.store_poll_seconds)
+    return Assembly(config, base, registry, routing, selector, engine, feedback, poller, alone)
 
 
-def _place(config: Config, state: Path | None) -> Path | Storage | None:
+def _place(config: Config) -> Path | Storage | None:
+    state = Path(config.server.state) if config.server.state else None
     if not config.server.store:
         return state
     cache = state / "cache" if state else None

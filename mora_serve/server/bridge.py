@@ -8,9 +8,10 @@ event of at most ``max_tokens`` tokens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
@@ -22,8 +23,11 @@ from mora_serve.metrics import Metrics
 class Submitter(Protocol):
     """What the bridge needs of an engine. Both are safe to call from any thread."""
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ResourceExhausted or InvalidArgument."""
+    def submit(self, request: Request) -> Awaitable[None] | None:
+        """Queue a request. Raises ResourceExhausted or InvalidArgument.
+
+        An engine elsewhere gives what is to be awaited, and raises then.
+        """
 
     def check_line(self, tenant: str, prompt: int, max_tokens: int, left: float | None) -> None:
         """Raise ResourceExhausted where a tenant's request finds no place, or comes too late.
@@ -48,8 +52,10 @@ class Generation:
         self._text: list[str] = []
         self._last: Event | None = None  # the event that carries `finish`
         self._ready = asyncio.Event()
+        self._over = asyncio.Event()
         self._ended = False
         self._token_time: float | None = None
+        self.admission: Awaitable[None] | None = None
 
     async def __aenter__(self) -> Generation:
         return self
@@ -81,6 +87,17 @@ class Generation:
             )
         return event
 
+    async def admitted(self) -> None:
+        """Wait until the request has its place; raises what ``Bridge.submit`` raises."""
+        if self.admission is not None:
+            await self.admission
+
+    async def gather(self, seconds: float) -> None:
+        """Let events come together for so long, or until the engine has ended the request."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
     @property
     def finished(self) -> bool:
         """Whether the engine has ended the request."""
@@ -102,6 +119,7 @@ class Generation:
             self._text.append(event.text)
         if event.finish is not None:
             self._last = event
+            self._over.set()
         self._ready.set()
 
 
@@ -134,7 +152,7 @@ class Bridge:
         generation = Generation(self, request)
         self._open[request.id] = generation
         try:
-            self._engine.submit(request)
+            generation.admission = self._engine.submit(request)
         except BaseException:
             del self._open[request.id]
             raise

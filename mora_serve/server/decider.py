@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 
 from mora_serve.adapters.registry import Registry
 from mora_serve.config import AdaptersConfig
@@ -19,6 +18,7 @@ from mora_serve.router.selection import AutoRoute, BaseOnly, Selection, Selector
 from mora_serve.router.states import Asked, State
 from mora_serve.server import call as calls
 from mora_serve.server.convert import invalid
+from mora_serve.server.fetching import Fetcher
 from mora_serve.server.gate import Places
 from mora_serve.server.prompts import Prompts
 from mora_serve.v1 import generation_pb2 as pb
@@ -30,8 +30,7 @@ _ATTEMPTS = 3  # an adapter may be replaced between its choice and its being hel
 class Decider:
     """Decides the mixtures of calls.
 
-    ``executor`` runs the deciding. ``fetching`` waits for a shared store, so that the engine does
-    not: its one loading thread serves everybody. ``resident`` tells what is on the device.
+    ``executor`` runs the deciding. ``fetcher`` brings contents here, for an engine that is here.
     """
 
     def __init__(
@@ -42,8 +41,7 @@ class Decider:
         metrics: Metrics,
         limits: AdaptersConfig,
         executor: Executor,
-        fetching: Executor,
-        resident: Callable[[], Collection[str]],
+        fetcher: Fetcher | None,
     ) -> None:
         self._selector = selector
         self._registry = registry
@@ -51,16 +49,14 @@ class Decider:
         self._metrics = metrics
         self._limits = limits
         self._executor = executor
-        self._fetching = fetching
-        self._resident = resident
-        self._coming: dict[str, asyncio.Future[None]] = {}
+        self._fetcher = fetcher
         self._places = Places(MAX_DECISIONS, "decisions")
 
     @asynccontextmanager
     async def decided(self, selection: pb.Selection, prompt: pb.Prompt) -> AsyncIterator[Decision]:
         """The decision for a checked prompt, its versions readable inside the context.
 
-        Raises what ``selection_of``, ``Selector.ask``, ``Selector.decide`` and ``Registry.fetch``
+        Raises what ``selection_of``, ``Selector.ask``, ``Selector.decide`` and ``Fetcher.fetch``
         raise, and ResourceExhausted when too many wait to be decided.
         """
         tenant = calls.current().tenant
@@ -72,7 +68,8 @@ class Decider:
         with self._places.taken(tenant):
             decision = await self._decide_off_loop(tenant, chosen, prompt)
         try:
-            await self._fetch(digests(decision))
+            if self._fetcher is not None:
+                await self._fetcher.fetch(digests(decision))
             yield decision
         finally:
             self._executor.submit(self._release, digests(decision))
@@ -87,29 +84,6 @@ class Decider:
         except asyncio.CancelledError:
             future.add_done_callback(self._release_late)
             raise
-
-    async def _fetch(self, wanted: Iterable[str]) -> None:
-        """Have contents here that are only in a store."""
-        away = [digest for digest in wanted if not self._registry.here(digest)]
-        if away:
-            resident = self._resident()
-            away = [digest for digest in away if digest not in resident]
-            await asyncio.gather(*(asyncio.shield(self._fetched(digest)) for digest in away))
-
-    def _fetched(self, digest: str) -> asyncio.Future[None]:
-        """A fetch under way; whoever else wants the content waits for the same."""
-        coming = self._coming.get(digest)
-        if coming is None:
-            loop, fetch = asyncio.get_running_loop(), self._registry.fetch
-            coming = loop.run_in_executor(self._fetching, fetch, digest)
-            self._coming[digest] = coming
-            coming.add_done_callback(partial(self._came, digest))
-        return coming
-
-    def _came(self, digest: str, coming: asyncio.Future[None]) -> None:
-        del self._coming[digest]
-        if not coming.cancelled():
-            coming.exception()  # all who waited may have left
 
     async def _state(self, tenant: str, selection: Selection, prompt: pb.Prompt) -> State | None:
         """The base's state of a prompt, if the router needs it; no thread waits for the engine."""

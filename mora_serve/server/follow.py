@@ -31,10 +31,10 @@ class Pinner(Protocol):
 class Pins:
     """Keeps the pinned versions of pinned adapters on the device, replacements included.
 
-    Those that are only in a store are ``fetching`` first. Thread-safe.
+    Those that are only in a store are ``fetching`` first, where the engine is here. Thread-safe.
     """
 
-    def __init__(self, engine: Pinner, registry: Registry, fetching: Executor) -> None:
+    def __init__(self, engine: Pinner, registry: Registry, fetching: Executor | None) -> None:
         self._engine = engine
         self._registry = registry
         self._fetching = fetching
@@ -81,7 +81,7 @@ class Pins:
         if not record.pinned:
             return
         self._pinned.setdefault(record.digest, set()).add(record.key)
-        if self._registry.here(record.digest):
+        if self._fetching is None or self._registry.here(record.digest):
             self._pin(record)
             return
         with contextlib.suppress(RuntimeError):  # the server is shutting down

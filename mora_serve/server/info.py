@@ -62,7 +62,7 @@ class ServerServicer(ServerServiceServicer):
 
 def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
     """What GetServerInfo says and what does not change."""
-    config, base, slots = assembly.config, assembly.base, assembly.engine.pool.slots
+    config, base = assembly.config, assembly.base
     return pb.GetServerInfoResponse(
         version=__version__,
         base=pb.BaseModel(
@@ -70,8 +70,8 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             fingerprint=base.fingerprint,
             architecture=base.shape.model_type,
             quantization=base.quantization,
-            dtype=_short(base.decoder.dtype),
-            device=str(base.decoder.device),
+            dtype=base.dtype,
+            device=base.device,
             vocab_size=base.shape.vocab_size,
             chat=base.tokenizer.has_chat_template,
         ),
@@ -83,17 +83,11 @@ def describe(assembly: Assembly) -> pb.GetServerInfoResponse:
             max_stop=config.engine.max_stop,
             max_logprobs=config.engine.max_logprobs,
             max_adapters=config.adapters.max_adapters,
-            slots=slots.slots,
+            slots=assembly.engine.slots,
             max_adapter_bytes=config.adapters.max_bytes,
             max_prompts=config.adapters.max_prompts,
             max_queue=config.engine.max_queue,
             max_message_bytes=config.server.max_message_bytes,
         ),
-        adapter_dtype=_short(slots.stored),
+        adapter_dtype=assembly.engine.adapter_dtype,
     )
-
-
-def _short(dtype: object) -> str:
-    """A type of torch's as the configuration calls it."""
-    name = str(dtype).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float32": "fp32"}.get(name, name)

@@ -16,6 +16,7 @@ from mora_serve.server.answers import Answers
 from mora_serve.server.bridge import Bridge
 from mora_serve.server.decider import Decider
 from mora_serve.server.feedback import FeedbackRecorder
+from mora_serve.server.fetching import Fetcher
 from mora_serve.server.follow import Names, Pins
 from mora_serve.server.generation import GenerationServicer
 from mora_serve.server.info import ServerServicer, describe
@@ -119,15 +120,14 @@ def add_services(
         metrics,
         config.adapters,
         threads.route,
-        threads.fetch,
-        resident,
+        Fetcher(registry, threads.fetch, resident) if assembly.alone else None,
     )
     answers = Answers(prompts, decider, bridge, config, vocab_size, feedback, tracing)
     generation = GenerationServicer(answers)
     adapters = AdapterServicer(
         registry,
         routing,
-        Pins(engine, registry, threads.fetch),
+        Pins(engine, registry, threads.fetch if assembly.alone else None),
         resident,
         config,
         base.shape,

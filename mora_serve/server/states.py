@@ -11,13 +11,13 @@ from mora_serve.router.arrays import Floats
 from mora_serve.router.features import PooledHidden
 
 if TYPE_CHECKING:
-    from mora_serve.engine.engine import Engine
+    from mora_serve.server.parts import ServedEngine
 
 
 class EngineStates:
     """See ``mora_serve.router.states.States``."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ServedEngine) -> None:
         self._engine = engine
 
     def check(self, hidden: PooledHidden) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks import cluster_reality, cluster_report, cluster_simulator
 from benchmarks.cluster_model import Cluster, simulate, zipf_trace
 from benchmarks.cluster_reality import Work
+from benchmarks.open_loop import Outcome
 from benchmarks.replica_model import Job, Limits, Profile, Tables, between
 from mora_serve.cluster.policy import ROUTINGS, Routing
 
@@ -138,6 +139,27 @@ def test_one_server_finds_what_the_model_finds_in_its_slots() -> None:
     assert seen["first_token_p50_ms"] > 0
     assert seen["hit_rate"] == pytest.approx(told["hit_rate"], abs=0.05)
     assert set(cluster_reality.errors(told, seen)) < set(seen)
+
+
+def test_waits_are_what_steps_do_not_explain_by_the_answers_at_work() -> None:
+    work = Work(adapters=8, slots=4, prompt=16, output=2, rank=4, exponent=0.8, seconds=6.0, seed=3)
+    alone, beside = (cluster_reality.modelled_first(PROFILE, work, n) for n in (0, 2))
+    outcomes = [
+        Outcome(i, sent=i, ended=i + 0.1, messages=[(i + alone + 0.002, 1)]) for i in range(20)
+    ]
+    both = [
+        Outcome(100 + i, sent=100 + i, ended=100.9 + i, messages=[(100 + i + t, 1)])
+        for i in range(10)
+        for t in (beside + 0.01,) * 4
+    ]
+    for one in both[::4]:
+        one.sent += 0.001  # has three beside it, that is 2 an engine when rounded
+        one.due = one.sent
+        one.messages = [(one.sent + beside + 0.01, 1)]
+    waits = cluster_reality.waits(PROFILE, work, 2, [*outcomes, *both])
+    assert set(waits) == {0, 2}
+    assert waits[0][0] == pytest.approx(0.002)
+    assert waits[2] == pytest.approx([0.01] * 10)
 
 
 def test_the_grid_runs_from_a_stored_profile_and_is_drawn(

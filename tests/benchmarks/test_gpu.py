@@ -54,6 +54,8 @@ def measured() -> dict[str, Any]:
 def test_every_part_runs_in_small_by_the_kernels_of_a_card(measured: dict[str, Any]) -> None:
     assert {name: measured[name] for name in IN_PROCESS if "error" in measured[name]} == {}
     assert measured["kernels_used"] == "CudaForward"
+    assert measured["early_launches"] is False  # there is no card
+    assert measured["not_captured"] == []
     cases = [(row["requests"], row["adapters"]) for row in measured["steps"]]
     assert cases == [(1, "none"), (1, "distinct")]
     assert all(row["step_seconds"] > row["forward_seconds"] > 0 for row in measured["steps"])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mora_serve.cluster.policy import ROUTINGS, SLACK, SPILL, Fleet, Routing, choose
+from mora_serve.cluster.policy import ROUTINGS, SLACK, Fleet, Routing, choose
+from mora_serve.config import DEFAULT_SPILL
 
 ADAPTERS = st.sampled_from("abcdef")
 REPORTS = st.lists(st.tuples(st.sets(ADAPTERS), st.integers(0, 50)), min_size=1, max_size=6)
@@ -43,7 +44,7 @@ def test_affinity_leaves_the_best_holders_only_for_a_less_loaded_replica(
         return
     best = [load for h, (_, load) in zip(held, reports, strict=True) if h == max(held)]
     assert fleet.load(chosen) < max(best)
-    assert max(best) > SPILL * fleet.mean_load + SLACK
+    assert max(best) > DEFAULT_SPILL * fleet.mean_load + SLACK
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=6), st.integers())
@@ -90,6 +91,57 @@ def test_what_was_sent_counts_until_it_ends() -> None:
 def test_a_holder_that_is_overloaded_spills() -> None:
     fleet = fleet_of([({"a"}, 40), (set(), 0)])
     assert {choose(fleet, ("a",), Random(seed)) for seed in range(20)} == {1}
+
+
+@given(REPORTS, st.sets(ADAPTERS, min_size=1, max_size=3), st.integers())
+def test_an_overloaded_replica_is_chosen_by_nobody_who_has_another(
+    reports: list[tuple[set[str], int]], adapters: set[str], seed: int
+) -> None:
+    fleet = fleet_of(reports)
+    chosen = choose(fleet, sorted(adapters), Random(seed))
+    assert fleet.load(chosen) <= DEFAULT_SPILL * fleet.mean_load + SLACK
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.text(min_size=1), st.integers())
+def test_all_gateways_send_an_adapter_that_is_nowhere_to_the_same_replica(
+    loads: list[int], adapter: str, seed: int
+) -> None:
+    busy, idle = (Fleet(range(len(loads)), slots=4) for _ in range(2))
+    for key, load in enumerate(loads):
+        busy.queued(key, load)
+    home = choose(idle, (adapter,), Random(0))
+    assert choose(busy, (adapter,), Random(seed)) == home
+
+
+def test_adapters_spread_over_empty_replicas() -> None:
+    fleet = Fleet(range(4), slots=8)
+    homes = Counter(choose(fleet, (f"a{i}",), Random(0)) for i in range(400))
+    assert set(homes) == {0, 1, 2, 3}
+    assert max(homes.values()) < 1.5 * 100
+
+
+def test_a_new_replica_takes_over_its_share_alone() -> None:
+    three, four = Fleet("abc"), Fleet("abcd")
+    moved = 0
+    for i in range(400):
+        before, after = (choose(fleet, (f"a{i}",), Random(0)) for fleet in (three, four))
+        assert after in (before, "d")
+        moved += after != before
+    assert 60 < moved < 140
+
+
+def test_an_adapter_that_is_nowhere_goes_to_a_free_slot() -> None:
+    fleet: Fleet[str] = Fleet()
+    fleet.report("full", [f"a{i}" for i in range(8)], 0, 8)
+    fleet.report("free", ["b"], 2, 8)
+    assert {choose(fleet, (f"c{i}",), Random(0)) for i in range(40)} == {"free"}
+    fleet.report("free", [f"b{i}" for i in range(8)], 0)
+    assert {choose(fleet, (f"c{i}",), Random(0)) for i in range(40)} == {"full", "free"}
+
+
+def test_the_holders_of_part_of_a_mixture_come_before_the_home_of_all() -> None:
+    fleet = fleet_of([({"a", "b"}, 40), ({"b"}, 0), (set(), 0), (set(), 0)])
+    assert {choose(fleet, ("a", "b"), Random(seed)) for seed in range(20)} == {1}
 
 
 def test_random_is_uniform() -> None:

@@ -38,6 +38,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "the environment is this one",
     "pip install": "a package index; `make claims TAG=ecosystem` installs the wheel",
     "docker ": "a container runtime",
+    "serve run": "Ray, for a minute; benchmarks/ray_commands.py runs it",
     "accelerate launch": "several cards",
     "torchrun ": "several processes, for minutes",
     "vllm ": "another server",

@@ -1,0 +1,115 @@
+"""A replica of the demo, without Ray: what a gateway gets of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from mora_serve.adapters.record import AdapterRecord
+from mora_serve.adapters.registry import Registry
+from mora_serve.cluster.replica import INTERNAL, Replica
+from mora_serve.config import AdaptersConfig, Config, EngineConfig, ServerConfig
+from mora_serve.core import AdapterWeight, Event, Finish, Mixture, Request, SamplingParams
+from mora_serve.demo.bundle import register_bundle
+from mora_serve.errors import Failure
+from mora_serve.model.loading import read_base
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[AdapterRecord, ...]]:
+    state, base = tmp_path_factory.mktemp("state"), read_base("demo")
+    with Registry(state, AdaptersConfig(), base.shape, base.fingerprint) as registry:
+        register_bundle(registry, base.shape, AdaptersConfig(), "default")
+        return state, registry.all()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def replica(records: tuple[Path, tuple[AdapterRecord, ...]]) -> AsyncIterator[Replica]:
+    state, adapters = records
+    config = Config(
+        server=ServerConfig(state=str(state)),
+        engine=EngineConfig(threads=1, kv_bytes=64 << 20),
+    )
+    gone = "0" * 64
+    made = Replica(config, lambda count, seconds: [gone, *(a.digest for a in adapters[:3])])
+    yield made
+    made.close()
+
+
+def asked(adapter: AdapterRecord | None = None, **sampling: object) -> Request:
+    weights = () if adapter is None else (AdapterWeight(adapter.name, 1.0, adapter.digest),)
+    return Request("r", (5, 6, 7), SamplingParams(ignore_eos=True, **sampling), Mixture(weights))
+
+
+async def test_it_is_warm_with_what_others_use_most(replica: Replica, records):
+    _, adapters = records
+    assert {a.digest for a in adapters[:3]} <= set(replica.record_routing_stats()["resident"])
+
+
+async def test_a_request_is_admitted_and_then_answered(replica: Replica, records):
+    _, adapters = records
+    items = [item async for item in replica.generate(asked(adapters[5], max_tokens=60), None)]
+    assert items[0] is None
+    events = [item for item in items if isinstance(item, Event)]
+    assert len(events) == len(items) - 1
+    assert sum(len(e.tokens) for e in events) == 60
+    assert events[-1].finish is Finish.LENGTH
+    assert replica.hottest(1) == [adapters[5].digest]
+
+
+async def test_later_tokens_are_gathered(replica: Replica):
+    items = [item async for item in replica.generate(asked(max_tokens=200), None)]
+    assert len(items) < 150
+
+
+async def test_an_answers_end_waits_for_nothing(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    slow = dataclasses.replace(replica._config.cluster, flush_seconds=1e6)
+    monkeypatch.setattr(replica, "_config", dataclasses.replace(replica._config, cluster=slow))
+    items = [item async for item in replica.generate(asked(max_tokens=200), None)]
+    assert items[-1].finish is Finish.LENGTH
+    assert len(items) <= 4  # the place, the first token, what came with it, the rest
+
+
+async def test_a_refusal_is_a_failure_with_its_fields(replica: Replica):
+    long = Request("r", tuple([5] * 4000), SamplingParams(max_tokens=4))
+    [failure] = [item async for item in replica.generate(long, None)]
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.reason) == ("INVALID_ARGUMENT", "PROMPT_TOO_LONG")
+
+
+async def test_content_that_is_gone_is_not_found(replica: Replica):
+    mixture = Mixture((AdapterWeight("x", 1.0, "0" * 64),))
+    [failure] = [item async for item in replica.generate(Request("r", (5,), mixture=mixture), None)]
+    assert isinstance(failure, Failure)
+    assert failure.code == "NOT_FOUND"
+
+
+async def test_a_fault_leaves_as_nothing_but_a_failure(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(request: Request) -> None:
+        raise ValueError("/secret/path")
+
+    monkeypatch.setattr(replica._bridge, "submit", broken)
+    assert [item async for item in replica.generate(asked(), None)] == [INTERNAL]
+
+
+async def test_whoever_leaves_ends_the_request(replica: Replica):
+    async with aclosing(replica.generate(asked(max_tokens=400), None)) as items:
+        async for item in items:
+            if item is not None:
+                break
+    assert not replica._bridge._open
+
+
+async def test_its_states_are_those_of_its_engine(replica: Replica):
+    base = replica._engine.base
+    states = await replica.pool(["a text", "another"], 1, 16, False, "t")
+    assert states.shape == (2, base.shape.hidden_size)

@@ -1,0 +1,95 @@
+"""Configurations of Ray Serve, of KubeRay and of Envoy: what the code has is what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mora_serve.config import load_config
+
+RAY = Path(__file__).parents[2] / "deploy" / "ray"
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((RAY / name).read_text()))
+
+
+def found(kind: str) -> dict[str, Any]:
+    return next(d for d in documents("kuberay.yaml") if d["kind"] == kind)
+
+
+def serve_config(text: str) -> dict[str, Any]:
+    """The application's arguments, once Ray has taken the configuration where it is installed."""
+    config = yaml.safe_load(text)
+    try:
+        from ray.serve.schema import ServeDeploySchema
+    except ModuleNotFoundError:
+        pass
+    else:
+        ServeDeploySchema.model_validate(config)
+    [application] = config["applications"]
+    assert application["import_path"] == "mora_serve.cluster:app"
+    assert config["proxy_location"] == "Disabled"
+    return application["args"]
+
+
+def test_the_application_has_a_configuration_of_ours():
+    args = serve_config((RAY / "serve.yaml").read_text())
+    config = load_config(environ={}, flags=args)
+    assert config.cluster.replicas == 2
+    assert config.server.state
+    reserved = 2 * config.cluster.cpus + config.cluster.gateways * config.cluster.gateway_cpus
+    assert reserved <= 2  # a small machine: Ray would wait for more without end
+
+
+def test_kuberays_application_reads_the_mounted_configuration(tmp_path: Path):
+    service, files = found("RayService"), found("ConfigMap")["data"]
+    args = serve_config(service["spec"]["serveConfigV2"])
+    (tmp_path / "mora.toml").write_text(files["mora.toml"])
+    config = load_config(tmp_path / "mora.toml", environ={})
+    mounts = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    paths = {m["mountPath"] for m in mounts["containers"][0]["volumeMounts"]}
+    assert str(Path(args["config"]).parent) in paths
+    assert {config.server.state, str(Path(config.access.file).parent)} <= paths
+
+
+def test_each_deployment_fits_its_group_of_workers(tmp_path: Path):
+    (tmp_path / "mora.toml").write_text(found("ConfigMap")["data"]["mora.toml"])
+    config = load_config(tmp_path / "mora.toml", environ={})
+    ray = found("RayService")["spec"]["rayClusterConfig"]
+    gateways, replicas = ray["workerGroupSpecs"]
+    assert gateways["maxReplicas"] == config.cluster.gateways
+    assert (replicas["minReplicas"], replicas["maxReplicas"]) == (
+        config.cluster.replicas,
+        config.cluster.max_replicas,
+    )
+    assert float(gateways["rayStartParams"]["num-cpus"]) == config.cluster.gateway_cpus
+    assert float(replicas["rayStartParams"]["num-cpus"]) == config.cluster.cpus
+    assert float(replicas["rayStartParams"]["num-gpus"]) == config.cluster.gpus
+
+
+@pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
+def test_the_gateways_port_is_the_servers(kind: str, tmp_path: Path):
+    (tmp_path / "mora.toml").write_text(found("ConfigMap")["data"]["mora.toml"])
+    port = load_config(tmp_path / "mora.toml", environ={}).server.port
+    assert f"'port': {port}" in str(found(kind)["spec"])
+    [envoy] = documents("envoy.yaml")
+    [cluster] = envoy["static_resources"]["clusters"]
+    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    address = endpoint["endpoint"]["address"]["socket_address"]
+    assert address == {"address": found("Service")["metadata"]["name"], "port_value": port}
+
+
+def test_rays_own_ports_are_for_its_own_pods():
+    rules = found("NetworkPolicy")["spec"]["ingress"]
+    for rule in rules:
+        [source] = rule["from"]
+        labels = source["podSelector"]["matchLabels"]
+        assert (
+            labels.get("ray.io/is-ray-node") == "yes"
+            or "ports" in rule
+            or "operator" in str(labels)
+        )
