@@ -52,6 +52,7 @@ class Replica:
         self._config = config
         self._failed = threading.Event()
         self._uses = Uses()
+        self._streams = 0  # requests that are answered
         base, team = load(config)
         self._registry = open_registry(config, base)
         self._engine = make_engine(config, base, team, self._registry)
@@ -146,6 +147,7 @@ class Replica:
         digests = [digest for digest, _ in request.mixture.merged()]
         loop = asyncio.get_running_loop()
         held: list[str] = []
+        self._streams += 1
         try:
             if digests:
                 await loop.run_in_executor(self._threads, self._retain, digests, held)
@@ -160,11 +162,20 @@ class Replica:
                     yield event
                     # The first token at once; then what a moment brings, in one message.
                     if not first and event.finish is None:
-                        await generation.gather(self._config.cluster.flush_seconds)
+                        await generation.gather(self._pause)
                     first = False
         finally:
+            self._streams -= 1
             for digest in held:
                 self._threads.submit(self._registry.release, digest)
+
+    @property
+    def _pause(self) -> float:
+        """Seconds between two messages of a stream: what a message costs, at a gateway above all,
+        is the same for one token as for ten.
+        """
+        cluster = self._config.cluster
+        return min(cluster.flush_seconds, self._streams / cluster.messages)
 
     def _retain(self, digests: Iterable[str], held: list[str]) -> None:
         """Hold contents; one that is to come still is looked for once more."""
