@@ -4,8 +4,8 @@ One server, and replicas on Ray Serve behind their gateway (``benchmarks.local_c
 demo's base, each engine with one thread and fewer slots than adapters, asked over gRPC. What a step
 and a first token take is measured of either: of the cluster with all replicas at work, as they
 share this machine's cores with the gateway, with Ray and with this client. What first tokens take
-besides their steps is that of other traffic of the same rate, on adapters that stay in slots, under
-Ray's own routing.
+besides their steps, and what loads add, is that of other traffic of the same rate, on adapters that
+stay in slots and on such that never are, under Ray's own routing.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SETTLED = 1.0  # seconds, after which the engines' counters are up to date
 SHORT = 16  # tokens of a prompt
 DRAWS = 15  # of what the model leaves to chance
 PROBES = 32  # first tokens timed
+ROUNDS = 2  # over all adapters, more than slots, to time their loads
 FEWEST = 8  # first tokens beside so many answers that tell how long they take
 
 
@@ -169,37 +170,15 @@ def options(adapter: int, prompt: int, output: int, seed: int) -> dict[str, Any]
 # --- what the work takes ------------------------------------------------------------------------
 
 
-def calibrate(root: Path, work: Work) -> Profile:
-    """The profile of one server, asked for nothing but what is timed."""
-    with running(root, 1, work, "random") as engines:
-        return asyncio.run(_calibrate(engines.address, work))
+def calibrate(root: Path, work: Work, engines: int = 1) -> Profile:
+    """The profile of a server, or of one of so many replicas while all are at work."""
+    with running(root, engines, work, "power-of-two") as made:
+        return asyncio.run(_calibrate(made.address, work, engines))
 
 
-def calibrate_cluster(root: Path, work: Work, profile: Profile, replicas: int) -> Profile:
-    """A server's profile with the steps and the waits of one of so many replicas, all at work."""
-    with running(root, replicas, work, "power-of-two") as engines:
-        return asyncio.run(_calibrate_waits(engines.address, work, profile, replicas))
-
-
-async def _calibrate(address: str, work: Work) -> Profile:
-    async with AsyncClient(address, timeout=120.0) as client:
-        probe = _Probe(client)
-        cold = [await probe.first(i, SHORT) for i in range(work.adapters)]
-        rounds = [await probe.first(i, SHORT) for _ in range(2) for i in range(work.adapters)]
-        warm = [await probe.first(0, SHORT) for _ in range(PROBES)][1:]
-    still = statistics.median(warm)
-    profile = Profile(
-        step={},
-        prompt_token=0.0,
-        beside={0: [0.0]},
-        load=max(0.0, statistics.median(rounds) - still),
-        first_load=max(0.0, statistics.median(cold) - still),
-    )
-    return await _calibrate_waits(address, work, profile, 1)
-
-
-async def _calibrate_waits(address: str, work: Work, profile: Profile, engines: int) -> Profile:
-    """The profile with what steps and first tokens take, each of the engines as busy."""
+async def _calibrate(address: str, work: Work, engines: int) -> Profile:
+    """What steps, first tokens and loads take, each of the engines as busy."""
+    profile = Profile(step={}, prompt_token=0.0, beside={0: [0.0]}, load=0.0, first_load=0.0)
     async with AsyncClient(address, timeout=120.0) as client:
         probe = _Probe(client)
         for _ in range(2 * PROBES):  # loads adapter 0 everywhere, and is not timed
@@ -215,7 +194,22 @@ async def _calibrate_waits(address: str, work: Work, profile: Profile, engines: 
     calm = replace(work, adapters=work.slots, seed=work.seed + 1)  # all of them stay in slots
     trace = traffic(profile, calm, engines)
     outcomes = await _play(address, calm, trace)
-    return replace(profile, beside=waits(profile, work, engines, outcomes))
+    steps = modelled_first(profile, work, 0)
+    profile = replace(profile, beside=waits(profile, work, engines, outcomes))
+    still = statistics.median(o.first_token for o in outcomes)
+    every = range(work.adapters)
+    # The others are converted by now; of all in turn, none stays until it is asked for again.
+    for field, wanted in (("first", every[work.slots :]), ("again", [*every] * ROUNDS)):
+        due = arrivals(profile, work, engines, len(wanted))
+        trace = [replace(job, adapter=a) for job, a in zip(due, wanted, strict=True)]
+        took = [o.first_token for o in await _play(address, work, trace)]
+        load = max(0.0, statistics.median(took) - still)
+        missed = tuple(sorted(max(0.0, t - steps - load) for t in took))
+        if field == "first":
+            profile = replace(profile, first_load=load, first_missed=missed)
+        else:
+            profile = replace(profile, load=load, missed=missed)
+    return profile
 
 
 def waits(
@@ -284,11 +278,21 @@ class _Probe:
 
 def traffic(profile: Profile, work: Work, servers: int) -> list[Job]:
     """Arrivals at a share of what the servers could do one request at a time."""
-    alone = work.prompt * profile.prompt_token + profile.step[1] * work.output
-    rate = work.utilisation * servers / alone
-    requests = max(1, int(rate * work.seconds))
+    return arrivals(
+        profile, work, servers, max(1, int(rate(profile, work, servers) * work.seconds))
+    )
+
+
+def arrivals(profile: Profile, work: Work, servers: int, requests: int) -> list[Job]:
+    """So many, at the same rate."""
     sizes = (work.adapters, work.exponent, work.prompt, work.output, work.seed)
-    return zipf_trace(requests, rate, *sizes)
+    return zipf_trace(requests, rate(profile, work, servers), *sizes)
+
+
+def rate(profile: Profile, work: Work, servers: int) -> float:
+    """Requests a second."""
+    alone = work.prompt * profile.prompt_token + profile.step[1] * work.output
+    return work.utilisation * servers / alone
 
 
 def modelled(

@@ -147,7 +147,7 @@ def grid(profile: Profile, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def check(root: Path, profile: Profile, work: Work) -> list[dict[str, Any]]:
     """Predictions, made before each run, and what was measured."""
-    shared = cluster_reality.calibrate_cluster(root, work, profile, 2)
+    shared = cluster_reality.calibrate(root, work, 2)
     report.log(f"profile of a replica: {shared.as_json()}")
     cases: list[tuple[int, Routing, Profile]] = [
         (1, "random", profile),

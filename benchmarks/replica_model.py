@@ -20,7 +20,9 @@ import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Load = Literal["load", "first_load"]
 
 MIN_TOKENS = 16  # a prompt gets as many a step, whatever runs (engine/pace.py)
 
@@ -33,7 +35,8 @@ class Profile:
     seconds that first tokens took besides their steps (the way to the engine and back, and what
     else held them up): all that were measured, so that the model has their spread too.
     ``load`` is one adapter from the host's memory into a slot, ``first_load`` one that the host
-    has to read and convert.
+    has to read and convert; ``missed`` and ``first_missed`` are what ``beside`` is, of requests
+    that waited for these (as ``beside`` where they are empty).
     """
 
     step: Mapping[int, float]
@@ -41,6 +44,8 @@ class Profile:
     beside: Mapping[int, Sequence[float]]
     load: float
     first_load: float
+    missed: Sequence[float] = ()
+    first_missed: Sequence[float] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -55,6 +60,8 @@ class Profile:
             beside={int(k): list(map(float, v)) for k, v in values["beside"].items()},
             load=float(values["load"]),
             first_load=float(values["first_load"]),
+            missed=tuple(map(float, values["missed"])),
+            first_missed=tuple(map(float, values["first_missed"])),
         )
 
 
@@ -94,6 +101,7 @@ class Job:
     left: int = 0  # prompt tokens
     skips: int = 0
     beside: int = 0  # that run when it arrives
+    load: Load | None = None  # that it waited for
 
 
 @dataclass(slots=True)
@@ -101,6 +109,7 @@ class _Slot:
     ready: bool = False
     references: int = 0
     used: bool = False
+    load: Load = "load"
 
 
 class Tables:
@@ -111,14 +120,16 @@ class Tables:
         self.step = [between(profile.step, n) for n in rows]
         known = profile.beside
         self._beside = [known[min(known, key=lambda k: (abs(k - n), k))] for n in rows]
+        self._missed = {"load": profile.missed, "first_load": profile.first_missed}
         self._rng = random.Random(seed)
         self.prompt_token = profile.prompt_token
         self.load, self.first_load = profile.load, profile.first_load
         self.limits = limits
 
-    def beside(self, running: int) -> float:
-        """One of the waits measured beside about so many answers, drawn."""
-        return self._rng.choice(self._beside[min(running, len(self._beside) - 1)])
+    def beside(self, running: int, load: Load | None = None) -> float:
+        """One of the waits measured after such a load, or beside about so many answers, drawn."""
+        missed = self._missed[load] if load else ()
+        return self._rng.choice(missed or self._beside[min(running, len(self._beside) - 1)])
 
     def chunk(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step beside so many answers (StepPace.limit, with known costs)."""
@@ -216,7 +227,7 @@ class Replica:
         while self._growing and self._growing[0][0] <= self._steps:
             ended.append(heapq.heappop(self._growing)[2])
         for job in self._chunks:
-            job.first_token = now + self.tables.beside(job.beside)
+            job.first_token = now + self.tables.beside(job.beside, job.load)
             self._reading.remove(job)
             if job.output > 1:
                 entry = (self._steps + job.output - 1, next(self._orders), job)
@@ -264,6 +275,7 @@ class Replica:
             else:
                 slot.references += 1
                 self.hits += slot.used
+                job.load = None if slot.used else slot.load
                 slot.used = True
                 self._reading.append(job)
                 if job is claimant:
@@ -278,10 +290,10 @@ class Replica:
         """Start a load if there is a slot for it."""
         if len(self.slots) >= self.tables.limits.slots and not self._evict():
             return False
-        self.slots[adapter] = _Slot()
+        self.slots[adapter] = slot = _Slot(load="load" if adapter in self.host else "first_load")
         self.loads += 1
         self.changed(self.index, adapter, True)
-        seconds = self.tables.load if adapter in self.host else self.tables.first_load
+        seconds = self.tables.load if slot.load == "load" else self.tables.first_load
         self._converted(adapter)
         self._loader_free = max(now, self._loader_free) + seconds
         self._loading.append((self._loader_free, adapter))

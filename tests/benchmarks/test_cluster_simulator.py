@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def test_an_adapter_in_the_hosts_memory_loads_faster() -> None:
     cold = [Job(t, a, 16, 1) for t, a in ((0, 0), (1, 1), (2, 0))]
     play(cold, slots=1, host=1)
     assert cold[0].first_token + 2 == pytest.approx(cold[2].first_token)
+
+
+def test_who_waited_for_a_load_has_the_waits_measured_of_such() -> None:
+    profile = replace(PROFILE, missed=(0.1,), first_missed=(0.2,))
+    jobs = [Job(t, a, 16, 1) for t, a in ((0, 0), (1, 0), (2, 1), (3, 0))]
+    cluster = Cluster(1, profile, Limits(slots=1), "random")
+    cluster.run(jobs)
+    steps = 0.0016 + 0.002
+    waits = [job.first_token - job.due - steps for job in jobs]
+    assert waits == pytest.approx([0.03 + 0.2, 0.001, 0.03 + 0.2, 0.01 + 0.1])
 
 
 def test_who_is_passed_over_for_long_gets_the_next_slot() -> None:
