@@ -70,6 +70,12 @@ class StepBuffers:
         d = self.device
         return d["tokens"][:count], d["positions"][:count], d["places"][:count]
 
+    def pad(self) -> None:
+        """Make every row padding, here and on the device."""
+        host = self.begin()
+        host["places"][:], host["lengths"][:] = -1, 0
+        self.upload(0)
+
     def upload(self, chunks: int) -> None:
         """One copy to the device; of the table the first ``chunks`` rows."""
         self._packed.upload(chunks)
