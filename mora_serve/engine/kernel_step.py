@@ -84,10 +84,12 @@ class LaidOut:
     """A step and what is in its buffers and in those of its mixtures: it can be sent.
 
     ``room`` is for how many tokens buffers of prompts were laid out, by which fields have places.
+    Of the page table only the ``pages`` that are read are sent: whole contexts are megabytes.
     """
 
     step: Step
     room: int
+    pages: int
     buffers: bytes
     mixtures: bytes
 
@@ -180,12 +182,13 @@ class KernelStep:
 
     def laid_out(self, step: Step) -> LaidOut:
         """What another rank needs to run a step that was laid out here last."""
+        buffers, adapters = self.decodes, self.adapters
         if isinstance(step, PromptStep):
-            buffers, adapters, chunks = self.prompts, self.prompt_adapters, step.chunks
-        else:
-            buffers, adapters, chunks = self.decodes, self.adapters, step.rows
+            buffers, adapters = self.prompts, self.prompt_adapters
+        chunks = _chunks(step)
+        pages = -(-int(buffers.begin()["lengths"][:chunks].max()) // self.kv.page_size)
         mixtures = adapters.buffers.image() if step.tile_rows else b""
-        return LaidOut(step, buffers.tokens, buffers.image(chunks), mixtures)
+        return LaidOut(step, buffers.tokens, pages, buffers.image(chunks, pages), mixtures)
 
     def follow(self, inputs: LaidOut) -> None:
         """Run a step as rank 0 has laid it out."""
@@ -196,7 +199,7 @@ class KernelStep:
                 if inputs.room != self.prompts.tokens:
                     self._set_room(inputs.room)
                 buffers, adapters = self.prompts, self.prompt_adapters
-            buffers.receive(inputs.buffers)
+            buffers.receive(inputs.buffers, _chunks(step), inputs.pages)
             if step.tile_rows:
                 adapters.buffers.receive(inputs.mixtures, step.tile_rows)
             self.run(step)
@@ -271,6 +274,10 @@ class KernelStep:
         slots = self.slots
         buffers = MixtureBuffers(rows, self.room.max_mixture, len(slots.ranks), slots.device)
         return KernelAdapters(slots, buffers, self.early_launches)
+
+
+def _chunks(step: Step) -> int:
+    return step.chunks if isinstance(step, PromptStep) else step.rows
 
 
 def measured(decoder: Decoder) -> Products:

@@ -55,7 +55,7 @@ def raises_for(*ids: str, after: int = 0, error: Exception | None = None) -> Cal
 
 
 class FaultyCapture:
-    """A capture for any device, whose graphs are the work itself.
+    """A capture for any device, whose graphs are the work itself; ``replayed`` counts.
 
     It raises ``error``, after the work or with ``broken_off`` before it, whenever ``faulty`` says
     so of how many it was asked for, this one counted.
@@ -69,7 +69,7 @@ class FaultyCapture:
         broken_off: bool = False,
     ) -> None:
         self.error, self.faulty, self.asked = error, faulty, 0
-        self.broken_off = broken_off
+        self.broken_off, self.replayed = broken_off, 0
 
     def beside(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -80,4 +80,9 @@ class FaultyCapture:
             if not self.broken_off:
                 work()
             raise self.error
-        return work
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay

@@ -48,7 +48,7 @@ def test_what_one_rank_cannot_capture_none_replays(
 ) -> None:
     """NCCL wants an operation captured by all or by none; all go on with the right sums."""
 
-    def work(group: RankGroup) -> tuple[set[Variant], list[list[float]], int]:
+    def work(group: RankGroup) -> tuple[set[Variant], list[list[float]], int, int]:
         y = torch.zeros(3)
 
         def sums(variant: Variant) -> None:
@@ -66,12 +66,13 @@ def test_what_one_rank_cannot_capture_none_replays(
             graphs.run(Variant(rows))
             group.launched()
             found.append(y.tolist())
-        return graphs.eager, found, group.calls
+        return graphs.eager, found, capture.replayed, group.calls
 
     with caplog.at_level(logging.WARNING):
         one, two = by_ranks(tmp_path / "ranks", work)
     assert one == two
     assert one[0] == {Variant(2)}
+    assert one[2] == 3
     assert one[1] == [[3.0] * n + [0.0] * (3 - n) for n in (1, 2, 3, 2, 1)]
     assert {r.getMessage().rpartition(": ")[2] for r in caplog.records} == {
         "no memory",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +11,20 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks import families
+from mora_serve.config import BaseConfig
 from mora_serve.engine import orders
 from mora_serve.engine.cuda_forward import CudaForward
 from mora_serve.engine.graphs import Variant
-from mora_serve.engine.kernel_step import KernelStep, Room
+from mora_serve.engine.kernel_step import KernelStep, LaidOut, Room
 from mora_serve.model.decoder import Decoder
+from mora_serve.model.loading import load_base
 from tests.engine.faults import FaultyCapture
-from tests.engine.steps import CONTEXT, World, distance, job, reference
+from tests.engine.steps import CONTEXT, World, distance, job
 
 JOBS = (
-    job(4, {"d": 0.6, "e": 0.4}, [3], seed=1),
-    job(6, {"a": 0.5, "b": 0.8}, [1, 4], seed=2),
+    job(3, {"d": 0.6, "e": 0.4}, [2], seed=1),
+    job(5, {"a": 0.5, "b": 0.8}, [1, 3], seed=2),
 )
 
 
@@ -31,6 +33,7 @@ class Followed:
 
     def __init__(self) -> None:
         self.step: KernelStep | None = None
+        self.pages: list[int] = []
 
     @contextmanager
     def together(self, order: object) -> Iterator[None]:
@@ -38,13 +41,17 @@ class Followed:
         if isinstance(order, orders.Prepare):
             self.step.prepare()
         elif isinstance(order, orders.Step):
+            assert isinstance(order.inputs, LaidOut)
+            self.pages.append(order.inputs.pages)
             self.step.follow(order.inputs)
         yield
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return reference("llama3", tmp_path_factory.mktemp("follow"), "none", "fp32")
+    path = tmp_path_factory.mktemp("follow")
+    families.make_base("llama3", path, num_hidden_layers=1)
+    return load_base(BaseConfig(str(path), "main", "none", "fp32", "cpu")).decoder
 
 
 def world(model: Decoder, team: Any = None, capture: Any = None, **more: Any) -> World:
@@ -69,6 +76,7 @@ def test_a_follower_computes_what_rank_0_does(model: Decoder) -> None:
     assert torch.equal(step_of(first).logits, step_of(other).logits)
     assert torch.equal(step_of(first).tokens, step_of(other).tokens)
     assert torch.equal(first.kv.k, other.kv.k)
+    assert set(team.pages) == {1}  # of the eight of a whole context
 
 
 def test_room_that_there_is_no_memory_for_is_not_half_made(
