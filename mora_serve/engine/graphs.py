@@ -125,7 +125,8 @@ class Graphs:
         with self._capture.beside():
             for _ in range(WARM_UPS):
                 work()
-        replay, why = work, ""
+        replay: Work = work
+        why = ""
         try:
             replay = self._capture(work)
         except Exception as error:

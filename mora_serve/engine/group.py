@@ -78,7 +78,7 @@ class RankGroup:
     def all_can(self, able: bool) -> bool:
         """See Group."""
         worst = dist.AllreduceOptions()
-        worst.reduceOp = dist.ReduceOp.MAX
+        worst.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         x = torch.tensor([not able, self.calls + 1], dtype=torch.int64, device=self.device)
         self._run(lambda: self._backend.allreduce([x], worst))
         unable, self.calls = x.tolist()

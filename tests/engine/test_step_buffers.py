@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_serve.core import AdapterWeight, Mixture, Request, SamplingParams
@@ -66,6 +66,7 @@ def check(rows: DecodeRows, batch: list[Chunk], bucket: int, places: np.ndarray)
         assert rows.mixtures[row] == ()
 
 
+@settings(max_examples=300)
 @given(chance=st.randoms(use_true_random=True))  # its draws are many: one by one they take long
 def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(chance: random.Random) -> None:
     """Sequences come, go, skip steps, and come back with other pages after a preemption.
