@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_base import LLAMA, random_base
+from benchmarks.gpu_base import LLAMA, random_decoder
 from mora_serve.engine.graphs import Variant
 from mora_serve.engine.kernel_step import KernelStep, PromptStep, Room
 from mora_serve.model.attention import KVPages
@@ -18,11 +19,12 @@ from mora_serve.model.lora import AdapterSlots
 from tests.model.kernels.compiling import compiled
 
 
+@functools.cache
 def llama() -> KernelStep:
     """A layer of Llama-3.1-8B without memory: tensors on "meta"."""
     meta = torch.device("meta")
     shape = replace(LLAMA, layers=1)
-    decoder = random_base(shape, meta, torch.bfloat16).decoder
+    decoder = random_decoder(shape, meta, torch.bfloat16)
     slots = AdapterSlots(shape, 32, 16, torch.bfloat16, meta)
     kv = KVPages(1, shape.kv_heads, shape.head_dim, 4096, 16, torch.bfloat16, meta)
     return KernelStep(decoder, slots, kv, Room(8192, 32, 4))  # the 4-bit product compiles elsewhere
