@@ -43,6 +43,7 @@ PARTS = (
 TESTS = (
     *("tests/test_gpu.py", "tests/model/kernels", "tests/model/test_packed.py"),
     *("tests/engine/test_cuda_forward.py", "tests/engine/test_adapter_pool.py"),
+    "tests/engine/test_graphs.py",
 )
 TEST_SECONDS = KERNEL_SECONDS = GROUP_SECONDS = 150.0
 DEMO_SECONDS = 300.0

@@ -58,8 +58,8 @@ def random_groups(
     return GroupWeight(codes, scales, zeros, group, order)
 
 
-def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Base:
-    """NF4 codes drawn evenly, embedding and head in ``dtype``; the tokenizer is one of bytes."""
+def random_decoder(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """NF4 codes drawn evenly, embedding and head in ``dtype``."""
     torch.manual_seed(0)
     ones = torch.ones(shape.hidden_size, dtype=dtype, device=device)
 
@@ -75,7 +75,12 @@ def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> 
             weight = random_nf4(sum(rows for rows, _ in sizes), sizes[0][1], device)
             sites[site] = Linear((weight,))
         layers.append(Layer(ones, ones, sites))
-    decoder = Decoder(shape, table(), layers, ones, table(), *rope_frequencies(shape))
+    return Decoder(shape, table(), layers, ones, table(), *rope_frequencies(shape))
+
+
+def random_base(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Base:
+    """A random decoder; the tokenizer is one of bytes."""
+    decoder = random_decoder(shape, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         families.byte_tokenizer(Path(folder))
         tokenizer = Tokenizer.load(Path(folder), frozenset({1}))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from benchmarks.gpu_base import random_groups, random_nf4
 from benchmarks.report import log
@@ -44,10 +45,14 @@ def measure(
     sites: Sequence[str] = tuple(SITES),
     matrices: int = MATRICES,
 ) -> dict[str, Any]:
-    """Every kind and site; ``bandwidth`` is in bytes a second. See times for ``seconds``."""
+    """Every kind and site; ``bandwidth`` is in bytes a second. See times for ``seconds``.
+
+    A way that raises where it should not is in ``refused`` with the reason, by its name and kind.
+    """
     ways = known_ways(device, dtype)
     found: list[dict[str, Any]] = []
     errors: list[float] = []
+    refused: dict[str, str] = {}
     repeats = True
     for site in sites:
         sizes = [shape.projection(name) for name in SITES[site]]
@@ -56,11 +61,18 @@ def measure(
             weights = [make(out, columns, device) for _ in range(matrices)]
             able = {}
             for name, way in ways.items():
-                checked = _checked(way, weights[0], dtype)
-                if checked is not None:
-                    able[name] = way
-                    errors.append(checked[0])
-                    repeats &= checked[1]
+                try:
+                    error, repeated = _checked(way, weights[0], dtype)
+                except torch.OutOfMemoryError:
+                    raise
+                except (ValueError, ImportError):  # not for this weight, or not here
+                    continue
+                except (RuntimeError, TritonError) as e:
+                    refused[f"{name}: {kind}"] = f"{type(e).__name__}: {e}"[:200]
+                    continue
+                able[name] = way
+                errors.append(error)
+                repeats &= repeated
             ((_, by_rows),) = times([Linear((w,)) for w in weights], dtype, able, seconds, rows)
             for count, took in by_rows.items():
                 floor = (weights[0].nbytes + dtype.itemsize * count * (out + columns)) / bandwidth
@@ -74,26 +86,22 @@ def measure(
             gc.collect()
     return {
         "rows": found,
+        "refused": refused,
         "largest_error": max(errors),
-        "within_rounding": max(errors) <= ROUNDINGS * torch.finfo(dtype).eps,
+        "within_rounding": max(errors) <= ROUNDINGS * torch.finfo(dtype).eps
+        and not any(name.startswith("kernel") for name in refused),
         "repeats": repeats,
     }
 
 
-def _checked(way: Way, weight: FourBit, dtype: torch.dtype) -> tuple[float, bool] | None:
-    """How far products are from float64's, relative, and whether each is the same a second time.
-
-    None for a way that is not for this weight or cannot be used here.
-    """
+def _checked(way: Way, weight: FourBit, dtype: torch.dtype) -> tuple[float, bool]:
+    """How far products are from float64's, relative, and whether each is the same a second time."""
     g = torch.Generator().manual_seed(0)
     exact = _exact(weight).double()
     errors, repeats = [], True
     for rows in CHECKED:
         x = torch.randn(rows, weight.shape[1], generator=g).to(exact.device, dtype)
-        try:
-            got, again = way(weight, x), way(weight, x)
-        except (ValueError, ImportError, NotImplementedError):
-            return None
+        got, again = way(weight, x), way(weight, x)
         want = x.double() @ exact.T
         errors.append(float((got.double() - want).norm() / want.norm()))
         repeats &= torch.equal(got, again)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mora_serve.model.kernels.capture import captured
+from mora_serve.model.shard import Group
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ class Graphs:
     ``work`` launches kernels and looks at no value on the device. What it allocates is shared
     by all graphs, so only static buffers outlive a replay. A graph is captured when it is first
     needed. A variant that cannot be captured runs as it is from then on: slower, but right.
+
+    Where ``work`` has sums of a ``group``, all ranks prepare the same variants in the same order. A
+    variant that one of them cannot capture none replays: NCCL wants an operation captured by every
+    rank or by none (its guide, "Using NCCL with CUDA Graphs").
     """
 
     def __init__(
@@ -89,12 +94,13 @@ class Graphs:
         work: Callable[[Variant], None],
         device: torch.device,
         capture: Capture | None = None,
+        group: Group | None = None,
     ) -> None:
         """``capture``: on a card CardCapture if None, elsewhere there are no graphs without it."""
         self._work = work
         if capture is None and device.type == "cuda":
             capture = CardCapture(device)
-        self._capture = capture
+        self._capture, self._group = capture, group
         self._replays: dict[Variant, Work] = {}
         self.eager: set[Variant] = set()  # those that could not be captured
 
@@ -119,15 +125,20 @@ class Graphs:
         with self._capture.beside():
             for _ in range(WARM_UPS):
                 work()
+        replay: Work = work
+        why = ""
         try:
-            self._replays[variant] = self._capture(work)
+            replay = self._capture(work)
         except Exception as error:
-            self._replays[variant] = work
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self._group is not None and not self._group.all_can(not why):
+            replay, why = work, why or "another rank cannot"
+        self._replays[variant] = replay
+        if why:
             self.eager.add(variant)
-            reason = (str(error).splitlines() or [""])[0]
             log.warning(
-                "%s cannot be captured and runs kernel by kernel, which is slower: %s: %s",
-                *(variant, type(error).__name__, reason),
+                "%s cannot be captured and runs kernel by kernel, which is slower: %s",
+                *(variant, why),
             )
         else:
             log.debug("%s captured in %.2f s", variant, time.monotonic() - started)

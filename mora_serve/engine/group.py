@@ -75,6 +75,15 @@ class RankGroup:
         pieces = parts.view(self.size, rows, most)
         return torch.cat([p[:, :w] for p, w in zip(pieces, widths, strict=True)], dim=1)
 
+    def all_can(self, able: bool) -> bool:
+        """See Group."""
+        worst = dist.AllreduceOptions()
+        worst.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        x = torch.tensor([not able, self.calls + 1], dtype=torch.int64, device=self.device)
+        self._run(lambda: self._backend.allreduce([x], worst))
+        unable, self.calls = x.tolist()
+        return not unable
+
     def launched(self) -> None:
         """See Group."""
         self.calls += 1

@@ -81,9 +81,15 @@ Step = Variant | PromptStep  # a Variant is a step of single tokens
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A step and what is in its buffers and in those of its mixtures: it can be sent."""
+    """A step and what is in its buffers and in those of its mixtures: it can be sent.
+
+    ``room`` is for how many tokens buffers of prompts were laid out, by which fields have places.
+    Of the page table only the ``pages`` that are read are sent: whole contexts are megabytes.
+    """
 
     step: Step
+    room: int
+    pages: int
     buffers: bytes
     mixtures: bytes
 
@@ -119,7 +125,7 @@ class KernelStep:
         self.adapters = self._make_adapters(most)
         self.prompts = StepBuffers(0, most, self._pages, device)
         self.prompt_adapters = self._make_adapters(1)
-        self.graphs = Graphs(self._decode, device, capture)
+        self.graphs = Graphs(self._decode, device, capture, decoder.group)
         self._scratch = DecodeScratch.of(
             most, shape.heads, shape.head_dim, room.max_context, device
         )
@@ -136,11 +142,11 @@ class KernelStep:
     def prepare(self) -> None:
         """Capture all graphs that steps need, the largest first: they share memory.
 
-        Every row of ``decodes`` is padding, and is so afterwards. On a card the kernels of steps
-        with prompts are compiled as well.
+        Every row of ``decodes`` is padding afterwards. On a card the kernels of steps with prompts
+        are compiled as well.
         """
         with self.on_device():
-            self.decodes.upload(0)  # captures run it: padding writes nowhere
+            self.decodes.pad()  # captures run it: padding writes nowhere
             for rows in reversed(self.buckets):
                 self.graphs.prepare(Variant(rows))
                 for tile_rows in tile_sizes(rows, self.room.max_mixture):
@@ -176,11 +182,13 @@ class KernelStep:
 
     def laid_out(self, step: Step) -> LaidOut:
         """What another rank needs to run a step that was laid out here last."""
+        buffers, adapters = self.decodes, self.adapters
         if isinstance(step, PromptStep):
-            buffers, adapters = self.prompts.image(step.chunks), self.prompt_adapters
-        else:
-            buffers, adapters = self.decodes.image(step.rows), self.adapters
-        return LaidOut(step, buffers, adapters.buffers.image() if step.tile_rows else b"")
+            buffers, adapters = self.prompts, self.prompt_adapters
+        chunks = _chunks(step)
+        pages = -(-int(buffers.begin()["lengths"][:chunks].max()) // self.kv.page_size)
+        mixtures = adapters.buffers.image() if step.tile_rows else b""
+        return LaidOut(step, buffers.tokens, pages, buffers.image(chunks, pages), mixtures)
 
     def follow(self, inputs: LaidOut) -> None:
         """Run a step as rank 0 has laid it out."""
@@ -188,9 +196,10 @@ class KernelStep:
         with self.on_device():
             buffers, adapters = self.decodes, self.adapters
             if isinstance(step, PromptStep):
-                buffers = self.make_room(step.tokens)
-                adapters = self.prompt_adapters
-            buffers.receive(inputs.buffers)
+                if inputs.room != self.prompts.tokens:
+                    self._set_room(inputs.room)
+                buffers, adapters = self.prompts, self.prompt_adapters
+            buffers.receive(inputs.buffers, _chunks(step), inputs.pages)
             if step.tile_rows:
                 adapters.buffers.receive(inputs.mixtures, step.tile_rows)
             self.run(step)
@@ -198,10 +207,13 @@ class KernelStep:
     def make_room(self, tokens: int) -> StepBuffers:
         """``prompts``, with room for so many tokens."""
         if tokens > self.prompts.tokens:
-            room = 1 << (tokens - 1).bit_length()
-            self.prompts = StepBuffers(room, self.room.max_batch, self._pages, self.device)
-            self.prompt_adapters = self._make_adapters(room)
+            self._set_room(1 << (tokens - 1).bit_length())
         return self.prompts
+
+    def _set_room(self, tokens: int) -> None:
+        prompts = StepBuffers(tokens, self.room.max_batch, self._pages, self.device)
+        adapters = self._make_adapters(tokens)  # there may be no memory: then both stay as they are
+        self.prompts, self.prompt_adapters = prompts, adapters
 
     def _decode(self, variant: Variant) -> None:
         """What a graph holds: from the buffers to the tokens of their first rows."""
@@ -262,6 +274,10 @@ class KernelStep:
         slots = self.slots
         buffers = MixtureBuffers(rows, self.room.max_mixture, len(slots.ranks), slots.device)
         return KernelAdapters(slots, buffers, self.early_launches)
+
+
+def _chunks(step: Step) -> int:
+    return step.chunks if isinstance(step, PromptStep) else step.rows
 
 
 def measured(decoder: Decoder) -> Products:

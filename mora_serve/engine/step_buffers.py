@@ -70,17 +70,23 @@ class StepBuffers:
         d = self.device
         return d["tokens"][:count], d["positions"][:count], d["places"][:count]
 
+    def pad(self) -> None:
+        """Make every row padding, here and on the device."""
+        host = self.begin()
+        host["places"][:], host["lengths"][:] = -1, 0
+        self.upload(0)
+
     def upload(self, chunks: int) -> None:
         """One copy to the device; of the table the first ``chunks`` rows."""
         self._packed.upload(chunks)
 
-    def image(self, chunks: int) -> bytes:
-        """What ``upload`` copies; see Packed."""
-        return self._packed.image(chunks)
+    def image(self, chunks: int, pages: int) -> bytes:
+        """All but the table, and of the first ``chunks`` the first ``pages`` pages."""
+        return self._packed.image(chunks, pages)
 
-    def receive(self, image: bytes) -> None:
-        """Upload what rank 0 has laid out."""
-        self._packed.receive(image)
+    def receive(self, image: bytes, chunks: int, pages: int) -> None:
+        """Take rank 0's ``image`` of so many, and start its copy to the device."""
+        self._packed.receive(image, chunks, pages)
 
     def set_sampling(self, row: int, sequence: Sequence) -> None:
         """How a row's token is drawn, its position apart."""

@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 HELLO_SECONDS = 120.0  # for a worker's imports
 LOAD_SECONDS = 1800.0  # for a worker to load its part of the base after rank 0 has
-SERVE_SECONDS = 120.0  # for its slots and pages
+SERVE_SECONDS = 1800.0  # for its slots and pages, and to compile and time kernels the first time
 SETTLE_SECONDS = 5.0  # between an exception on one rank and the same on all others
 END_SECONDS = 2.0  # for a worker to end by itself
 LEAST_SECONDS = 60.0  # that ranks wait for each other; a step's time is the watchdog's matter
@@ -172,11 +172,13 @@ class Team:
     def together(self, order: object) -> Iterator[None]:
         """Send an order, do rank 0's part of it inside.
 
-        What is raised inside comes out as it is where all ranks can go on, else as DeviceLost.
+        What is raised inside comes out as it is where all ranks can go on, else as DeviceLost; so
+        is a rank that was lost meanwhile, as what was computed without it is nothing.
         """
         self.tell(order)
         try:
             yield
+            self._check()
         except DeviceLost as e:
             raise self._lose(self._who_ended() or e.message.removeprefix(_FIELD)) from e
         except Exception:

@@ -60,25 +60,27 @@ class Packed:
 
     def upload(self, first: int | None = None) -> None:
         """Start the one copy; of the last field only the ``first`` rows, where that is given."""
-        self._copy(self._size(first))
-
-    def image(self, first: int | None = None) -> bytes:
-        """What ``upload`` copies, for another process's ``receive``."""
-        return self._host.numpy()[: self._size(first)].tobytes()
-
-    def receive(self, image: bytes) -> None:
-        """Upload what another of the same fields has."""
-        self.begin()
-        self._host.numpy()[: len(image)] = np.frombuffer(image, np.uint8)
-        self._copy(len(image))
-
-    def _size(self, first: int | None) -> int:
-        if first is None:
-            return len(self._host)
-        last = self.host[self._last]
-        return self._start + first * last.itemsize * int(np.prod(last.shape[1:]))
-
-    def _copy(self, size: int) -> None:
+        size = len(self._host)
+        if first is not None:
+            last = self.host[self._last]
+            size = self._start + first * last.itemsize * int(np.prod(last.shape[1:]))
         self._device[:size].copy_(self._host[:size], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+
+    def image(self, first: int, columns: int) -> bytes:
+        """For another process's ``receive``: of the last field, a matrix, a corner of this size."""
+        corner = self.host[self._last][:first, :columns]
+        return self._host.numpy()[: self._start].tobytes() + corner.tobytes()
+
+    def receive(self, image: bytes, first: int, columns: int) -> None:
+        """Take what another of the same fields has, and upload ``first`` rows of the last one.
+
+        Beyond the corner these are what they were.
+        """
+        self.begin()
+        last = self.host[self._last]
+        self._host.numpy()[: self._start] = np.frombuffer(image, np.uint8, self._start)
+        corner = np.frombuffer(image, last.dtype, offset=self._start)
+        last[:first, :columns] = corner.reshape(first, columns)
+        self.upload(first)

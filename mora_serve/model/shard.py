@@ -59,6 +59,10 @@ class Group(Protocol):
         """The ranks' [n, part of width], side by side in ``spans(width, size)``: [n, width]."""
         ...
 
+    def all_can(self, able: bool) -> bool:
+        """Whether every rank is ``able``; their counts of calls are the same afterwards."""
+        ...
+
     def launched(self) -> None:
         """A graph was launched that has sums and joins."""
         ...

@@ -111,9 +111,28 @@ def test_a_wrong_product_is_found() -> None:
 
     right = gpu_products._checked(lambda w, x: w.matmul(x), weight, torch.float32)
     wrong = gpu_products._checked(careless, weight, torch.float32)
-    assert right is not None
-    assert wrong is not None
     assert right[0] < 1e-6 < 0.1 < wrong[0]
+
+
+def test_a_way_that_a_card_refuses_costs_no_other_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is named with the reason, and where it is one of ours the claim does not hold."""
+
+    def broken(weight: Any, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    ways = {"dense": lambda w, x: w.matmul(x), "kernel, table": broken}
+    monkeypatch.setattr(gpu_products, "known_ways", lambda device, dtype: ways)
+    part = gpu_products.measure(
+        *(gpu_base.TINY, torch.device("cpu"), torch.float32, 1e9, lambda work: 1.0),
+        *((1,), ("o",), 1),
+    )
+    assert set(part["refused"]) == {f"kernel, table: {kind}" for kind in gpu_products.KINDS}
+    assert "no kernel image" in part["refused"]["kernel, table: nf4"]
+    assert {row["fastest"] for row in part["rows"]} == {"dense"}
+    assert part["largest_error"] < 1e-6
+    assert not part["within_rounding"]
 
 
 def test_answers_that_part_are_wrong_unless_at_a_near_tie() -> None:

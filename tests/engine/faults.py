@@ -55,16 +55,21 @@ def raises_for(*ids: str, after: int = 0, error: Exception | None = None) -> Cal
 
 
 class FaultyCapture:
-    """A capture for any device, whose graphs are the work itself.
+    """A capture for any device, whose graphs are the work itself; ``replayed`` counts.
 
-    It raises ``error``, in the middle of the work, whenever ``faulty`` says so of how many it was
-    asked for, this one counted.
+    It raises ``error``, after the work or with ``broken_off`` before it, whenever ``faulty`` says
+    so of how many it was asked for, this one counted.
     """
 
     def __init__(
-        self, error: Exception, faulty: Callable[[int], bool] = lambda asked: True
+        self,
+        error: Exception,
+        faulty: Callable[[int], bool] = lambda asked: True,
+        *,
+        broken_off: bool = False,
     ) -> None:
         self.error, self.faulty, self.asked = error, faulty, 0
+        self.broken_off, self.replayed = broken_off, 0
 
     def beside(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -72,6 +77,12 @@ class FaultyCapture:
     def __call__(self, work: Work) -> Work:
         self.asked += 1
         if self.faulty(self.asked):
-            work()
+            if not self.broken_off:
+                work()
             raise self.error
-        return work
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay

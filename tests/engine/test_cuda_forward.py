@@ -10,7 +10,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import families
-from benchmarks.gpu_base import LLAMA, random_base
 from benchmarks.group_checkpoints import write
 from benchmarks.local import LocalEngine
 from benchmarks.many_adapters import Template
@@ -31,7 +29,7 @@ from mora_serve.engine import runner
 from mora_serve.engine.cuda_forward import CudaForward
 from mora_serve.engine.forward import Forward
 from mora_serve.engine.graphs import Capture, Variant
-from mora_serve.engine.kernel_step import KernelStep, PromptStep, Room, buckets, tile_sizes
+from mora_serve.engine.kernel_step import KernelStep, Room, buckets, tile_sizes
 from mora_serve.engine.sampler import SamplingRow, sample
 from mora_serve.engine.scheduler import Chunk
 from mora_serve.engine.sequence import Sequence as Running
@@ -45,7 +43,6 @@ from mora_serve.model.lora import AdapterSlots
 from mora_serve.model.shape import PROJECTIONS
 from tests.engine.faults import FaultyCapture
 from tests.engine.steps import CONTEXT, GROUPS, MIXTURES, SLOT, World, distance, job
-from tests.model.kernels.compiling import compiled
 
 CARD = torch.cuda.is_available()
 DEVICE = "cuda" if CARD else "cpu"
@@ -285,34 +282,6 @@ def test_preparing_covers_every_layout_of_a_bucket() -> None:
     assert tile_sizes(1, 1) == [1]
     assert tile_sizes(8, 4) == [1, 16]
     assert tile_sizes(64, 1) == [1, 16, 64]
-
-
-def llama() -> KernelStep:
-    """A layer of Llama-3.1-8B without memory: tensors on "meta"."""
-    meta = torch.device("meta")
-    shape = replace(LLAMA, layers=1)
-    decoder = random_base(shape, meta, torch.bfloat16).decoder
-    slots = AdapterSlots(shape, 32, 16, torch.bfloat16, meta)
-    kv = KVPages(1, shape.kv_heads, shape.head_dim, 4096, 16, torch.bfloat16, meta)
-    return KernelStep(decoder, slots, kv, Room(8192, 32, 4))  # the 4-bit product compiles elsewhere
-
-
-def launch_prompts() -> None:
-    step = llama()
-    step.make_room(4)
-    step.run(PromptStep(tokens=4, chunks=2, single=1, longest=3, sampled=1))
-
-
-LAUNCHES = {"decode": lambda: llama().run(Variant(16, 1)), "prompts": launch_prompts}
-
-
-def test_whole_steps_compile_for_a_card_that_is_not_here() -> None:
-    """Every launch as it is specialised there; tests/model/kernels looks at more sizes."""
-    for where, kernels in compiled("tests.engine.test_cuda_forward", list(LAUNCHES), [90]).items():
-        assert {"_add_norm_kernel", "_rotary_kernel", "_pick_in_block"} <= {
-            kernel.kernel for kernel in kernels
-        }, where
-        assert [kernel for kernel in kernels if kernel.error] == [], where
 
 
 class TestServing:

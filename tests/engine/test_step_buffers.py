@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_serve.core import AdapterWeight, Mixture, Request, SamplingParams
@@ -65,8 +66,9 @@ def check(rows: DecodeRows, batch: list[Chunk], bucket: int, places: np.ndarray)
         assert rows.mixtures[row] == ()
 
 
-@given(data=st.data())
-def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(data: st.DataObject) -> None:
+@settings(max_examples=300)
+@given(chance=st.randoms(use_true_random=True))  # its draws are many: one by one they take long
+def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(chance: random.Random) -> None:
     """Sequences come, go, skip steps, and come back with other pages after a preemption.
 
     Steps raise while they are laid out or later, and are run again in parts, or token by token.
@@ -74,37 +76,42 @@ def test_a_step_finds_what_it_would_if_it_were_laid_out_anew(data: st.DataObject
     rows = DecodeRows(StepBuffers(ROWS, ROWS, PAGES, CPU), SIZE)
     alive: list[Sequence] = []
     numbers = itertools.count(1)
-    for _ in range(data.draw(st.integers(1, 12))):
-        for _ in range(data.draw(st.integers(0, ROWS - len(alive)))):
-            mixture = data.draw(st.sampled_from([(), ("aa",), ("aa", "bb")]))
-            tokens = data.draw(st.integers(1, 30))
-            hot = data.draw(st.sampled_from([0.0, 0.8]))
-            alive.append(running(next(numbers), tokens, mixture, temperature=hot))
+
+    def once_in(turns: int) -> bool:
+        return not chance.randrange(turns)
+
+    for _ in range(chance.randint(1, 12)):
+        for _ in range(chance.randint(0, ROWS - len(alive))):
+            mixture = chance.choice([(), ("aa",), ("aa", "bb")])
+            hot = chance.choice([0.0, 0.8])
+            alive.append(running(next(numbers), chance.randint(1, 30), mixture, temperature=hot))
         for sequence in list(alive):
-            if data.draw(st.integers(0, 4)) == 0:
+            if once_in(5):
                 alive.remove(sequence)
-            elif data.draw(st.integers(0, 5)) == 0:  # preempted, and back with other pages
+            elif once_in(6):  # preempted, and back with other pages
                 sequence.pages = [7 * page + 1 for page in sequence.pages]
-        here = [s for s in alive if data.draw(st.integers(0, 5))]
+        here = [s for s in alive if not once_in(6)]
         if not here:
             continue
-        batch = [decoding(s) for s in data.draw(st.permutations(here))]
-        if data.draw(st.integers(0, 7)) == 0:  # one of the tokens of before, as isolation cuts them
-            at = data.draw(st.integers(0, batch[0].start))
+        if once_in(2):
+            chance.shuffle(here)
+        batch = [decoding(s) for s in here]
+        if once_in(8):  # one of the tokens of before, as isolation cuts them
+            at = chance.randint(0, batch[0].start)
             batch[0] = Chunk(batch[0].sequence, at, 1, at == batch[0].start)
-        bucket = data.draw(st.integers(len(batch), ROWS))
-        if data.draw(st.integers(0, 7)) == 0:
+        bucket = chance.randint(len(batch), ROWS)
+        if once_in(8):
             with contextlib.suppress(KeyError):
                 rows.fill(batch, bucket, {}.__getitem__)
         before = list(rows.mixtures)
         places, changed = rows.fill(batch, bucket, SLOTS.__getitem__)
         check(rows, batch, bucket, places)
         assert changed or rows.mixtures == before
-        if data.draw(st.integers(0, 3)):
+        if not once_in(4):
             device = {name: t.clone() for name, t in rows.buffers.device.items()}
             rows.ahead()
             assert all(torch.equal(t, rows.buffers.device[name]) for name, t in device.items())
-        if data.draw(st.integers(0, 7)):
+        if not once_in(8):
             for chunk in batch:
                 if chunk.samples:
                     answered(chunk.sequence)

@@ -41,6 +41,21 @@ def test_of_the_last_field_as_many_rows_go_as_are_asked_for(device: str) -> None
     assert packed.device["real"].tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_receives_all_but_the_last_field_and_a_corner_of_that(device: str) -> None:
+    """What lies beyond the corner is as it was, here and on the device."""
+    one, two = (Packed(FIELDS, torch.device(device)) for _ in range(2))
+    for value, array in enumerate(one.begin().values(), 1):
+        array[:] = value
+    two.begin()["table"][:] = 9
+    two.receive(one.image(2, 3), 2, 3)
+    assert two.device["small"].tolist() == [1] * 3
+    assert two.device["wide"].tolist() == [2] * 2
+    assert two.device["real"].tolist() == [3.0] * 5
+    assert two.device["table"].tolist() == [[4] * 3 + [9] * 3] * 2 + [[0] * 6] * 2
+    assert two.begin()["table"].tolist() == [[4] * 3 + [9] * 3] * 2 + [[9] * 6] * 2
+
+
 def test_tensors_stay_where_they_are_and_are_aligned() -> None:
     packed = Packed(FIELDS, torch.device("cpu"))
     places = {name: t.data_ptr() for name, t in packed.device.items()}

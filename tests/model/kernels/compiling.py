@@ -8,6 +8,7 @@ run. No card or driver is needed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -51,22 +52,28 @@ def compiled(
     wanted = cases if isinstance(cases, Mapping) else dict.fromkeys(cases, architectures)
     request = {"module": module, "cases": {case: list(each) for case, each in wanted.items()}}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.model.kernels.compiling"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-            cwd=ROOT,
-            env={**environment, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)},
-        )
+    environment |= {"TRITON_CACHE_DIR": _cache().name, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.kernels.compiling"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return {
         (row["case"], row["architecture"]): [Compiled(**kernel) for kernel in row["kernels"]]
         for row in json.loads(done.stdout)
     }
+
+
+@functools.cache
+def _cache() -> tempfile.TemporaryDirectory[str]:
+    """Of this process's tests, empty at first: modules share many a launch."""
+    return tempfile.TemporaryDirectory()
 
 
 class _Absent:
@@ -123,6 +130,7 @@ def _launched(launch: Any, architecture: int) -> list[Compiled]:
     return found
 
 
+@functools.cache
 def _usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK and more, as cuobjdump of Triton's wheel reports them."""
     import triton
