@@ -61,4 +61,6 @@ def test_gateways_with_a_fixed_port_are_on_nodes_of_their_own():
         return deployments(server__state="/s", **keys)[0]._replica_config.max_replicas_per_node
 
     assert most() == 1
-    assert most(server__port=0) is None
+    assert most(server__port=0) == 1  # there is that of the metrics
+    assert most(server__port=0, server__metrics_port=0) is None
+    assert most(server__port=0, server__metrics_port=-1, server__http_port=8000) == 1
