@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 PAUSE = 0.05  # seconds
 ATTEMPTS = 4  # replicas that one request is given to, one after the other
 REPORT_SECONDS = 1.0  # between two looks at the replicas
-REPORT_TIMEOUT = 5.0
+REPORT_TIMEOUT = 30.0  # a replica with all the requests that it takes answers when one has ended
 # Reasons of a replica that cannot serve, which others can: the caller is not told them.
 _GOING = ("UNAVAILABLE", "DRAINING", "ENGINE_FAILED", OTHER_BASE.reason)
 

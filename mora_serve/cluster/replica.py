@@ -97,9 +97,16 @@ class Replica:
         return self._uses.most(count)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve tells the request routers of all gateways."""
+        """What Serve tells the request routers of all gateways.
+
+        ``misses`` makes a report another one wherever an adapter came or went since the last.
+        """
         stats = self._engine.stats()
-        return {"resident": sorted(stats.resident), "slots": stats.slots}
+        return {
+            "resident": sorted(stats.resident),
+            "slots": stats.slots,
+            "misses": stats.slot_misses,
+        }
 
     def check_health(self) -> None:
         """Raise where the engine is gone: Serve then replaces this replica."""

@@ -66,6 +66,7 @@ async def test_it_is_warm_with_what_others_use_most(replica: Replica, records):
 
 async def test_a_request_is_admitted_and_then_answered(replica: Replica, records):
     _, adapters = records
+    before = replica.record_routing_stats()["misses"]
     items = await answered(replica, asked(adapters[5], max_tokens=60))
     assert items[0] is None
     events = [item for item in items if isinstance(item, Event)]
@@ -73,6 +74,7 @@ async def test_a_request_is_admitted_and_then_answered(replica: Replica, records
     assert sum(len(e.tokens) for e in events) == 60
     assert events[-1].finish is Finish.LENGTH
     assert replica.hottest(1) == [adapters[5].digest]
+    assert replica.record_routing_stats()["misses"] > before
 
 
 async def test_later_tokens_are_gathered(replica: Replica):
