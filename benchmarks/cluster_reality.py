@@ -37,7 +37,7 @@ from mora_serve.demo.process import ServerProcess, free_port
 from mora_serve.model.shape import shape_from_config
 
 ROWS = (1, 2, 4, 8)  # answers at a time, of each engine, whose steps are timed
-SETTLED = 2.5  # seconds, after which the engines' counters are up to date
+SETTLED = 1.0  # seconds, after which the engines' counters are up to date
 SHORT = 16  # tokens of a prompt
 DRAWS = 15  # of what the model leaves to chance
 PROBES = 32  # first tokens timed

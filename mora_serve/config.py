@@ -253,8 +253,13 @@ class ClusterConfig:
         DEFAULT_SPILL,
         "a replica with this many times the mean of requests gives way to the next one",
     )
+    messages: float = _doc(
+        100.0,
+        "messages a second that a replica sends: the more streams it has, the more tokens of one "
+        "come together; first tokens go at once",
+    )
     flush_seconds: float = _doc(
-        0.05, "time in which a stream's tokens are gathered, after its first, which is sent at once"
+        0.25, "time in which a stream's tokens are gathered at most, however many streams there are"
     )
     warm_seconds: float = _doc(
         20.0, "time that a new replica may take to load the adapters that others use most"

@@ -59,6 +59,7 @@ class Replica:
         self._failed = threading.Event()
         self._tell = failed
         self._uses = Uses()
+        self._streams = 0  # requests that are answered
         base, team = load(config)
         self._registry = open_registry(config, base)
         self._engine = make_engine(config, base, team, self._registry)
@@ -172,6 +173,7 @@ class Replica:
     async def _answer(self, request: Request) -> AsyncGenerator[Event | None, None]:
         digests = [digest for digest, _ in request.mixture.merged()]
         holding: Future[list[str]] | None = None
+        self._streams += 1
         try:
             if digests:
                 holding = self._threads.submit(self._hold, digests)
@@ -187,11 +189,20 @@ class Replica:
                     yield event
                     # The first token at once; then what a moment brings, in one message.
                     if not first and event.finish is None:
-                        await generation.gather(self._config.cluster.flush_seconds)
+                        await generation.gather(self._pause)
                     first = False
         finally:
+            self._streams -= 1
             if holding is not None:  # it may be at work still
                 holding.add_done_callback(self._let_go)
+
+    @property
+    def _pause(self) -> float:
+        """Seconds between two messages of a stream: what a message costs, at a gateway above all,
+        is the same for one token as for ten.
+        """
+        cluster = self._config.cluster
+        return min(cluster.flush_seconds, self._streams / cluster.messages)
 
     def _hold(self, digests: Iterable[str]) -> list[str]:
         """Hold contents; one that is to come still is looked for once more."""

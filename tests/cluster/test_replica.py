@@ -77,14 +77,26 @@ async def test_a_request_is_admitted_and_then_answered(replica: Replica, records
     assert replica.record_routing_stats()["misses"] > before
 
 
-async def test_later_tokens_are_gathered(replica: Replica):
+def set_cluster(replica: Replica, monkeypatch: pytest.MonkeyPatch, **values: float) -> None:
+    cluster = dataclasses.replace(replica._config.cluster, **values)
+    monkeypatch.setattr(replica, "_config", dataclasses.replace(replica._config, cluster=cluster))
+
+
+async def test_later_tokens_are_gathered(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    """For longer, the more streams there are."""
+    set_cluster(replica, monkeypatch, messages=100.0, flush_seconds=0.25)
+    base = replica.describe().fingerprint
+    stream = replica.generate(asked(max_tokens=200), None, base)
+    pauses = {replica._pause async for _ in stream}
+    assert pauses == {0.01}
+    monkeypatch.setattr(replica, "_streams", 1000)
     items = await answered(replica, asked(max_tokens=200))
-    assert len(items) < 150
+    assert len(items) < 100
+    assert replica._pause == 0.25
 
 
 async def test_an_answers_end_waits_for_nothing(replica: Replica, monkeypatch: pytest.MonkeyPatch):
-    slow = dataclasses.replace(replica._config.cluster, flush_seconds=1e6)
-    monkeypatch.setattr(replica, "_config", dataclasses.replace(replica._config, cluster=slow))
+    set_cluster(replica, monkeypatch, messages=1e-9, flush_seconds=1e6)
     items = await answered(replica, asked(max_tokens=200))
     assert items[-1].finish is Finish.LENGTH
     assert len(items) <= 4  # the place, the first token, what came with it, the rest
