@@ -201,7 +201,7 @@ def killed(cluster: LocalCluster, client: Client) -> dict[str, Any]:
     with ThreadPoolExecutor(CALLERS) as callers:
         asked = [callers.submit(ask, i) for i in range(KILLED_REQUESTS)]
         _until(lambda: sum(a.done() for a in asked) >= CALLERS)
-        cluster.kill_replica()
+        cluster.kill_replicas()
         outcomes = [a.result() for a in asked]
     whole = outcomes.count("whole")
     return {

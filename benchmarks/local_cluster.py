@@ -86,17 +86,18 @@ class LocalCluster:
 
         asked = serve.get_deployment_handle(REPLICA, NAME).broadcast("report")
         answers = asked.results(timeout_s=10, return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, EngineStats)]
+        return [answer[1] for answer in answers if isinstance(answer, tuple)]
 
-    def kill_replica(self) -> None:
-        """End one replica's process, in the middle of whatever it does."""
+    def kill_replicas(self, count: int = 1) -> None:
+        """End the processes of so many replicas, in the middle of whatever they do."""
         import ray
 
         from mora_serve.cluster.deploying import REPLICA
 
         names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-        first = min(n for n in names if n.startswith(f"SERVE_REPLICA::{NAME}#{REPLICA}#"))
-        ray.kill(ray.get_actor(first, NAMESPACE))
+        replicas = sorted(n for n in names if n.startswith(f"SERVE_REPLICA::{NAME}#{REPLICA}#"))
+        for name in replicas[:count]:
+            ray.kill(ray.get_actor(name, NAMESPACE))
 
     def wait_for(self, replicas: int, seconds: float) -> float:
         """Wait until so many replicas are up; the seconds that it took. Raises TimeoutError."""

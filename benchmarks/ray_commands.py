@@ -71,15 +71,16 @@ def run(serve: str, ask: str) -> dict[str, Any]:
 
 
 def _answer(command: Sequence[str], server: subprocess.Popen[bytes]) -> str:
-    until = time.monotonic() + READY_SECONDS
+    until, why = time.monotonic() + READY_SECONDS, "the server has ended"
     while time.monotonic() < until and server.poll() is None:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=120, check=False, env=environment()
         )
         if done.returncode == 0:
             return done.stdout.splitlines()[0]
+        why = done.stderr
         time.sleep(1)
-    raise RuntimeError(f"no answer: {done.stderr}")
+    raise RuntimeError(f"no answer: {why}")
 
 
 def _replicas() -> int:

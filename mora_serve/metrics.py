@@ -52,7 +52,7 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
     "slots": ("mora_adapter_slots", "Device slots for adapters."),
     "slots_used": ("mora_adapter_slots_used", "Device slots whose adapters running requests use."),
 }
-_COUNTERS: Mapping[str, tuple[str, str]] = {
+COUNTERS: Mapping[str, tuple[str, str]] = {
     "steps": ("mora_engine_steps", "Steps of the engine."),
     "prompt_tokens": ("mora_prompt_tokens", "Prompt tokens processed, cached ones included."),
     "generation_tokens": ("mora_generation_tokens", "Tokens sampled."),
@@ -377,7 +377,7 @@ class _EngineCollector(Collector):
         stats = self._stats()
         for field, (name, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=getattr(stats, field))
-        for field, (name, text) in _COUNTERS.items():
+        for field, (name, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=getattr(stats, field))
         yield GaugeMetricFamily(
             "mora_kv_cache_usage_perc",

@@ -1,9 +1,14 @@
-"""Ray Serve's handle of the replicas, as ``RemoteEngine`` calls them."""
+"""Ray Serve's handle of the replicas, as ``RemoteEngine`` calls them.
+
+A replica's own errors leave it as ``Failure``: whatever a call raises here is Serve's or Ray's.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import (
@@ -18,7 +23,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from mora_serve.cluster.remote import Description, ReplicaLost
+from mora_serve.cluster.wire import Description, Pooling, ReplicaLost
 from mora_serve.core import EngineStats, Event, Request
 from mora_serve.errors import Failure, ResourceExhausted, Unavailable
 
@@ -37,7 +42,7 @@ _LOST = (
 
 
 class HandleReplicas:
-    """See ``mora_serve.cluster.remote.Replicas``; ``handle`` is the deployment's."""
+    """See ``mora_serve.cluster.wire.Replicas``; ``handle`` is the deployment's."""
 
     def __init__(self, handle: Any) -> None:
         # Over gRPC: a message through Ray's object store takes three times the gateway's cores.
@@ -46,53 +51,76 @@ class HandleReplicas:
         self._pool = self._handle.options(method_name="pool")
 
     async def stream(
-        self, request: Request, left: float | None
+        self, request: Request, left: float | None, fingerprint: str
     ) -> AsyncGenerator[Event | Failure | None, None]:
         """One request's events; leaving the iterator early ends it in the replica."""
-        response = self._generate.remote(request, left)
+        response = self._generate.remote(request, left, fingerprint)
         ended = False
         try:
-            async for item in response:
-                yield item
+            with _translated():
+                async for item in response:
+                    yield item
             ended = True
-        except _LOST as e:
-            log.debug("lost a replica: %s", type(e).__name__)
-            raise ReplicaLost from None
-        except BackPressureError:
-            raise ResourceExhausted(
-                "server: as many requests wait for a replica as it takes; retry later",
-                reason="QUEUE_FULL",
-                retry_after=1.0,
-            ) from None
-        except DeploymentUnavailableError:
-            raise _no_replica() from None
         finally:
             if not ended:
                 response.cancel()
 
-    async def pool(
-        self, texts: Sequence[str], depth: int, max_tokens: int, background: bool, tenant: str
-    ) -> Floats:
+    async def pool(self, pooling: Pooling, fingerprint: str) -> Floats:
         """Pooled hidden states [texts, hidden]. Raises what the replica's engine raises."""
+        response = self._pool.remote(pooling, fingerprint)
         try:
-            answer = await self._pool.remote(list(texts), depth, max_tokens, background, tenant)
-        except (*_LOST, DeploymentUnavailableError):
+            with _translated():
+                answer = await response
+        except ReplicaLost:
             raise _no_replica() from None
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         if isinstance(answer, Failure):
             raise answer.error()
         states: Floats = answer
         return states
 
-    async def reports(self) -> list[EngineStats]:
-        """What each replica that is up says of its engine."""
-        asked = self._handle.broadcast("report")
-        answers = await asked.results_async(return_exceptions=True)  # of those that end now
-        return [answer for answer in answers if isinstance(answer, EngineStats)]
+    async def reports(self) -> dict[str, EngineStats]:
+        """What each replica that is up says of its engine, by the replica's id."""
+        try:
+            asked = self._handle.broadcast("report")
+            answers = await asked.results_async(return_exceptions=True)  # of those that end now
+        except DeploymentUnavailableError:  # there is none
+            return {}
+        return dict(answer for answer in answers if isinstance(answer, tuple))
 
     async def describe(self) -> Description:
-        """What one of them says of itself; waits for the first."""
-        answer: Description = await self._handle.describe.remote()
+        """What one of them says of itself; waits for the first. Raises ReplicaLost."""
+        with _translated():
+            answer: Description = await self._handle.describe.remote()
         return answer
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise ReplicaLost, or a MoraError, for what a call of a replica raises."""
+    try:
+        yield
+    except BackPressureError:
+        raise ResourceExhausted(
+            "server: as many requests wait for a replica as it takes; retry later",
+            reason="QUEUE_FULL",
+            retry_after=1.0,
+        ) from None
+    except DeploymentUnavailableError:
+        raise _no_replica() from None
+    except _LOST as e:
+        log.debug("lost a replica: %s", type(e).__name__)
+        raise ReplicaLost from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost from None  # Serve's word for a call that the replica's end has cancelled
+    except Exception:  # of its transport, a node that is gone, memory that has run out
+        log.exception("a call of a replica failed")
+        raise ReplicaLost from None
 
 
 def _no_replica() -> Unavailable:

@@ -17,14 +17,15 @@ from mora_serve.cluster.calls import HandleReplicas
 from mora_serve.cluster.gateway import Gateway
 from mora_serve.cluster.policy import REPORT_SECONDS
 from mora_serve.config import Config, load_config
-from mora_serve.core import EngineStats, Request
+from mora_serve.core import EngineStats
 from mora_serve.errors import ConfigError
-from mora_serve.server import logs
+from mora_serve.server import ending, logs
 from mora_serve.server.memory import limit_arenas
 
 log = logging.getLogger(__name__)
 
 GATEWAY, REPLICA = "gateway", "replica"
+FAILED_SECONDS = 0.25  # for what a failed engine has told to leave a replica, which then ends
 
 
 class ReplicaDeployment:
@@ -34,11 +35,15 @@ class ReplicaDeployment:
         from mora_serve.cluster.replica import Replica  # imports torch
 
         logs.configure("info", config.server.log_format)
-        self._replica = Replica(config, _hottest)
+        # By its health Serve would take seconds to find out, in which it fails what comes to it,
+        # and seems to have the least to do.
+        self._replica = Replica(
+            config, _hottest, lambda: ending.end_after(FAILED_SECONDS, ending.ENGINE_FAILED)
+        )
 
-    async def generate(self, request: Request, left: float | None) -> Any:
+    async def generate(self, *asked: Any) -> Any:
         """See ``Replica.generate``."""
-        async with aclosing(self._replica.generate(request, left)) as items:
+        async with aclosing(self._replica.generate(*asked)) as items:
             async for item in items:
                 yield item
 
@@ -50,9 +55,9 @@ class ReplicaDeployment:
         """See ``Replica.describe``."""
         return self._replica.describe()
 
-    async def report(self) -> EngineStats:
-        """See ``Replica.report``."""
-        return self._replica.report()
+    async def report(self) -> tuple[str, EngineStats]:
+        """This replica's id, and what ``Replica.report`` says."""
+        return serve.get_replica_context().replica_id.unique_id, self._replica.report()
 
     async def hottest(self, count: int) -> list[str]:
         """See ``Replica.hottest``."""
@@ -163,8 +168,10 @@ def replica_deployment(config: Config) -> Any:
 
 
 def gateway_deployment(config: Config) -> Any:
-    """The deployment of the gateways: one a node where their port is fixed."""
-    apart = {"max_replicas_per_node": 1} if config.server.port else {}
+    """The deployment of the gateways: one a node where any port of theirs is fixed."""
+    server = config.server
+    ports = (server.port, server.admin_port, server.http_port, server.metrics_port)
+    apart = {"max_replicas_per_node": 1} if max(ports) > 0 else {}
     return serve.deployment(
         GatewayDeployment,
         name=GATEWAY,

@@ -15,13 +15,17 @@ import asyncio
 import logging
 
 from mora_serve.cluster.calls import HandleReplicas
-from mora_serve.cluster.remote import Description, RemoteBase, RemoteEngine
+from mora_serve.cluster.remote import PAUSE, RemoteBase, RemoteEngine
+from mora_serve.cluster.wire import Description, ReplicaLost, Replicas
 from mora_serve.config import Config
 from mora_serve.errors import ConfigError
 from mora_serve.server.app import MoraServer
 from mora_serve.server.assembly import Assembly, join
 
 log = logging.getLogger(__name__)
+
+OTHER_BASE_SECONDS = 600.0  # in which an application's replicas take up another base
+LOOK_SECONDS = 5.0
 
 
 class Gateway:
@@ -55,14 +59,9 @@ class Gateway:
         from mora_serve.model.loading import read_base  # imports torch
 
         files = read_base(config.base.model, config.base.revision)
-        asked = asyncio.run_coroutine_threadsafe(self._replicas.describe(), self._loop)
-        said: Description = asked.result()
-        if said.fingerprint != files.fingerprint:
-            raise ConfigError(
-                f"base.model: the replicas run base {said.fingerprint}, and the gateway's files "
-                f"are those of {files.fingerprint}; give both the same",
-                field="base.model",
-            )
+        said = asyncio.run_coroutine_threadsafe(
+            described(self._replicas, files.fingerprint), self._loop
+        ).result()
         base = RemoteBase(
             name=said.name,
             shape=files.shape,
@@ -81,3 +80,31 @@ class Gateway:
             self._server.say,
         )
         return join(config, base, lambda registry: engine, alone=False)
+
+
+async def described(
+    replicas: Replicas, fingerprint: str, seconds: float = OTHER_BASE_SECONDS
+) -> Description:
+    """What a replica with this base says of itself; waits for the first without end.
+
+    Raises ConfigError where those that are up still run another base after ``seconds``.
+    """
+    until: float | None = None
+    while True:
+        try:
+            said = await replicas.describe()
+        except ReplicaLost:
+            await asyncio.sleep(PAUSE)
+            continue
+        if said.fingerprint == fingerprint:
+            return said
+        now = asyncio.get_running_loop().time()
+        until = now + seconds if until is None else until
+        if now >= until:
+            raise ConfigError(
+                f"base.model: the replicas run base {said.fingerprint}, and the gateway's files "
+                f"are those of {fingerprint}; give both the same",
+                field="base.model",
+            )
+        log.warning("a replica runs another base; waiting for one with this gateway's")
+        await asyncio.sleep(min(LOOK_SECONDS, seconds))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from mora_serve.cluster.resume import Diverged, Sent
+from mora_serve.cluster.totals import Totals
+from mora_serve.cluster.wire import OTHER_BASE, Description, Pooling, ReplicaLost, Replicas
 from mora_serve.config import Config
 from mora_serve.core import AdapterLoad, EngineStats, Event, Finish, Request
 from mora_serve.engine.pins import check_pins
@@ -31,21 +32,9 @@ log = logging.getLogger(__name__)
 PAUSE = 0.05  # seconds
 ATTEMPTS = 4  # replicas that one request is given to, one after the other
 REPORT_SECONDS = 1.0  # between two looks at the replicas
-REPORT_TIMEOUT = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What a replica says of itself once; ``max_context`` in tokens, ``slots`` of adapters."""
-
-    name: str
-    fingerprint: str
-    quantization: str
-    dtype: str
-    device: str
-    max_context: int
-    slots: int
-    adapter_dtype: str
+REPORT_TIMEOUT = 30.0  # a replica with all the requests that it takes answers when one has ended
+# Reasons of a replica that cannot serve, which others can: the caller is not told them.
+_GOING = ("UNAVAILABLE", "DRAINING", "ENGINE_FAILED", OTHER_BASE.reason)
 
 
 @dataclass(frozen=True)
@@ -59,30 +48,6 @@ class RemoteBase:
     quantization: str
     dtype: str
     device: str
-
-
-class ReplicaLost(Exception):
-    """The replica has died, or goes: another one may serve."""
-
-
-class Replicas(Protocol):
-    """How the replicas are called; each method raises MoraError besides what it says."""
-
-    def stream(
-        self, request: Request, left: float | None
-    ) -> AsyncGenerator[Event | Failure | None, None]:
-        """Give a request to one of them: None once it is admitted, then its events.
-
-        A Failure ends it. ``left`` is the time to its deadline, in seconds. Raises ReplicaLost.
-        """
-
-    async def pool(
-        self, texts: Sequence[str], depth: int, max_tokens: int, background: bool, tenant: str
-    ) -> Floats:
-        """What ``Engine.pooled_hidden`` gives, by one of them."""
-
-    async def reports(self) -> list[EngineStats]:
-        """What each of them says of its engine."""
 
 
 class RemoteEngine:
@@ -114,6 +79,7 @@ class RemoteEngine:
         self._places = Places(most + config.engine.max_queue, "requests")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pinned: set[str] = set()
+        self._totals = Totals()
         self._stats = EngineStats()
         self._serving = 1  # replicas, by the last look; one has described itself
         self._deliver: Callable[[Sequence[Event | AdapterLoad]], None] = _nobody
@@ -182,7 +148,8 @@ class RemoteEngine:
         tenant: str = "",
     ) -> Future[Floats]:
         """The states of texts, of one of the replicas; for any thread but the event loop's."""
-        asked = self._replicas.pool(list(texts), depth, max_tokens, background, tenant)
+        pooling = Pooling(tuple(texts), depth, max_tokens, background, tenant)
+        asked = self._replicas.pool(pooling, self.base.fingerprint)
         return asyncio.run_coroutine_threadsafe(_waited(asked), self._loop)
 
     def pin(self, digest: str) -> None:
@@ -195,7 +162,7 @@ class RemoteEngine:
         self._pinned.discard(digest)
 
     def stats(self) -> EngineStats:
-        """All replicas together, REPORT_SECONDS old at most: sums, and every resident adapter."""
+        """All replicas together, REPORT_SECONDS old at most; see ``Totals``."""
         return self._stats
 
     async def _run(self, request: Request, admission: asyncio.Future[None]) -> None:
@@ -208,20 +175,23 @@ class RemoteEngine:
         except Exception:
             log.exception("request %s failed", request.id)
             error = Internal("internal error; retry the request")
-        failure = Failure.of(error)
-        self._deliver([Event(request.id, finish=Finish.ERROR, error=failure)])
         if not admission.done():
             admission.set_exception(error)
+            return
+        failure = Failure.of(error)
+        self._deliver([Event(request.id, finish=Finish.ERROR, error=failure)])
 
     async def _serve(self, request: Request, admission: asyncio.Future[None]) -> None:
         sent = Sent()
+        said: Failure | None = None
         for attempt in range(ATTEMPTS):
             if attempt:  # whoever knows of the loss tells the router in the meantime
                 await asyncio.sleep(PAUSE * 2**attempt)
             sent.restart()
             left = None if request.deadline is None else request.deadline - time.monotonic()
             try:
-                async with aclosing(self._replicas.stream(request, left)) as items:
+                stream = self._replicas.stream(request, left, self.base.fingerprint)
+                async with aclosing(stream) as items:
                     async for item in items:
                         if item is None:
                             if not admission.done():
@@ -235,12 +205,17 @@ class RemoteEngine:
                         if event.finish is not None:
                             return
                 raise ReplicaLost
-            except ReplicaLost:
+            except ReplicaLost as e:
                 self.lost += 1
-                log.warning("request %s: its replica is lost; another one takes it", request.id)
+                said = e.said
+                why = "lost" if said is None else said.reason
+                log.warning("request %s: its replica is %s; another one tries", request.id, why)
             except Diverged:
                 log.warning("request %s: another replica's answer differs", request.id)
+                said = None
                 break
+        if said is not None and said.reason not in _GOING:  # the store's, say
+            raise said.error()
         raise Unavailable(
             "server: the replica that served this request is lost; retry it",
             reason="REPLICA_LOST",
@@ -258,7 +233,7 @@ class RemoteEngine:
                 if bool(reports) != bool(self._serving):
                     self._served(bool(reports))
                 self._serving = len(reports)
-                self._stats = total(reports)
+                self._stats = self._totals.of(reports)
             await asyncio.sleep(REPORT_SECONDS)
 
     def _cancel(self) -> None:
@@ -266,24 +241,11 @@ class RemoteEngine:
             task.cancel()
 
 
-def total(reports: Sequence[EngineStats]) -> EngineStats:
-    """Several engines as one: numbers added, except of a page, and digests joined."""
-    if not reports:
-        return EngineStats()
-    values: dict[str, object] = {}
-    for field in fields(EngineStats):
-        of = [getattr(report, field.name) for report in reports]
-        joined = isinstance(of[0], tuple)
-        values[field.name] = tuple(sorted({d for t in of for d in t})) if joined else sum(of)
-    values["page_size"] = reports[0].page_size
-    return EngineStats(**values)  # type: ignore[arg-type]
-
-
 def _checked(item: Event | Failure) -> Event:
     """The event. Raises what a failure says, and ReplicaLost where another replica can do it."""
     failure = item if isinstance(item, Failure) else item.error
     if failure is not None and failure.code == Unavailable.code:
-        raise ReplicaLost
+        raise ReplicaLost(failure)
     if isinstance(item, Failure):
         raise item.error()
     if item.finish is Finish.CANCELLED:  # not by the caller: its task would be cancelled

@@ -11,13 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from mora_serve import __version__
-from mora_serve.cluster.remote import Description
 from mora_serve.cluster.uses import Uses
+from mora_serve.cluster.wire import OTHER_BASE, Description, Pooling
 from mora_serve.config import Config
 from mora_serve.core import EngineStats, Event, Request
 from mora_serve.errors import Failure, MoraError, ResourceExhausted
@@ -42,15 +42,22 @@ Hottest = Callable[[int, float], Sequence[str]]  # count, seconds -> digests
 class Replica:
     """Serves requests with an engine of its own.
 
-    ``hottest`` asks other replicas which adapters they use most. Made on the event loop on which
-    its methods run, which it blocks until the base is loaded.
+    ``hottest`` asks other replicas which adapters they use most. ``failed`` is told that the engine
+    is gone, on any thread, once or twice: nothing but another process brings it back. Made on the
+    event loop on which its methods run, which it blocks until the base is loaded.
 
     Raises ConfigError for a configuration that cannot be served.
     """
 
-    def __init__(self, config: Config, hottest: Hottest | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hottest: Hottest | None = None,
+        failed: Callable[[], object] = bool,
+    ) -> None:
         self._config = config
         self._failed = threading.Event()
+        self._tell = failed
         self._uses = Uses()
         self._streams = 0  # requests that are answered
         base, team = load(config)
@@ -62,7 +69,7 @@ class Replica:
         self._fetching = ThreadPoolExecutor(4, "fetch")
         stats = self._engine.stats
         self._fetcher = Fetcher(self._registry, self._fetching, lambda: stats().resident)
-        self._engine.start(self._bridge.deliver, self._failed.set)
+        self._engine.start(self._bridge.deliver, self._fail)
         self._poller = Poller(self._registry, config.server.store_poll_seconds)
         if hottest is not None:
             self._warm(hottest)
@@ -91,9 +98,16 @@ class Replica:
         return self._uses.most(count)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve tells the request routers of all gateways."""
+        """What Serve tells the request routers of all gateways.
+
+        ``misses`` makes a report another one wherever an adapter came or went since the last.
+        """
         stats = self._engine.stats()
-        return {"resident": sorted(stats.resident), "slots": stats.slots}
+        return {
+            "resident": sorted(stats.resident),
+            "slots": stats.slots,
+            "misses": stats.slot_misses,
+        }
 
     def check_health(self) -> None:
         """Raise where the engine is gone: Serve then replaces this replica."""
@@ -101,12 +115,17 @@ class Replica:
             raise RuntimeError("the engine has failed")
 
     async def generate(
-        self, request: Request, left: float | None
+        self, request: Request, left: float | None, fingerprint: str
     ) -> AsyncGenerator[Event | Failure | None, None]:
         """One request: None once the engine has it, then its events; or a Failure.
 
-        ``left`` is the time to its deadline, in seconds. Closing the iterator ends the request.
+        ``left`` is the time to its deadline, in seconds, ``fingerprint`` of the base that it is
+        for: while an application is given another, its gateways and replicas differ. Closing the
+        iterator ends the request.
         """
+        if fingerprint != self._engine.base.fingerprint:
+            yield OTHER_BASE
+            return
         now = time.monotonic()
         deadline = None if left is None else now + left
         request = dataclasses.replace(request, arrival=now, deadline=deadline)
@@ -120,13 +139,17 @@ class Replica:
             log.exception("request %s failed", request.id)
             yield INTERNAL
 
-    async def pool(
-        self, texts: Sequence[str], depth: int, max_tokens: int, background: bool, tenant: str
-    ) -> Floats | Failure:
+    async def pool(self, pooling: Pooling, fingerprint: str) -> Floats | Failure:
         """What ``Engine.pooled_hidden`` gives, for a router on hidden states."""
+        if fingerprint != self._engine.base.fingerprint:
+            return OTHER_BASE
         try:
             asked = self._engine.pooled_hidden(
-                texts, depth, max_tokens, background=background, tenant=tenant
+                pooling.texts,
+                pooling.depth,
+                pooling.max_tokens,
+                background=pooling.background,
+                tenant=pooling.tenant,
             )
             return await asyncio.wrap_future(asked)
         except MoraError as e:
@@ -143,14 +166,18 @@ class Replica:
         self._fetching.shutdown(wait=False, cancel_futures=True)
         self._registry.close()
 
+    def _fail(self) -> None:
+        self._failed.set()
+        self._tell()
+
     async def _answer(self, request: Request) -> AsyncGenerator[Event | None, None]:
         digests = [digest for digest, _ in request.mixture.merged()]
-        loop = asyncio.get_running_loop()
-        held: list[str] = []
+        holding: Future[list[str]] | None = None
         self._streams += 1
         try:
             if digests:
-                await loop.run_in_executor(self._threads, self._retain, digests, held)
+                holding = self._threads.submit(self._hold, digests)
+                await asyncio.wrap_future(holding)
                 await self._fetcher.fetch(digests)
             self._uses.add(digests)
             async with self._bridge.submit(request) as generation:
@@ -166,8 +193,8 @@ class Replica:
                     first = False
         finally:
             self._streams -= 1
-            for digest in held:
-                self._threads.submit(self._registry.release, digest)
+            if holding is not None:  # it may be at work still
+                holding.add_done_callback(self._let_go)
 
     @property
     def _pause(self) -> float:
@@ -177,15 +204,28 @@ class Replica:
         cluster = self._config.cluster
         return min(cluster.flush_seconds, self._streams / cluster.messages)
 
-    def _retain(self, digests: Iterable[str], held: list[str]) -> None:
+    def _hold(self, digests: Iterable[str]) -> list[str]:
         """Hold contents; one that is to come still is looked for once more."""
-        for digest in digests:
-            try:
-                self._registry.retain(digest)
-            except MoraError:
-                self._registry.refresh()
-                self._registry.retain(digest)
-            held.append(digest)
+        with ExitStack() as releases:
+            held = []
+            for digest in digests:
+                try:
+                    self._registry.retain(digest)
+                except MoraError:
+                    self._registry.refresh()
+                    self._registry.retain(digest)
+                releases.callback(self._registry.release, digest)
+                held.append(digest)
+            releases.pop_all()
+        return held
+
+    def _let_go(self, holding: Future[list[str]]) -> None:
+        """Release what was held, on a thread; nothing where it was not."""
+        if holding.cancelled() or holding.exception() is not None:
+            return
+        with suppress(RuntimeError):  # the replica is closed
+            for digest in holding.result():
+                self._threads.submit(self._registry.release, digest)
 
     def _warm(self, hottest: Hottest) -> None:
         """Load what the others use most, before the first request."""

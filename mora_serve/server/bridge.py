@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 from mora_serve.core import AdapterLoad, Event, Finish, Request, TokenOut
+from mora_serve.errors import MoraError
 from mora_serve.metrics import Metrics
 
 
@@ -56,6 +57,7 @@ class Generation:
         self._ended = False
         self._token_time: float | None = None
         self.admission: Awaitable[None] | None = None
+        self._refused = False
 
     async def __aenter__(self) -> Generation:
         return self
@@ -89,8 +91,13 @@ class Generation:
 
     async def admitted(self) -> None:
         """Wait until the request has its place; raises what ``Bridge.submit`` raises."""
-        if self.admission is not None:
+        if self.admission is None:
+            return
+        try:
             await self.admission
+        except MoraError:
+            self._refused = True
+            raise
 
     async def gather(self, seconds: float) -> None:
         """Let events come together for so long, or until the engine has ended the request."""
@@ -102,6 +109,11 @@ class Generation:
     def finished(self) -> bool:
         """Whether the engine has ended the request."""
         return self._last is not None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it has found no place after all."""
+        return self._refused
 
     @property
     def last(self) -> Event | None:
@@ -162,7 +174,7 @@ class Bridge:
     def close(self, generation: Generation) -> None:
         """The client's side has ended: so does the engine's, if it has not."""
         request = generation.request
-        if not generation.finished:
+        if not generation.finished and not generation.refused:
             late = request.deadline is not None and time.monotonic() >= request.deadline
             finish = Finish.DEADLINE if late else Finish.CANCELLED
             self._engine.abort(request.id, finish)

@@ -68,6 +68,16 @@ async def test_what_has_been_sent_counts_as_resident_before_the_next_report() ->
     assert await first(router, replicas, "a") == other.replica_id.unique_id
 
 
+async def test_a_report_ends_what_was_only_thought_to_be_resident() -> None:
+    router, replicas = Router({}), [replica("one"), replica("two", "b")]
+    router._look({"one": replicas[0], "two": replicas[1]})
+    router.on_request_routed(pending("a"), replicas[0].replica_id, None)
+    assert await first(router, replicas, "a") == "one"
+    replicas[0].routing_stats = {**replicas[0].routing_stats, "misses": 1}  # it came, and went
+    router._look({"one": replicas[0], "two": replicas[1]})
+    assert not router._fleet.holding("a")
+
+
 async def test_replicas_come_and_go() -> None:
     router, one, two = Router({}), replica("one", "a"), replica("two")
     two.routing_stats = None  # it has not reported yet

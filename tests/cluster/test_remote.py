@@ -11,19 +11,20 @@ import pytest
 from benchmarks.tiny import SHAPE
 from mora_serve.cluster.remote import (
     ATTEMPTS,
-    Description,
     RemoteBase,
     RemoteEngine,
-    ReplicaLost,
-    total,
 )
+from mora_serve.cluster.wire import OTHER_BASE, Description, Pooling, ReplicaLost
 from mora_serve.config import Config
 from mora_serve.core import EngineStats, Event, Finish, Request, TokenOut
 from mora_serve.errors import Failure, Internal, ResourceExhausted, Unavailable
+from mora_serve.metrics import Metrics
+from mora_serve.server.bridge import Bridge
 
 REQUEST = Request("r", (1, 2, 3))
 FULL = Failure("RESOURCE_EXHAUSTED", "QUEUE_FULL", "queue: it is full", retry_after=2.0)
 GOING = Failure("UNAVAILABLE", "DRAINING", "server: it is shutting down")
+AWAY = Failure("UNAVAILABLE", "STORE_UNAVAILABLE", "store: it does not answer", retry_after=1.0)
 
 Script = Callable[[], AsyncIterator[Event | Failure | None]]
 
@@ -39,7 +40,8 @@ class Scripted:
         self.scripts = list(scripts)
         self.closed = 0
 
-    async def stream(self, request: Request, left: float | None):
+    async def stream(self, request: Request, left: float | None, fingerprint: str):
+        assert fingerprint == "f"
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         try:
             async for item in script():
@@ -47,11 +49,11 @@ class Scripted:
         finally:
             self.closed += 1
 
-    async def pool(self, texts, depth, max_tokens, background, tenant):
-        return np.zeros((len(texts), 4), np.float32)
+    async def pool(self, pooling: Pooling, fingerprint: str):
+        return np.zeros((len(pooling.texts), 4), np.float32)
 
-    async def reports(self) -> list[EngineStats]:
-        return [EngineStats(running=1, resident=("a",)), EngineStats(running=2, resident=("b",))]
+    async def reports(self) -> dict[str, EngineStats]:
+        return {"one": EngineStats(running=1, resident=("a",)), "two": EngineStats(running=2)}
 
 
 SAID = Description("b", "f", "nf4", "bf16", "cpu", 64, 8, "bf16")
@@ -97,7 +99,15 @@ async def test_events_come_under_the_requests_own_id():
     assert [(e.request_id, e.text) for e in events] == [("r", "ab"), ("r", "cd")]
 
 
-@pytest.mark.parametrize("first", [dies, goes])
+async def moved() -> AsyncIterator[Failure]:
+    yield OTHER_BASE
+
+
+async def storeless() -> AsyncIterator[Failure]:
+    yield AWAY
+
+
+@pytest.mark.parametrize("first", [dies, goes, moved, storeless])
 async def test_a_lost_replica_is_not_noticed(first: Script):
     made, events, _ = engine(first, whole)
     await made.submit(REQUEST)
@@ -117,14 +127,44 @@ async def test_after_several_lost_replicas_the_error_may_be_retried():
     assert replicas.closed == ATTEMPTS
 
 
-async def test_a_refusal_is_raised_ahead_of_the_answer():
-    async def full() -> AsyncIterator[Failure]:
-        yield FULL
+async def full() -> AsyncIterator[Failure]:
+    yield FULL
 
+
+async def test_a_refusal_is_raised_ahead_of_the_answer():
     made, _, _ = engine(full)
     with pytest.raises(ResourceExhausted) as e:
         await made.submit(REQUEST)
     assert (e.value.reason, e.value.retry_after) == ("QUEUE_FULL", 2.0)
+
+
+async def test_a_refusal_is_not_counted_as_an_answer_that_ended():
+    made, _, _ = engine(full)
+    metrics = Metrics("0")
+    bridge = Bridge(made, metrics, asyncio.get_running_loop())
+    made._deliver = bridge.deliver
+    with pytest.raises(ResourceExhausted):
+        async with bridge.submit(REQUEST) as generation:
+            await generation.admitted()
+    await ended(made)
+    await asyncio.sleep(0)
+    counts = [
+        sample.value
+        for metric in metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "mora_request_success_total"
+    ]
+    assert counts
+    assert not any(counts)
+
+
+async def test_what_no_replica_can_help_is_said_as_it_is():
+    made, events, replicas = engine(storeless)
+    with pytest.raises(Unavailable) as e:
+        await made.submit(REQUEST)
+    assert (e.value.reason, e.value.retry_after) == ("STORE_UNAVAILABLE", 1.0)
+    assert replicas.closed == ATTEMPTS
+    assert not events  # it never ran
 
 
 async def test_a_fault_says_nothing_of_its_inside(caplog: pytest.LogCaptureFixture):
@@ -132,11 +172,10 @@ async def test_a_fault_says_nothing_of_its_inside(caplog: pytest.LogCaptureFixtu
         raise ValueError("/secret/path")
         yield
 
-    made, events, _ = engine(broken)
+    made, _, _ = engine(broken)
     with pytest.raises(Internal) as e:
         await made.submit(REQUEST)
     assert "secret" not in e.value.message
-    assert "secret" not in events[-1].error.message
 
 
 async def test_an_abort_reaches_the_replica_and_gives_the_place_back():
@@ -168,8 +207,8 @@ async def test_without_replicas_calls_are_refused_for_now():
     made, _, replicas = engine(whole)
     made.check_line("t", 1, 1, None)
 
-    async def none() -> list[EngineStats]:
-        return []
+    async def none() -> dict[str, EngineStats]:
+        return {}
 
     replicas.reports = none
     made.start(lambda events: None)
@@ -201,11 +240,3 @@ def test_pins_leave_slots_for_mixtures():
         made.pin("one more")
 
     asyncio.run(pinned())
-
-
-def test_engines_add_up():
-    one = EngineStats(running=1, page_size=16, resident=("b",), slots=8)
-    sum_ = total([one, EngineStats(running=3, page_size=16, resident=("a", "b"), slots=8)])
-    assert (sum_.running, sum_.page_size, sum_.slots) == (4, 16, 16)
-    assert sum_.resident == ("a", "b")
-    assert total([]) == EngineStats()

@@ -11,9 +11,16 @@ import pytest
 
 from benchmarks.local_cluster import LocalCluster
 from mora_serve.client import AsyncClient, Client
+from mora_serve.client.connection import HEALTH, is_ready
 from mora_serve.config import Config, ServerConfig
 from mora_serve.demo.bundle import bundle_path, read_examples
-from mora_serve.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
+from mora_serve.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from mora_serve.server.app import MoraServer
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'mora-serve[ray]'")
@@ -158,10 +165,37 @@ def test_a_killed_replica_costs_no_answer_and_comes_back(cluster: LocalCluster, 
     with ThreadPoolExecutor(12) as asking:
         answers = [asking.submit(answer, i) for i in range(60)]
         assert becomes(lambda: any(a.done() for a in answers))
-        cluster.kill_replica()
+        cluster.kill_replicas()
         assert [a.result() for a in answers] == [150] * 60
     cluster.wait_for(2, 2 * SECONDS)
     assert len(cluster.reports()) == 2
+
+
+def test_with_no_replica_left_calls_are_refused_and_those_at_work_wait(
+    cluster: LocalCluster, client: Client
+):
+    def healthy() -> bool:
+        return is_ready(client.health.Check(HEALTH, timeout=SECONDS))
+
+    def refused() -> bool:
+        try:
+            client.generate("x", max_tokens=2, timeout=5)
+        except Unavailable as e:
+            return e.reason == "NO_REPLICA"
+        except DeadlineExceeded:
+            pass
+        return False
+
+    with ThreadPoolExecutor(1) as asking, client.stream("on", max_tokens=LONG, seed=1) as stream:
+        next(iter(stream))
+        rest = asking.submit(list, stream)
+        cluster.kill_replicas(2)
+        assert becomes(lambda: not healthy())
+        assert refused()
+        client.wait_until_ready(timeout=2 * SECONDS)
+        rest.result()
+        assert stream.usage.completion_tokens > 0
+        assert client.generate("x", max_tokens=2, ignore_eos=True).tokens
 
 
 def test_the_store_is_that_of_all(cluster: LocalCluster, client: Client):

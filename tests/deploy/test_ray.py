@@ -83,13 +83,36 @@ def test_the_gateways_port_is_the_servers(kind: str, tmp_path: Path):
     assert address == {"address": found("Service")["metadata"]["name"], "port_value": port}
 
 
+def pods() -> list[dict[str, Any]]:
+    ray = found("RayService")["spec"]["rayClusterConfig"]
+    groups = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def test_every_pod_can_write_what_it_shares_and_is_probed_without_more_than_the_image_has():
+    image = (RAY.parent / "docker" / "Dockerfile").read_text()
+    for pod in pods():
+        assert f"USER {pod['securityContext']['runAsUser']}:" in image
+        assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+        [container] = pod["containers"]
+        for probe in (container["readinessProbe"], container["livenessProbe"]):
+            assert "httpGet" in probe  # KubeRay's own, where there is none, runs wget
+
+
+def test_the_operator_reaches_the_dashboard():
+    head = found("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
+    assert head["rayStartParams"].get("dashboard-host", "0.0.0.0") == "0.0.0.0"
+    rules = found("NetworkPolicy")["spec"]["ingress"]
+    [ports] = [rule["ports"] for rule in rules if "operator" in str(rule["from"])]
+    assert ports == [{"port": 8265}]
+
+
 def test_rays_own_ports_are_for_its_own_pods():
     rules = found("NetworkPolicy")["spec"]["ingress"]
+    config = load_config(environ={}).server
     for rule in rules:
         [source] = rule["from"]
-        labels = source["podSelector"]["matchLabels"]
-        assert (
-            labels.get("ray.io/is-ray-node") == "yes"
-            or "ports" in rule
-            or "operator" in str(labels)
-        )
+        if source.get("podSelector", {}).get("matchLabels") == {"ray.io/is-ray-node": "yes"}:
+            continue
+        [port] = [port["port"] for port in rule["ports"]]
+        assert port in (config.port, config.metrics_port) or "operator" in str(source)
