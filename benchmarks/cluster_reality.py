@@ -41,7 +41,8 @@ SETTLED = 1.0  # seconds, after which the engines' counters are up to date
 SHORT = 16  # tokens of a prompt
 DRAWS = 15  # of what the model leaves to chance
 PROBES = 32  # first tokens timed
-ROUNDS = 2  # over all adapters, more than slots, to time their loads
+ROUNDS = 2  # over these, to time their loads
+SPARE = 48  # more adapters, whose first loads are timed
 FEWEST = 8  # first tokens beside so many answers that tell how long they take
 
 
@@ -132,7 +133,7 @@ def running(root: Path, count: int, work: Work, routing: Routing) -> Iterator[En
             made = Replicas(opened.enter_context(LocalCluster(flags)))
         client = opened.enter_context(Client(made.address, timeout=120.0))
         client.wait_until_ready(timeout=120.0)
-        for i in range(work.adapters):
+        for i in range(work.adapters + SPARE):
             client.register_adapter(f"z{i}", f"z{i}")
         for i in range(20 * count):  # the first steps of a process are slow
             client.generate(token_ids=tokens(work.prompt, i), base=True, max_tokens=8)
@@ -145,7 +146,7 @@ def adapters(work: Work) -> Iterator[Path]:
     config = json.loads((bundle_path() / "base" / "config.json").read_text())
     template = Template(shape_from_config(config), work.rank, ATTENTION)
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(work.adapters):
+        for i in range(work.adapters + SPARE):
             template.write(Path(folder) / f"z{i}", i)
         yield Path(folder)
 
@@ -197,9 +198,9 @@ async def _calibrate(address: str, work: Work, engines: int) -> Profile:
     steps = modelled_first(profile, work, 0)
     profile = replace(profile, beside=waits(profile, work, engines, outcomes))
     still = statistics.median(o.first_token for o in outcomes)
-    every = range(work.adapters)
-    # The others are converted by now; of all in turn, none stays until it is asked for again.
-    for field, wanted in (("first", every[work.slots :]), ("again", [*every] * ROUNDS)):
+    fresh = range(work.adapters, work.adapters + SPARE)
+    # Of all in turn, none stays in its slot until it is asked for again.
+    for field, wanted in (("first", fresh), ("again", [*fresh] * ROUNDS)):
         due = arrivals(profile, work, engines, len(wanted))
         trace = [replace(job, adapter=a) for job, a in zip(due, wanted, strict=True)]
         took = [o.first_token for o in await _play(address, work, trace)]

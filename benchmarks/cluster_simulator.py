@@ -106,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=20, help="of each replica, at least 2,000")
     parser.add_argument("--check-utilisation", type=float, default=0.25)
-    parser.add_argument("--check-seconds", type=float, default=20.0, help="of each real run")
+    parser.add_argument("--check-seconds", type=float, default=40.0, help="of each real run")
     parser.add_argument("--check-adapters", type=int, default=24)
     parser.add_argument("--check-slots", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
