@@ -174,12 +174,17 @@ def check(root: Path, profile: Profile, work: Work) -> list[dict[str, Any]]:
 
 
 def figures(checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The largest relative errors: of all, of the hit rate, of the first token's percentiles."""
+    """The largest relative errors: of all, of the clusters alone, and of each figure."""
     if not checks:
         return {}
     keys = list(checks[0]["errors"])
     largest = {key: max(c["errors"][key] for c in checks) for key in keys}
-    return {"largest_error": max(largest.values()), "largest_errors": largest}
+    clusters = [max(c["errors"].values()) for c in checks if c["servers"] > 1]
+    return {
+        "largest_error": max(largest.values()),
+        "largest_error_of_clusters": max(clusters, default=0.0),
+        "largest_errors": largest,
+    }
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ def test_the_largest_error_is_of_all_runs_and_figures() -> None:
         {"hit_rate": 0.1, "first_token_p50_ms": 0.3},
         {"hit_rate": 0.2, "first_token_p50_ms": 0},
     ]
-    figures = cluster_simulator.figures([{"errors": e} for e in errors])
+    checks = [{"servers": n, "errors": e} for n, e in enumerate(errors, 1)]
+    figures = cluster_simulator.figures(checks)
     assert figures["largest_error"] == 0.3
+    assert figures["largest_error_of_clusters"] == 0.2
     assert figures["largest_errors"] == {"hit_rate": 0.2, "first_token_p50_ms": 0.3}
