@@ -162,7 +162,7 @@ class RemoteEngine:
         self._pinned.discard(digest)
 
     def stats(self) -> EngineStats:
-        """All replicas together, REPORT_SECONDS old at most; see ``Totals``."""
+        """All replicas together, by the last look that all of them answered; see ``Totals``."""
         return self._stats
 
     async def _run(self, request: Request, admission: asyncio.Future[None]) -> None:

@@ -95,3 +95,14 @@ def test_what_another_server_pins_is_fetched_before_the_engine_is_told(fetching)
         fetching.submit(int).result(60)
         assert slots.pinned == {adapter(1).digest}
         assert theirs.here(adapter(1).digest)
+
+
+def test_where_the_engine_is_elsewhere_a_pin_is_told_at_once_and_nothing_is_fetched():
+    url, slots = memory_url(), Slots()
+    with opened(url) as ours, opened(url) as theirs:
+        Pins(slots, theirs, None)
+        ours.register("default", "a", adapter(1))
+        ours.pin("default", "a", True)
+        theirs.poll()
+        assert slots.pinned == {adapter(1).digest}
+        assert not theirs.here(adapter(1).digest)
